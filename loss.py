@@ -1,0 +1,197 @@
+"""The losses of SGPO: the clipped policy loss, the clipped forward KL, and a head that applies them in token chunks.
+
+Pure functions of tensors. No model, no text, no normaliser: every loss here is per token, and the caller multiplies by weights
+that it worked out over the whole optimizer step (all micro-batches, all ranks), so that the gradient cannot depend on how the
+step was cut. Imports no sibling and needs torch only: copy this file alone.
+
+Symbols as in the paper (arXiv 2606.24064). Axes: M response tokens, D width, V vocabulary. Logits enter the softmax in fp32.
+
+Direction: "forward" KL here is KL(guided || unguided), the expectation under the guided side. Public code uses the word for
+both directions; the formula in `forward_kl` is what counts, and the tests pin it by hand.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TokenTerms = Callable[..., dict[str, Tensor]]
+
+
+# ---------------------------------------------------------------------------------------------------- per-token quantities
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi(target) at each position: logits (..., V), targets (...) -> (...), natural log.
+
+    `temperature` must be the one the tokens were sampled at, or the ratio to the sampler's log-probs is not 1.
+    """
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None])[..., 0]
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """-sum_v p_v log p_v at each position, in nats: logits (..., V) -> (...). A diagnostic, without gradient."""
+    with torch.no_grad():
+        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GRPO's clipped surrogate per token [paper], all arguments and results of one shape, e.g. (M,):
+
+        ratio_t = exp(logprobs_t - old_logprobs_t)
+        loss_t  = -min( ratio_t * A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) * A_t )
+
+    Returns (loss, ratio, clipped); `ratio` and `clipped` (bool: the clip holds and the token has no gradient) are diagnostics.
+    There is no KL to a reference model and no dual clip (ours, the defaults of the framework the paper trained with).
+    """
+    ratio = torch.exp(logprobs - old_logprobs.detach())
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, bounded * advantages)
+    clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    return loss, ratio.detach(), clipped.detach()
+
+
+def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The token divergence d_t over the full vocabulary [paper]: logits (..., V) twice -> (...), in nats:
+
+        d_t = KL( sg[p] || q ) = sum_v p_v (log p_v - log q_v),   p = softmax(guided), q = softmax(unguided)
+
+    The guided side is the teacher: it is detached here, so that the gradient reaches the unguided side alone. Both sides get
+    the same temperature. The whole vocabulary is summed: a top-k of either side misses the tokens where the mass moved.
+    """
+    log_p = torch.log_softmax(guided_logits.detach().float() / temperature, dim=-1)
+    log_q = torch.log_softmax(unguided_logits.float() / temperature, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
+    """1[d_t <= delta] as a float of d's shape [paper]: outlier tokens are dropped, not clamped.
+
+    The mask acts on d_t after the sum over the vocabulary. Clipping the single terms instead would make the sum negative,
+    because only the whole sum is a divergence.
+    """
+    return (divergence.detach() <= delta).to(divergence.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- terms for the chunked head
+# Each takes the logits of m response tokens and per-token inputs, and returns per-token tensors (m,): "loss", already times
+# its weight, and diagnostics.
+
+
+def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy: loss_t = -weight_t log pi(target_t)."""
+    logprob = token_logprobs(logits, targets)
+    return {"loss": -weight * logprob, "logprob": logprob.detach()}
+
+
+def grpo_terms(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """The policy loss on the autonomous trajectories, with the step's diagnostics from the same pass over the vocabulary."""
+    logprob = token_logprobs(logits, targets, temperature)
+    loss, ratio, clipped = policy_loss(logprob, old_logprobs, advantages, clip_low, clip_high)
+    return {
+        "loss": weight * loss,
+        "logprob": logprob.detach(),
+        "ratio": ratio,
+        "clipped": clipped.float(),
+        "entropy": token_entropy(logits, temperature),
+    }
+
+
+def distillation_terms(
+    unguided_logits: Tensor,
+    guided_hidden: Tensor,
+    weight: Tensor,
+    *,
+    head_weight: Tensor,
+    delta: float,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Clipped forward KL on the target's tokens: loss_t = weight_t * 1[d_t <= delta] * d_t.
+
+    weight_t = alpha(q) / (P |o+|) makes the sum over tokens and problems the paper's alpha(q) L_KD^clip averaged over the P
+    problems of the step. The guided side arrives as hidden states (m, D): kept as logits, it would be V / D times larger.
+    """
+    with torch.no_grad():
+        guided_logits = F.linear(guided_hidden, head_weight.to(guided_hidden.dtype))
+    divergence = forward_kl(guided_logits, unguided_logits, temperature)  # d_t (m,)
+    kept = kl_clip_mask(divergence, delta)
+    return {"loss": weight * kept * divergence, "divergence": divergence.detach(), "kept": kept}
+
+
+# ---------------------------------------------------------------------------------------------------- the chunked head
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients are known already: forward hands the value on, backward the gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, grad_hidden, grad_weight):
+        ctx.grads = (grad_hidden, grad_weight)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if ctx.grads is None:
+            raise RuntimeError("a chunked loss can be differentiated once: its gradients were scaled in place")
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        # in place: at V = 152,064 a second copy of the head's gradient would be the largest tensor of the whole loss
+        return grad_hidden.mul_(upstream), grad_weight.mul_(upstream), None, None, None
+
+
+def chunked_head(
+    hidden: Tensor, weight: Tensor, terms: TokenTerms, inputs: Sequence[Tensor], *, chunk_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Apply the language-model head and a per-token loss chunk by chunk, so that (M, V) logits never exist at once.
+
+    hidden (M, D), weight (V, D); terms(logits (m, V), *inputs of the chunk) -> per-token tensors with the key "loss";
+    inputs: tensors (M, ...) cut alongside. Returns (sum of loss, every term as (M,) without gradient).
+
+    The gradient is taken in the forward pass, while a chunk's logits are there: three matrix products a chunk, as many as
+    without chunks and one fewer than recomputing them in backward. Peak memory: about four chunks of (chunk_tokens, V) fp32
+    and one gradient of the head. Called without gradient mode, only values are computed. `ours`: the paper does not say.
+    """
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
+        grad_hidden = torch.zeros_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight) if wants_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        collected: list[dict[str, Tensor]] = []
+        for start in range(0, h.shape[0], chunk_tokens):
+            span = slice(start, start + chunk_tokens)
+            with torch.set_grad_enabled(wants_grad):
+                logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V)
+                values = terms(logits, *(x[span] for x in inputs))
+                chunk_loss = values["loss"].sum()
+            if wants_grad:
+                (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
+                grad_logits = grad_logits.to(dtype)
+                grad_hidden[span] = grad_logits @ w
+                if grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad_logits.T, h[span])  # no (V, D) temporary
+                else:
+                    grad_weight += grad_logits.T @ h[span]
+            loss += chunk_loss.detach()
+            collected.append({name: value.detach() for name, value in values.items()})
+    names = collected[0] if collected else ()
+    stats = {name: torch.cat([values[name] for values in collected]) for name in names}
+    if wants_grad:
+        loss = _WithGradient.apply(hidden, weight, loss, grad_hidden, grad_weight)
+    return loss, stats

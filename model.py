@@ -1,0 +1,572 @@
+"""The policy network: one explicit decoder for Qwen2 / Qwen2.5, Qwen3 (dense) and Llama-family checkpoints.
+
+What it is: a pre-norm transformer with rotary positions, grouped-query attention and a gated MLP, built from a Hugging Face
+`config.json`, filled from safetensors, and saved back as a folder that transformers, vLLM and this file can load. Module names
+are the checkpoint's names, so that loading needs no renaming table.
+
+What it is not: a model zoo. No mixture of experts, no sliding windows, no quantised weights, no code from a model folder.
+A checkpoint that needs one of these is refused with a message that says what is supported.
+
+One forward serves four layouts, told apart by arguments and never by token values:
+
+    model(ids)                          plain           every row is one sequence from position 0
+    model(ids, positions)               left-padded     position -1 marks padding
+    model(ids, lengths=[...])           packed          one row holds several sequences end to end (training, prefill)
+    model(ids, positions, cache=cache)  cached          the slot of a token in the cache is its position (sampling)
+
+Imports no sibling: copy this file alone. Axes: B rows, T tokens, D width, H query heads, K key/value heads, E head width,
+S cache slots, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SUPPORTED = "qwen2 (Qwen2, Qwen2.5), qwen3 (dense), llama (Llama 2/3.x, SmolLM2 and other llama-architecture models)"
+KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, in the field names of Hugging Face's config.json.
+
+    `rope` holds rope_theta, rope_type and, for llama3, its four scaling numbers. `raw` and `generation` keep the two JSON
+    files as they were read, so that saving gives back every field this file has no use for.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    initializer_range: float
+    rope: dict[str, Any]
+    eos_ids: tuple[int, ...]
+    raw: dict[str, Any] = field(repr=False)
+    generation: dict[str, Any] = field(repr=False)
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
+        """Read the fields of config.json (and generation_config.json); ValueError for anything this decoder cannot run."""
+        family = raw.get("model_type")
+        if family not in ("qwen2", "qwen3", "llama"):
+            raise ValueError(f"unsupported architecture model_type={family!r}; supported: {SUPPORTED}")
+        _refuse_unsupported(raw)
+        generation = dict(generation or {})
+        heads = _required(raw, "num_attention_heads")
+        hidden_size = _required(raw, "hidden_size")
+        attention_bias = bool(raw.get("attention_bias", False))
+        return ModelConfig(
+            model_type=family,
+            vocab_size=_required(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_required(raw, "intermediate_size"),
+            num_hidden_layers=_required(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden_size // heads,
+            rms_norm_eps=_required(raw, "rms_norm_eps"),
+            max_position_embeddings=_required(raw, "max_position_embeddings"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=True if family == "qwen2" else attention_bias,  # Qwen2 always has the three biases and no switch
+            out_bias=False if family == "qwen2" else attention_bias,
+            mlp_bias=bool(raw.get("mlp_bias", False)) if family == "llama" else False,
+            qk_norm=family == "qwen3",
+            initializer_range=raw.get("initializer_range", 0.02),
+            rope=_rope_settings(raw),
+            eos_ids=_merge_ids(generation.get("eos_token_id"), raw.get("eos_token_id")),
+            raw=dict(raw),
+            generation=generation,
+        )
+
+    @staticmethod
+    def from_folder(folder: Path) -> "ModelConfig":
+        """Read config.json (required) and generation_config.json (optional) of a model folder."""
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: no config.json, so this is not a model folder")
+        generation_file = folder / "generation_config.json"
+        generation = _read_json(generation_file) if generation_file.is_file() else {}
+        try:
+            return ModelConfig.from_dict(_read_json(folder / "config.json"), generation)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    """ValueError where config.json asks for something that this decoder would silently compute wrongly."""
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"unsupported hidden_act={raw['hidden_act']!r}; supported: silu")
+    windowed = "sliding_attention" in (raw.get("layer_types") or ())
+    if windowed or (raw.get("use_sliding_window") and raw.get("sliding_window")):
+        raise ValueError("sliding-window attention is not supported; set use_sliding_window to false if the context allows")
+    if raw.get("quantization_config"):
+        raise ValueError("quantised weights are not supported; take the checkpoint's bf16 or fp32 version")
+
+
+def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
+    """One dict from both spellings: transformers 5 (`rope_parameters`) and before (`rope_theta` + `rope_scaling`)."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"unsupported rope_type={rope['rope_type']!r}; supported: default, llama3")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise ValueError("partial rotary embeddings are not supported")
+    return rope
+
+
+def _required(raw: dict[str, Any], name: str) -> Any:
+    if raw.get(name) is None:
+        raise ValueError(f"the field {name!r} is missing")
+    return raw[name]
+
+
+def _merge_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
+    """All end-of-sequence ids of all sources, first mention first. Qwen2.5-Instruct needs both of its two."""
+    ids: list[int] = []
+    for source in sources:
+        for token in [source] if isinstance(source, int) else source or []:
+            if token not in ids:
+                ids.append(token)
+    return tuple(ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------- KV cache
+
+
+class KVCache:
+    """Keys and values of every token seen so far; the slot of a token is its position in its own sequence.
+
+    keys[layer], values[layer]: (B, K, S, E). No padding and no shifting: a query at position p attends to slots 0..p of its
+    row, so a slot beyond p may hold anything finite. The sampler owns the rows: `select` repeats a prompt for its group and
+    drops finished rows, `reserve` makes room.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        # zeros, not empty: a masked slot still enters as 0 * value, and 0 * nan is nan
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[2]
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes the old row rows[i]; rows (B',) int64 may repeat rows and leave some out. Copies, layer by layer."""
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = old.index_select(0, rows)
+
+    def reserve(self, slots: int) -> None:
+        """Grow to at least `slots` slots. Copies everything, so the caller asks for more than the next token needs."""
+        extra = slots - self.slots
+        if extra > 0:
+            for store in (self.keys, self.values):
+                for layer, old in enumerate(store):
+                    store[layer] = F.pad(old, (0, 0, 0, extra))
+
+    def write_packed(self, layer: int, k: Tensor, v: Tensor, lengths: Sequence[int]) -> None:
+        """Prefill: sequence i of the packed k, v (1, K, T, E) goes to row i, slots 0..lengths[i]-1."""
+        start = 0
+        for row, length in enumerate(lengths):
+            self.keys[layer][row, :, :length] = k[0, :, start : start + length]
+            self.values[layer][row, :, :length] = v[0, :, start : start + length]
+            start += length
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """k, v (B, K, T, E) go to the slots positions (B, T) of their rows."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        # advanced indices on both sides of a slice put the indexed axes first: the source must be (B, T, K, E)
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- the decoder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one forward needs to know besides the tokens; worked out once and shared by all layers."""
+
+    cos: Tensor  # (B, T, E)
+    sin: Tensor  # (B, T, E)
+    mask: Tensor | None  # (B, 1, T, S), True where a query may look; None: causal over the row, or `lengths` decides
+    lengths: tuple[int, ...] | None  # packed layout
+    cache: KVCache | None
+    positions: Tensor  # (B, T)
+    slots: int  # how many cache slots the mask covers
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 whatever the dtype of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """The rotary angle per position of each pair of head channels: (E/2,) fp32 on the CPU (RoPE; Llama 3.1's scaling)."""
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    inv_freq = 1.0 / config.rope["rope_theta"] ** (channels / config.head_dim)
+    if config.rope["rope_type"] == "default":
+        return inv_freq
+    # llama3: wavelengths longer than the original context are stretched by `factor`, short ones stay, those between are
+    # interpolated by how many turns they make within the original context
+    factor, low, high = (config.rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = config.rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    share_kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return share_kept * inv_freq + (1 - share_kept) * inv_freq / factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (e, e + E/2) of x (B, heads, T, E) by their position's angles cos, sin (B, T, E)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Grouped-query attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    if layout.lengths is not None:  # packed: each sequence attends within itself, so no (T, T) mask and no wasted product
+        spans = (torch.split(x, layout.lengths, dim=2) for x in (q, k, v))
+        out = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in zip(*spans, strict=True)]
+        return torch.cat(out, dim=2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, E = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, self.heads * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * E, D, bias=config.out_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # (B, H, T, E)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        if layout.cache is not None and layout.lengths is not None:  # prefill: attend within the new tokens, and keep them
+            layout.cache.write_packed(layer, k, v, layout.lengths)
+        elif layout.cache is not None:
+            layout.cache.write(layer, k, v, layout.positions)
+            k, v = layout.cache.keys[layer][:, :, : layout.slots], layout.cache.values[layer][:, :, : layout.slots]
+        out = attend(q, k, v, layout)  # (B, H, T, E)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; its parameters are the checkpoint's `model.*`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, layout, index)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its language-model head. A tied head has no parameter of its own: it reads the embedding's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)  # fp32 whatever the weights' dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations: autocast's where it is on (fp32 master weights, bf16 products), else the weights'."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        """An empty KV cache on the model's device, in the dtype its keys are computed in."""
+        return KVCache(self.config, rows, slots, dtype=self.compute_dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Logits (B, T, V) in the weights' dtype, or whatever `head` makes of the hidden states.
+
+        input_ids  (B, T) int64
+        positions  (B, T) int64. None: 0..T-1 in every row, or restarting with each packed sequence. -1 marks padding, which
+                   nobody attends to; the logits there mean nothing.
+        lengths    packed layout: B = 1 and sequence i is the next lengths[i] tokens
+        cache      with `lengths`: prefill, row i of the cache takes sequence i. With `positions`: the tokens are written to
+                   their slots and attend to every slot up to their own position.
+        head       called as head(hidden (B, T, D), weight (V, D)) inside this forward: the chunked losses use it so that
+                   (B, T, V) never exists, and it stays inside so that a sharded head weight is whole when it is used.
+        """
+        layout = self._layout(input_ids, positions, lengths, cache)
+        hidden = self.model(input_ids, layout)  # (B, T, D)
+        return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
+
+    def _layout(
+        self, ids: Tensor, positions: Tensor | None, lengths: Sequence[int] | None, cache: KVCache | None
+    ) -> Layout:
+        B, T = ids.shape
+        mask, slots = None, 0
+        if lengths is not None:
+            if B != 1 or sum(lengths) != T or positions is not None:
+                raise ValueError(f"packed input needs one row, lengths that sum to its {T} tokens, and no positions")
+            positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
+        elif cache is not None:
+            if positions is None:
+                raise ValueError("a cached forward needs positions (or lengths, for a prefill)")
+            slots = int(positions.max()) + 1
+            if slots > cache.slots:
+                raise ValueError(f"position {slots - 1} is beyond the cache's {cache.slots} slots")
+            mask = torch.arange(slots, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        elif positions is not None:
+            q_pos, k_pos = positions[:, None, :, None], positions[:, None, None, :]
+            # padding may look at itself: a row of nothing but False would be nan, and nan spreads through the gradient
+            mask = ((k_pos <= q_pos) & (k_pos >= 0)) | torch.eye(T, dtype=torch.bool, device=ids.device)
+        else:
+            positions = torch.arange(T, device=ids.device)[None].expand(B, T)
+        angles = positions[..., None].float() * self.inv_freq  # (B, T, E/2), always fp32: bf16 angles lose whole positions
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, E)
+        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        return Layout(cos, sin, mask, None if lengths is None else tuple(lengths), cache, positions, slots)
+
+
+# ---------------------------------------------------------------------------------------------------- build, load, save
+
+
+def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """A randomly initialised model: matrices normal(0, initializer_range), biases 0, norms 1. `generator` is a CPU one."""
+    model = CausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    # the buffer inv_freq must stay fp32, so the parameters are cast one by one and not by model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The folder a name stands for: an existing folder, else `org/name` on the hub, else a known family's bare name.
+
+    A bare `Qwen2.5-7B-Instruct` becomes Qwen/Qwen2.5-7B-Instruct, `Llama-3.1-8B-Instruct` becomes meta-llama/..., and
+    `SmolLM2-135M-Instruct` HuggingFaceTB/... . Only weights in safetensors, JSON and tokenizer files are fetched, never code.
+    Raises ValueError where nothing of the kind exists or the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"--model {name_or_path}: a file, where a folder with config.json is needed")
+    repo = name_or_path
+    if "/" not in repo:
+        org = next((org for prefix, org in KNOWN_FAMILIES if repo.lower().startswith(prefix)), None)
+        if org is None:
+            known = ", ".join(sorted({org for _, org in KNOWN_FAMILIES}))
+            raise ValueError(f"--model {repo}: no such folder, and no known family ({known}) has such names; give org/name")
+        repo = f"{org}/{repo}"
+    elif repo.startswith((".", "/", "~")) or repo.count("/") > 1:
+        raise ValueError(f"--model {name_or_path}: no such folder")
+    from huggingface_hub import snapshot_download  # imported here: only names that are no folder need it
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*.py", "original/*"]))
+    except Exception as error:  # the hub library raises a dozen kinds; each means "not there" to our caller
+        raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
+
+
+def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
+    """(model, tokenizer) of a folder or hub name; the weights are read once, cast to `dtype`, straight onto `device`.
+
+    Raises ValueError naming the file for an unknown architecture, and missing, truncated or mismatching weights.
+    """
+    folder = resolve_model(name_or_path)
+    config = ModelConfig.from_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is not None:
+        config = replace(config, eos_ids=_merge_ids(config.eos_ids, tokenizer.eos_token_id))
+    if not config.eos_ids:
+        raise ValueError(f"{folder}: neither its configs nor its tokenizer name an end-of-sequence id")
+    with torch.device("meta"):  # shapes only: nothing is allocated until the checkpoint's own tensors take their places
+        model = CausalLM(config)
+    load_weights(model, folder, dtype=dtype, device=torch.device(device))
+    return model.to(device), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer through transformers, never with remote code."""
+    from transformers import AutoTokenizer  # imported here: 1 s, and the decoder itself does not need it
+
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in known):  # transformers would hand out an empty vocabulary
+        raise ValueError(f"{folder}: no tokenizer file ({', '.join(known)})")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # missing and malformed files raise OSError, KeyError, ValueError or the Rust side's own
+        raise ValueError(f"{folder}: its tokenizer could not be loaded: {error}") from error
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; take an instruct model")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{index}: no weight_map")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: missing (only safetensors weights are read)")
+    return files
+
+
+def load_weights(model: CausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill the model (on any device, meta too) from the folder's safetensors; every name and shape must match."""
+    expected = model.state_dict()
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
+                        continue  # old exports store the angles, and some a copy of the tied head
+                    tensor = tensors.get_tensor(name)
+                    if name not in expected:
+                        raise ValueError(f"{file}: tensor {name!r} has no place in a {model.config.model_type} model")
+                    if tensor.shape != expected[name].shape:
+                        shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected[name].shape)}"
+                        raise ValueError(f"{file}: {name} has shape {shapes}")
+                    weights[name] = tensor.to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: broken or truncated safetensors file ({error})") from error
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its weights, the first is {missing[0]!r}")
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write config, generation config, safetensors (in shards with an index where large), tokenizer and chat template.
+
+    The folder loads in transformers, in vLLM and here. Weights keep their dtype, which config.json then states.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    config = {**model.config.raw, "architectures": [architecture[model.config.model_type]], "torch_dtype": dtype}
+    config.pop("dtype", None)  # transformers 5's name for the same field: one of the two must not go stale
+    generation = {**model.config.generation, "eos_token_id": list(model.config.eos_ids)}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,437 @@
+r"""Strategies: the record, its text form, a tolerant reader, and every prompt that contains one.
+
+A strategy describes how to solve a KIND of problem: its type, a solving strategy and general steps, without any
+computation and without the answer (SGPO, arXiv 2606.24064). Wordings, the text form and the four criteria are ours.
+
+What this is not: it calls no model and no server; which candidate is kept is decided elsewhere. Standard library
+only, no sibling imported: this file can be copied into another project alone. There is nothing to run; for a look:
+
+    python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',))))"
+
+The trap that shapes the prompts: the guided and the unguided policy score the SAME response tokens, so whatever stands
+right before the response must be the same on both sides. Both prompts are therefore one user message that opens with
+the untouched problem and closes with INSTRUCTION; they differ by one inserted block and by nothing else. With two
+closings, the first response token would differ for reasons of template, and the divergence there would measure that.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
+# Few and plain words: the tiny world's vocabulary of about 100 words has to hold them as well.
+GUIDE = "Follow this strategy."
+CRITERIA = ("faithful", "reusable", "no_leak", "actionable")
+
+# What models call the three parts. Labels in other languages are listed because strong models now and then answer in
+# one of them; the text behind the label is kept as it is. Compared in lower case with "_" read as a space.
+LABELS = {
+    "type": ("problem type", "type of problem", "type", "问题类型", "题目类型", "题型", "tipo de problema",
+             "type de problème"),
+    "strategy": ("strategy", "solving strategy", "solution strategy", "general strategy", "approach", "解题策略",
+                 "策略", "estrategia", "stratégie"),
+    "steps": ("steps", "general steps", "solution steps", "plan", "解题步骤", "步骤", "pasos", "étapes"),
+}
+PART_OF = {label: part for part, labels in LABELS.items() for label in labels}
+
+# A label, then ":", a table's bar, a spaced dash, or the end of the line (a heading). Emphasis may close before or
+# after the separator. Underscores are matched too, for YAML's problem_type.
+_LABEL = "(" + "|".join(sorted((re.escape(x).replace(r"\ ", "[ _]") for x in PART_OF), key=len, reverse=True)) + ")"
+_LABELLED = _LABEL + r"[*_\]】]*\s*(?:[:：|]|\s[-–—]\s|(?<=】)|$)\s*(?:\*\*|__)?\s*"
+# Before a label: quote marks, heading marks, bullets, a number, a table's bar, emphasis, an opening bracket.
+_PART_LINE = re.compile(r"[>#\s|]*(?:[-*+•]\s+|\d+[.)]\s+)?[*_\[【]*" + _LABELLED + "(.*)", re.IGNORECASE)
+_NEXT_PART = re.compile(r";\s+(?=" + _LABELLED + ")", re.IGNORECASE)
+_RULE_LINE = re.compile(r"\s*(?:`{3,}.*|~{3,}.*|[-*_=]{3,}|\|[\s:|-]+\|)\s*")  # code fence, rule, table rule
+# 1) indent, 2) number, circled number or bullet, 3) text. "Step 2:" counts as a number, bold or not.
+_ITEM = re.compile(
+    r"(\s*)(?:(?:\*\*|__)?(?:step\s+)?\(?(\d{1,2})(?:\s*[.):、：](?:\*\*|__)?(?=\s|[^\d\s])|\s+[-–—]\s)|([①-⑳])|([-*+•])\s)\s*(.*)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One strategy. Every text is a single non-empty line without outer blanks, and there is at least one step.
+
+    One line a text is what makes the text form reversible: a text with line breaks could imitate the next label.
+    Raises ValueError naming the field and the value.
+    """
+
+    type: str
+    strategy: str
+    steps: tuple[str, ...]
+
+    def __post_init__(self):
+        _check_line("type", self.type)
+        _check_line("strategy", self.strategy)
+        if not isinstance(self.steps, tuple) or not self.steps:
+            raise ValueError(f"strategy field 'steps': expected a tuple of at least one step, got {self.steps!r}")
+        for i, step in enumerate(self.steps):
+            _check_line(f"steps[{i}]", step)
+
+    @classmethod
+    def from_dict(cls, data):
+        """The Strategy in {"type": str, "strategy": str, "steps": [str, ...]}; ValueError for anything else."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"strategy: expected an object with type, strategy and steps, got {data!r}")
+        for key in ("type", "strategy", "steps"):
+            if key not in data:
+                raise ValueError(f"strategy field {key!r}: missing in {dict(data)!r}")
+        unknown = [key for key in data if key not in ("type", "strategy", "steps")]
+        if unknown:
+            raise ValueError(f"strategy field {unknown[0]!r}: unknown, with value {data[unknown[0]]!r}")
+        steps = data["steps"]
+        if not isinstance(steps, list | tuple):  # a str would otherwise become one step a character
+            raise ValueError(f"strategy field 'steps': expected a list of strings, got {steps!r}")
+        return cls(data["type"], data["strategy"], tuple(steps))
+
+    def to_dict(self):
+        """The inverse of from_dict, ready for json."""
+        return {"type": self.type, "strategy": self.strategy, "steps": list(self.steps)}
+
+
+def _check_line(field, value):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"strategy field {field!r}: expected a non-empty string, got {value!r}")
+    if value != value.strip() or len(value.splitlines()) != 1:
+        raise ValueError(f"strategy field {field!r}: expected one line without outer blanks, got {value!r}")
+
+
+def format_strategy(strategy):
+    """The text of a Strategy as it stands in a prompt. parse_strategy(format_strategy(s)) == s for every s."""
+    steps = "\n".join(f"{i}. {step}" for i, step in enumerate(strategy.steps, start=1))
+    return f"Problem type: {strategy.type}\nStrategy: {strategy.strategy}\nSteps:\n{steps}"
+
+
+# ---------------------------------------------------------------------------------------------- reading a reply
+
+def parse_strategy(text):
+    """The Strategy in a model's reply.
+
+    text: the whole reply. A text exactly in format_strategy's form is read back letter by letter. Everything else is
+    read with tolerance: thoughts in <think> tags, code fences, Markdown headings, bold, bullets, "1)", "Step 1:", a
+    two-column table and one JSON object are understood, and talk before the first part or, after a blank line, behind
+    the last step is dropped.
+    Raises ValueError where a part is missing, given twice, or where talk and content cannot be told apart: a wrong
+    strategy costs more than a lost candidate, because others are sampled for the same problem.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"strategy reply: expected a string, got {text!r}")
+    exact = _parse_exact(text.strip())
+    if exact is not None:
+        return exact
+    text = _drop_thoughts(text)
+    parts = _json_parts(text)
+    if parts is None:
+        parts = _text_parts(text)
+    missing = [LABELS[part][0] for part in LABELS if not parts.get(part)]
+    if missing:
+        raise ValueError(f"strategy reply: no {', no '.join(missing)} in {_short(text)}")
+    return Strategy.from_dict(parts)
+
+
+def _parse_exact(text):
+    """The Strategy of a text in exactly our own form, else None. Nothing is cleaned: this is the reversible path."""
+    lines = text.split("\n")
+    heads = ["Problem type: ", "Strategy: ", "Steps:"] + [f"{i}. " for i in range(1, len(lines) - 2)]
+    if len(lines) < 4 or lines[2] != "Steps:" or not all(map(str.startswith, lines, heads)):
+        return None
+    values = [line[len(head):] for line, head in zip(lines, heads, strict=True)]
+    try:
+        return Strategy(values[0], values[1], tuple(values[3:]))
+    except ValueError:  # an empty value or stray blanks: the tolerant reader either mends it or says what is wrong
+        return None
+
+
+def _drop_thoughts(text):
+    text = text.rpartition("</think>")[2]  # by the end alone: some chat templates open the tag in the prompt
+    if "<think>" in text:
+        raise ValueError(f"strategy reply: it ends inside <think>: {_short(text)}")
+    return text
+
+
+def _json_parts(text):
+    r"""The parts of the one JSON object in the text that has a part's name as a key; None where there is none.
+
+    Models write LaTeX into JSON without doubling the backslash, and json reads "\frac" as a form feed and "rac".
+    No strategy contains form feeds, so every backslash is doubled but those of \\, \", \/, \uXXXX and \n, and of \n
+    too where one of LaTeX's commands starts there.
+    """
+    keep = r'\\(?:["\\/]|u[0-9a-fA-F]{4}|n(?!(?:eq?|u|abla|ot(?:in)?|eg|mid)\b))'
+    mended = re.sub(rf"({keep})|\\", lambda m: m[1] or r"\\", text)
+    found, end = [], 0
+    for start in (m.start() for m in re.finditer(r'\{\s*"', mended)):
+        if start < end:  # nested in the object before
+            continue
+        for tail in ("", "}"):  # the last brace gets lost at times; more is never added, as steps could be lost then
+            try:
+                data, length = json.JSONDecoder(strict=False).raw_decode(mended[start:].rstrip() + tail)
+            except json.JSONDecodeError:
+                continue
+            end = start + length
+            if any(_key(key) in PART_OF for key in data):
+                found.append(data)
+            break
+    if len(found) > 1:
+        raise ValueError(f"strategy reply: {len(found)} JSON objects, expected one: {_short(text)}")
+    return _read_json(found[0]) if found else None
+
+
+def _key(label):
+    return label.lower().replace("_", " ").strip()
+
+
+def _read_json(data):
+    parts = {}
+    for key, value in data.items():
+        part = PART_OF.get(_key(key), key)  # an unknown key keeps its name, and from_dict rejects it
+        if part in parts:
+            raise ValueError(f"strategy reply: {LABELS[part][0]} appears twice, in the key {key!r} too")
+        if part == "steps" and isinstance(value, str):
+            value = _read_steps(value.split("\n"))
+        elif part == "steps" and isinstance(value, list):
+            value = [_clean(m[5]) if isinstance(x, str) and (m := _ITEM.fullmatch(_one_line(x))) else _clean(x)
+                     for x in value]
+        parts[part] = value if part == "steps" else _clean(value)
+    return parts
+
+
+def _text_parts(text):
+    """Cut the text at its labels. Returns {part: value}, without the parts that are missing or empty."""
+    bodies = []  # (part, lines), in the order of the text
+    for line in text.splitlines():
+        if _RULE_LINE.fullmatch(line):
+            line = ""
+        pieces = _NEXT_PART.split(line) if _PART_LINE.fullmatch(line) else [line]
+        # A split at a pattern with groups returns the groups as well: every second entry is a label, not a piece.
+        for piece in pieces[::2]:
+            label = _PART_LINE.fullmatch(piece)
+            if label:
+                bodies.append((PART_OF[_key(label[1])], [label[2]]))
+            elif bodies:  # before the first label there is only talk
+                bodies[-1][1].append(piece)
+    parts = {}
+    for part, lines in bodies:
+        value = _read_steps(lines) if part == "steps" else _read_prose(part, lines)
+        if value and part in parts:
+            raise ValueError(f"strategy reply: {LABELS[part][0]} appears twice: {_short(text)}")
+        if value:  # an empty one is a title such as "Strategy" above the whole
+            parts[part] = value
+    return parts
+
+
+def _read_prose(part, lines):
+    paragraphs = [p for p in re.split(r"\n\s*\n", "\n".join(lines).strip()) if p.strip()]
+    if part == "type" and len(paragraphs) > 1:  # a type is a phrase: a second paragraph can only be talk
+        raise ValueError(f"strategy reply: the problem type has {len(paragraphs)} paragraphs: {_short(paragraphs[1])}")
+    return _clean(" ".join(paragraphs))
+
+
+def _read_steps(lines):
+    """The list of steps in the lines below (and right of) the label; [] where there is nothing.
+
+    Lines without a mark belong to the step above when they are indented, continue an unfinished sentence, or stand
+    before a further step. At the end they are talk if a blank line sets them off, and an error if not.
+    """
+    items = [_ITEM.fullmatch(line) for line in lines]
+    marked = [i for i, item in enumerate(items) if item]
+    if not marked:
+        return _unmarked_steps(lines)
+    first = items[marked[0]]
+    # Marks of another kind or further to the right than the first one's are sub-items: text of the step above.
+    own = [i for i in marked if _kind(items[i]) == _kind(first) and len(items[i][1]) <= len(first[1]) + 1]
+    if any(line.strip() for line in lines[:own[0]]):
+        raise ValueError(f"strategy reply: text between the label and the first step: {_short(lines[:own[0]])}")
+    if len(own) == 1 and first[2]:
+        inline = _inline_steps(first[5])
+        if len(inline) > 1:
+            return [_clean(step) for step in inline]
+    _check_numbers([items[i] for i in own])
+    steps = []
+    for i in range(own[0], len(lines)):
+        if i in own:
+            steps.append(items[i][5])
+        elif not lines[i].strip():
+            continue
+        elif items[i] or lines[i][0].isspace() or i < own[-1] or (
+            lines[i - 1].strip() and not steps[-1].endswith((".", "!", "?", "。"))
+        ):
+            steps[-1] += " " + (items[i][5] if items[i] else lines[i].strip())
+        elif lines[i - 1].strip():
+            raise ValueError(f"strategy reply: does {lines[i]!r} belong to the last step?")
+        else:
+            break
+    return [_clean(step) for step in steps]
+
+
+def _kind(item):
+    return "number" if item[2] or item[3] else "bullet"
+
+
+def _check_numbers(items):
+    """Numbers must run 1, 2, 3, ...: a second list, or a lost start, is not a list of steps."""
+    numbers = [int(m[2]) if m[2] else ord(m[3]) - ord("①") + 1 for m in items if _kind(m) == "number"]
+    if numbers and numbers != list(range(1, len(numbers) + 1)):
+        raise ValueError(f"strategy reply: the steps are numbered {numbers}")
+
+
+def _unmarked_steps(lines):
+    """Steps without marks: one a line, but only within a single paragraph; beyond it, talk cannot be told apart."""
+    text = "\n".join(lines).strip()
+    if re.search(r"\n\s*\n", text):
+        raise ValueError(f"strategy reply: the steps are neither numbered nor bulleted: {_short(text)}")
+    return [_clean(line) for line in text.split("\n") if line.strip()]
+
+
+def _inline_steps(text):
+    """Cut "First. 2. Second. 3. Third." at its numbers. A sentence must end before one: "times 2. Then" is no cut."""
+    steps = []
+    while cut := re.search(rf"(?<=[.;!?。])\s+{len(steps) + 2}[.)]\s+", text):
+        steps.append(text[:cut.start()])
+        text = text[cut.end():]
+    return [*steps, text]
+
+
+def _one_line(value):
+    return " ".join(value.split())
+
+
+def _clean(value):
+    """One line, without emphasis, without marks or quotes around the whole. Other types pass, for from_dict to name.
+
+    Bold is removed only where it stands between words: 2**3**2 stays.
+    """
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(?<![\w)\]*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2", _one_line(value))
+    value = re.sub(r"(?<=\S)\*\*(?=\s|$)", "", value)  # the end of "**Step 1: name**", whose start went with the number
+    value = value.strip().removesuffix("|").rstrip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" and value[0] not in value[1:-1]:
+        value = value[1:-1].strip()
+    return value
+
+
+def _short(text):
+    text = text if isinstance(text, str) else " ".join(text)
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+# ------------------------------------------------------------------------------------------- messages to a model
+
+def auto_messages(problem):
+    """The chat messages of the unguided prompt, pi(.|q): one user message.
+
+    No system message on either side: the chat template's own default applies, where it has one. Raises ValueError for
+    an empty problem. The problem's text is put in as it is.
+    """
+    return _user(_check_text("problem", problem) + "\n\n" + INSTRUCTION)
+
+
+def guided_messages(problem, strategy):
+    """The chat messages of the guided prompt, pi(.|q, s): auto_messages with the strategy before the same closing."""
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy: expected a Strategy, got {strategy!r}")
+    block = GUIDE + "\n" + format_strategy(strategy)
+    return _user(_check_text("problem", problem) + "\n\n" + block + "\n\n" + INSTRUCTION)
+
+
+def extraction_prompt(problem, solution):
+    """Messages that ask a strong model for the strategy behind a reference solution. Wording: ours."""
+    return _user(f"""Below are a problem and a solution to it. Describe how problems of this kind are solved, so that \
+somebody who has not seen the solution could use the description on this problem and on others of the same kind.
+
+<problem>
+{_check_text("problem", problem)}
+</problem>
+
+<solution>
+{_check_text("solution", solution)}
+</solution>
+
+Give three parts:
+- Problem type: a short phrase that names the kind of problem.
+- Strategy: one to three sentences on the idea of the solution and why it fits this kind of problem.
+- Steps: two to six ordered steps, each one sentence that tells the solver what to do.
+
+Rules:
+- Follow the approach of the solution above, not another one.
+- Keep it general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
+- Carry nothing out: no computed value, no intermediate result.
+- Neither state the answer nor hint at it.
+
+Reply in English with nothing but this form, each step on one line:
+
+Problem type: ...
+Strategy: ...
+Steps:
+1. ...
+2. ...""")
+
+
+def scoring_prompt(problem, solution, candidate):
+    """Messages that ask a strong model to score one candidate Strategy on CRITERIA. Criteria and wording: ours."""
+    if not isinstance(candidate, Strategy):
+        raise ValueError(f"candidate: expected a Strategy, got {candidate!r}")
+    return _user(f"""Below are a problem, a solution to it, and a description of how problems of this kind are solved. \
+Score the description.
+
+<problem>
+{_check_text("problem", problem)}
+</problem>
+
+<solution>
+{_check_text("solution", solution)}
+</solution>
+
+<description>
+{format_strategy(candidate)}
+</description>
+
+Give a whole number from 1 (poor) to 5 (excellent) on each criterion:
+- faithful: it describes the approach that the solution takes, and nothing in it is wrong.
+- reusable: it serves other problems of the same type unchanged.
+- no_leak: it holds no number taken or computed from this problem, no intermediate result and no hint at the answer. \
+Give 1 if the answer can be read from it.
+- actionable: its steps are ordered and specific, so that a solver can carry them out one after the other.
+
+Reply with exactly these four lines, each number in place of the dots:
+
+faithful: ...
+reusable: ...
+no_leak: ...
+actionable: ...""")
+
+
+def parse_scores(text):
+    """The scores in a reply to scoring_prompt: {criterion: 1..5}, in the order of CRITERIA.
+
+    One line a criterion; bold, bullets, "4/5" and a comment behind the number are understood.
+    Raises ValueError naming the criterion that is missing, given twice, not a whole number or out of range.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"scores reply: expected a string, got {text!r}")
+    text = _drop_thoughts(text)
+    scores = {}
+    for name in CRITERIA:
+        label = name.replace("_", "[ _-]")
+        line = rf'^[ >#*_"-]*{label}[*_"]*\s*[:=][ *_"]*([^\s*_"].*)$'
+        found = re.findall(line, text, re.MULTILINE | re.IGNORECASE)
+        if len(found) != 1:
+            raise ValueError(f"scores reply: {name} is {'given twice' if found else 'missing'} in {_short(text)}")
+        # A dot, dash or comma may start a comment but must not continue the number: 4.5 and 4-5 are no whole numbers.
+        score = re.fullmatch(r'(\d+)(?:\s*/\s*5)?["*_]*\s*(?:$|[(,;.:–—-](?!\s*\d).*)', found[0])
+        if not score or not 1 <= int(score[1]) <= 5:
+            raise ValueError(f"scores reply: {name} is {found[0]!r}, expected a whole number from 1 to 5")
+        scores[name] = int(score[1])
+    return scores
+
+
+def _user(content):
+    return [{"role": "user", "content": content}]
+
+
+def _check_text(name, value):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
+    return value
