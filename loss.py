@@ -162,8 +162,8 @@ def chunked_head(
     inputs: tensors (M, ...) cut alongside. Returns (sum of loss, every term as (M,) without gradient).
 
     The gradient is taken in the forward pass, while a chunk's logits are there: three matrix products a chunk, as many as
-    without chunks and one fewer than recomputing them in backward. Peak memory: about four chunks of (chunk_tokens, V) fp32
-    and one gradient of the head. Called without gradient mode, only values are computed. `ours`: the paper does not say.
+    without chunks and one fewer than recomputing them in backward. Peak memory: four to five tensors of (chunk_tokens, V)
+    in fp32 and one gradient of the head. Called without gradient mode, only values are computed. `ours`: the paper does not say.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kind = hidden.device.type
@@ -188,8 +188,10 @@ def chunked_head(
                     grad_weight.addmm_(grad_logits.T, h[span])  # no (V, D) temporary
                 else:
                     grad_weight += grad_logits.T @ h[span]
+                grad_logits = None
             loss += chunk_loss.detach()
             collected.append({name: value.detach() for name, value in values.items()})
+            logits = values = chunk_loss = None  # or this chunk's tensors would still be alive beside the next one's
     names = collected[0] if collected else ()
     stats = {name: torch.cat([values[name] for values in collected]) for name in names}
     if wants_grad:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import loss as losses
@@ -627,6 +628,53 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     assert all(value.shape == (M,) for value in stats.values())
     for before, after in zip(arguments, (hidden, weight, *inputs), strict=True):
         assert torch.equal(before, after)  # no argument was written to
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation gives out."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_chunked_head_never_holds_the_logits_of_all_tokens():
+    M, D, V = 64, 4, 500
+    weight, inputs = torch.randn(V, D, requires_grad=True), (torch.randint(0, V, (M,)), torch.ones(M))
+    largest = {}
+    for chunk in (8, M):
+        with LargestTensor() as mode:
+            hidden = torch.randn(M, D, requires_grad=True)
+            losses.chunked_head(hidden, weight, losses.sft_terms, inputs, chunk_tokens=chunk)[0].backward()
+        largest[chunk] = mode.numel
+    assert largest == {8: 8 * V, M: M * V}  # and with one chunk it does hold them: the measure measures
+
+
+def test_public_calls_leave_their_arguments_alone(small_model):
+    prompts = [list(prompt) for prompt in PROMPTS]
+    generate(small_model, prompts, n=2, max_new_tokens=3, temperature=1.0, top_p=0.9, eos_ids=STOPS, seed=0)
+    responses = [[1, 2], [3], [4, 5, 6]]
+    pack(prompts, responses, device=CPU)
+    assert prompts == PROMPTS and responses == [[1, 2], [3], [4, 5, 6]]
+    tensors = [torch.randn(3, 5) for _ in range(4)] + [torch.tensor([0.0, 1.0, 1.0])]
+    copies = [tensor.clone() for tensor in tensors]
+    a, b, c, d, correct = tensors
+    losses.forward_kl(a, b)
+    losses.kl_clip_mask(c)
+    losses.policy_loss(a, b, c)
+    losses.token_logprobs(a, torch.tensor([1, 2, 3]))
+    weighting.group_advantages(d)
+    weighting.instance_weight(a, b)
+    weighting.reachable_target(a[:, 0], correct > 0)
+    rollout.sample(a, torch.rand(3, dtype=torch.float64), 0.7, 0.9)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
 
 
 def test_chunked_head_without_gradient_and_without_tokens():

@@ -1,0 +1,751 @@
+r"""Evaluation: the grader (which is also the training reward), the loader of problem files, and accuracy over samples.
+
+    python eval.py --model DIR --data test.jsonl other.jsonl --n 4       # a line per file, and a JSON file of results
+
+What it is not: a harness with prompts per benchmark, and not a judge of the reasoning. One prompt (strategy.py's), one
+verdict per response: is the final answer equal to the row's. No tolerance either: an answer rounded by the model is
+wrong.
+
+A reward that pays for a wrong answer teaches it, so where two texts may mean different things the verdict is "wrong",
+and forms that models rarely write are not looked into. Plain numbers are compared exactly. Lists, intervals, matrices,
+equations and units are taken apart here. Only a single expression goes to math-verify (0.9), which cannot be trusted
+alone: it reads 2(3) and "2 3" as 5, N as n, 52_8 as 52, x' as x, and takes 10^{-20} for 0. It needs a process of its
+own: its signal.alarm fails off the main thread, and a power tower runs for ever.
+
+What still pays, as everywhere in the field: an expression that is equal to the answer but was never evaluated (2^{10}
+for 1024).
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import metadata
+from multiprocessing import Pipe
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import encode_chat, load_model
+from rollout import generate
+from strategy import Strategy, auto_messages, guided_messages
+
+MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
+
+
+# -------------------------------------------------------------------------------------------- finding the answer
+
+# The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the number that was meant.
+_BOX = re.compile(r"\\boxed\s*\{|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)|\\.|[{}]", re.DOTALL)
+_HASH = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+# A lookahead, so that a second statement on the same line is found as well.
+_STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]*(?=([^\n]{0,300}))", re.IGNORECASE)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The final answer that a response gives, as text, or None.
+
+    In this order: the last balanced \boxed{...} with something in it (\fbox is no answer, nor is a box that never
+    closes), else the last GSM8K line "#### x", else the last stated one ("The final answer is x.", "Answer: x").
+    """
+    # Behind the last </think> first, else anywhere: a box inside thoughts counts, as it does for verl and LUFFY.
+    parts = [text.rpartition("</think>")[2], text] if "</think>" in text else [text]
+    return next(filter(None, (_last_box(part) or _last_line(part) for part in parts)), None)
+
+
+def _last_box(text: str) -> str | None:
+    # One pass with a stack: a degenerate response of ten thousand "\boxed{" must not cost a scan each.
+    answer, open_groups = None, []
+    for match in _BOX.finditer(text):
+        token = match[0]
+        if match[1]:
+            answer = match[1]
+        elif token == "}" and open_groups:
+            start = open_groups.pop()
+            if start is not None:
+                answer = text[start : match.start()].strip() or answer  # "\boxed{}" only talks about the format
+        elif token[-1] == "{" and token != r"\{":
+            open_groups.append(match.end() if len(token) > 1 else None)
+    return answer
+
+
+def _last_line(text: str) -> str | None:
+    # "####" is a Markdown heading as well ("#### Step 2: solve"): an answer has a digit and few words.
+    for found in map(_undress, reversed(_HASH.findall(text))):
+        if re.search("[0-9]", found) and len(re.findall("[A-Za-z]{3,}", found)) <= 2:
+            return found
+    for found in reversed(_STATED.findall(text)):
+        sentence = re.split(r"(?<=\S)\.(?=\s|$)", found, maxsplit=1)[0]  # "3.5 m." keeps its decimal point
+        if _undress(sentence):
+            return _undress(sentence)
+    return None
+
+
+def _undress(text: str) -> str:
+    """Without outer blanks, emphasis, a final period, and math delimiters around the whole."""
+    text = text.strip().strip("*`").rstrip(".").strip()
+    for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
+            return inner.strip()
+    return text
+
+
+# -------------------------------------------------------------------------------------------- the child process
+
+
+class MathWorker:
+    """math-verify in a child process with bounded time and memory, started at the first question (about 1 s).
+
+    timeout_s: wall-clock limit of one question; at the limit the child is killed, and the next question starts a new
+    one. memory_bytes: address space of the child (sympy alone takes about 150 MB). `timeouts` counts the questions lost
+    to a limit or a crash; log it, because each one was graded wrong. One per process, no threads; close it or use with.
+    RuntimeError where the child cannot start at all (math-verify missing): grading everything wrong would hide that.
+    """
+
+    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 2 * 1024**3) -> None:
+        self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
+        self.timeouts = 0
+        self._process, self._pipe = None, None
+
+    def __enter__(self) -> "MathWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def equal(self, gold: str, prediction: str) -> bool:
+        """Whether math-verify takes two LaTeX expressions (no delimiters) for the same. No verdict: TimeoutError."""
+        if self._process is None or self._process.poll() is not None:  # not started, or died between two questions
+            self.close()
+            self._start()
+        try:
+            self._pipe.send((gold, prediction))
+            if self._pipe.poll(self.timeout_s):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            pass
+        self.timeouts += 1
+        self.close()
+        raise TimeoutError(f"no verdict within {self.timeout_s} s on {gold!r} against {prediction!r}")
+
+    def _start(self) -> None:
+        # A fresh interpreter that gets the child's function as source: importing this file there would import torch
+        # (seconds, gigabytes of address space), and a fork would copy a process that may hold threads and a GPU.
+        source = inspect.getsource(_worker_main) + "\n\n_worker_main()\n"
+        limits = [str(self.memory_bytes), str(math.ceil(self.timeout_s) + 2)]
+        self._pipe, child_end = Pipe()
+        with child_end:
+            end = child_end.fileno()
+            # The hash seed sets the order in which sympy tries its rules, and so the time it takes: keep it the same.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", source, str(end), *limits], pass_fds=[end],
+                env=os.environ | {"PYTHONHASHSEED": "0"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        try:
+            self._pipe.recv()  # the child is ready
+        except (EOFError, OSError):
+            self.close()
+            raise RuntimeError("the grader's process did not start (no math-verify?), its error is above") from None
+
+
+def _worker_main() -> None:
+    """Runs in the child only, without the rest of this file: answers (gold, prediction) pairs until the pipe closes."""
+    import logging
+    import os
+    import resource
+    import signal
+    import sys
+    from multiprocessing.connection import Connection
+
+    from latex2sympy2_extended.math_normalization import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # No search for boxes: it merges all boxes into a set. No removal of units: it takes the m of 6m for metres.
+    steps = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=steps)]
+
+    def equal(*texts: str) -> bool:
+        g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
+        # 60 digits: the 6 and 15 that it takes by default drop 10^{-20}, and take 3e-9 pi for 5e-9 pi.
+        return bool(g and p) and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)
+
+    pipe, memory, alarm = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; when it ends, so does the pipe
+    # One comparison to load what sympy and antlr import late: not on the clock of the first question.
+    equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    os.dup2(1, 2)  # up to here an error shows on the terminal; what the parser says about each bad text must not
+    pipe.send(True)
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        signal.alarm(alarm)  # its default action is death: with the parent gone, no power tower outlives it for long
+        try:
+            verdict = equal(*question)
+        except MemoryError:
+            os._exit(1)  # sympy's caches may hold the memory: a fresh process is the only way to get it back
+        except Exception:  # whatever sympy raises on text that a model made up, it is not the answer
+            verdict = False
+        signal.alarm(0)
+        pipe.send(verdict)
+
+
+# -------------------------------------------------------------------------------------------- one notation
+
+_SYMBOLS = str.maketrans({
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "≈": r"\approx ", "∪": r"\cup ", "’": "'", "′": "'",
+})  # fmt: skip
+# In this order, each from several ways of writing a thing to one: _clean's notation.
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
+    (r"(?<=[0-9])(?:\{,\}|,?\\!|\\,) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
+    (r"\\(?:left|right)\b\.?|\\(?:[bB]igg?[lrm]?|displaystyle)\b|(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
+    (r"\\(?:mbox|(?:text|math)(?:bf|rm|it|normal|sf))\b ?\{", r"\\text{"),
+    (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
+    (r" ?(?:\\?%|\\text\{ ?percent\}|percent\b)", "%"),
+    (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
+    (r"\\(le|ge|ne)q?(?:slant)?\b", r"\\\1 "),
+    (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
+    (r"\\[dtc]?frac\b", r"\\frac"),
+    (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),  # \frac43
+    (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
+    (r"\s+", " "),
+)]  # fmt: skip
+_BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
+
+
+def normalise_answer(answer: str) -> str:
+    r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} around the whole."""
+    answer = " ".join(_undress(answer).split())
+    while (boxed := re.fullmatch(r"\\boxed ?\{(.*)\}", answer)) and _balanced(boxed[1]):
+        answer = _undress(boxed[1])
+    return answer
+
+
+def _clean(text: str) -> str:
+    """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
+    text = normalise_answer(text.translate(_SYMBOLS))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text.strip().rstrip(" .,;:\\")
+
+
+def _balanced(text: str) -> bool:
+    """Every bracket has its partner, and none is deeper than 16: math-verify needs minutes for brackets 500 deep."""
+    depth = 0
+    for token in re.finditer(_BRACKET, text):
+        depth += 1 if token[1] else -1
+        if not 0 <= depth <= 16:
+            return False
+    return depth == 0
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """[part, separator, part, ...], cut where `separators` (a regular expression) match outside all brackets."""
+    cuts, depth, last = [], 0, 0
+    for token in re.finditer(rf"{_BRACKET}|({separators})|\\.", text):
+        depth += bool(token[1]) - bool(token[2])
+        if token[3] and depth == 0:
+            cuts += [text[last : token.start()].strip(), token[3]]
+            last = token.end()
+    return [*cuts, text[last:].strip()]
+
+
+def _key(text: str) -> str:
+    """A cleaned answer for string comparison: unwrapped text, no blanks but between digits, words in lower case."""
+    text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
+    if option := re.fullmatch(r"\(?([A-Z])\)?", text):  # (C), \text{(C)} and C
+        return option[1]
+    # Folding stops short of single letters and pairs, which may be symbols (n and N, AB and ab). "No" is a word.
+    if "\\" not in text and (re.search("[A-Za-z]{3}", text) or text.lower() == "no"):
+        return text.casefold()
+    return text
+
+
+_DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+_NUMBER = re.compile(rf"([+-]?) ?(?:([0-9]+) )?([+-]?{_DECIMAL}(?:[eE][+-]?[0-9]{{1,3}})?)(?: ?/ ?([+-]?{_DECIMAL}))?")
+
+
+def _number(text: str) -> Fraction | None:
+    r"""The exact value of a plain number, None for anything else.
+
+    Integers and decimals, with thousands separators and leading zeros; a/b and \frac{a}{b}; mixed numbers 1 4/5 and
+    1\frac{4}{5} where the fraction is proper; 2.5 \times 10^{-3} and 2.5e-3.
+    """
+    text = re.sub(r" ?\\frac ?\{([^{} ]*)\} ?\{([^{} ]*)\}$", r" \1/\2", text).strip()
+    text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return None
+    sign, whole, *ratio = match.groups()
+    top, bottom = (Fraction((part or "1").replace(",", "")) for part in ratio)
+    # Two numbers next to each other are a mixed number only by convention: no convention covers 2\frac{3}{2}.
+    if bottom == 0 or (whole and not (0 < top < bottom and top.denominator == bottom.denominator == 1)):
+        return None
+    return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
+
+
+# What may stand behind: % or °, a base, words in \text{}, bare words (a few short ones, or four letters and more: the
+# letters of "2 abc" are variables).
+_UNIT = re.compile(
+    r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[^{}0-9]+\}|(?<=[0-9}] )"
+    r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
+)
+# Words that change the number in front of them, or say that it is not the one answer.
+_NO_UNIT = re.compile(
+    r"\b(?:million|thousand|hundred|billion|trillion|dozen|hal(?:f|ve)|third|quarter|(?:four|fif|six|seven|eigh|nin|ten"
+    r"|hundred|thousand)th|or|and|not?|if|when|is|are|times|plus|minus|squared|cubed|mod|modulo|choose|factorial|point"
+    r"|over|to|than|about|between|less|more|most|least|except|either|double|twice|infinity|base|remainder)s?\b", re.I
+)  # fmt: skip
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words ("\$" is dollar)."""
+    if money := re.fullmatch(r"([+-]?) ?\\?\$ ?(.+)", text):
+        return money[1] + money[2], "dollar"
+    match = _UNIT.fullmatch(text)
+    if not match or _NO_UNIT.search(match[2]):
+        return text, ""
+    core, unit = match.groups()
+    if not unit.startswith(("%", r"\text")) and _number(core) is None:  # \sin 30°, and 2\pi meters may be a product
+        return text, ""
+    return core, re.sub(r"\\text|[^a-z0-9_%°]", "", unit.lower()).removesuffix("s")
+
+
+# -------------------------------------------------------------------------------------------- the verdict
+
+
+def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
+    """The reward: whether the response's final answer equals `answer` (as load_problems returns it)."""
+    prediction = extract_answer(response)
+    return prediction is not None and same_answer(prediction, answer, worker)
+
+
+def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
+    r"""Whether two answers are the same, the second being the reference.
+
+    Decisions, each ours and each in the tests' table:
+      numbers   exact: 0.333333 is not 1/3, and 3.14159265 is not \pi
+      percent   for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
+      units     ignored where one side has none; else the same words. Cents for dollars is wrong; no conversion
+      bases     the base of the reference 52_8 may be left out, never changed or added
+      lists     bare lists, {...} and unions are sets with multiplicity; "or" is a comma; lists of words are ordered
+      brackets  tuples and intervals must agree in both: (1,2) is not [1,2], {1,2} or a bare 1, 2
+      names     x = 7 equals 7; if both sides have a name it must be the same
+      equations compared side by side, so 3x + 2 = 17 is not x = 5. 1/2 = 0.5 pays for 0.5: every side is right
+      words     equal up to case, blanks and \text, never parsed
+    """
+    if len(prediction) > MAX_ANSWER or len(answer) > MAX_ANSWER:
+        return False
+    a, b = _number(answer), _number(prediction)
+    if a is not None and b is not None:  # most comparisons end here, without any cleaning
+        return a == b
+    gold, prediction = _clean(answer), _clean(prediction)
+    if not gold or not prediction or not (_balanced(gold) and _balanced(prediction)):
+        return False
+    try:
+        return _same(gold, prediction, worker)
+    except TimeoutError:
+        return False
+
+
+def _same(gold: str, prediction: str, worker: MathWorker) -> bool:
+    """Two cleaned answers, taken apart level by level."""
+    if not gold or not prediction:  # nothing stands beside "="
+        return False
+    if _key(gold) == _key(prediction):
+        return True
+    g, p = _NAMED.fullmatch(gold), _NAMED.fullmatch(prediction)
+    if g and p and _key(g[1]) != _key(p[1]):
+        return False
+    (g_kind, g_items), (p_kind, p_items) = _structure(g[2] if g else gold), _structure(p[2] if p else prediction)
+    if g_kind == p_kind == "item":
+        return _same_item(g_items[0], p_items[0], worker)
+    if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
+        return all(_same(g, p, worker) for g in g_items for p in p_items)
+    if g_kind != p_kind or len(g_items) != len(p_items):
+        return False
+    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
+        return all(_same(g, p, worker) for g, p in zip(g_items, p_items, strict=True))
+    left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
+    for g in g_items:
+        match = next((i for i, p in enumerate(left) if _same(g, p, worker)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+# x = ..., f^{-1}(x) = ..., (x, y) = ..., x \in ...; but SRAC = LRAC is a statement, which LRAC does not answer
+_NAMED = re.compile(
+    r"(\\?(?!pi\b)[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\^\{-1\})?(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\))"
+    r" ?(?:=|\\in\b) ?(?![A-Za-z]{2,}$)(.+)"
+)
+_MATRIX = re.compile(r"\\begin\{[pbB]?(?:small)?matrix\}(.*)\\end\{[pbB]?(?:small)?matrix\}")
+# What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
+_WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots")
+
+
+def _structure(text: str) -> tuple[str, list[str]]:
+    """(kind, parts) of a cleaned answer.
+
+    The kind is "item" for one thing, "list", the brackets of a tuple or interval as in "(]", a matrix's shape, or the
+    sign between the parts ("=", "<", a union's) where the whole is an equation, an inequality or a union.
+    """
+    if _number(_split_unit(text)[0]) is not None:  # 1,234 is not a list
+        return "item", [text]
+    if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
+        return _structure(braces[1].strip())
+    tuples = text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1])
+    items = [item for item in _split(text[1:-1] if tuples else text, "[,;]")[::2] if item]
+    if len(items) > 1:
+        return text[0] + text[-1] if tuples else "list", items
+    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
+    if len(parts) > 1:
+        signs = parts[1::2]
+        return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
+    if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[1]:
+        rows = [row.split("&") for row in matrix[1].split(r"\\") if row.strip()]
+        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
+    return "item", [text]
+
+
+def _same_item(gold: str, prediction: str, worker: MathWorker) -> bool:
+    (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
+    a, b = _number(g), _number(p)
+    if g_unit != p_unit:
+        if (g_unit and p_unit) or p_unit[:1] == "_":  # cents for dollars; a base that the reference does not have
+            return False
+        if "%" in (g_unit, p_unit):
+            if a is None or b is None:
+                return False
+            return b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1)
+    if a is not None and b is not None:
+        return a == b
+    return _key(g) == _key(p) or _symbolic_equal(g, p, worker)
+
+
+# What math-verify misreads: primes, percent, \pm, sets, \infty^0 (1 to sympy), and numbers next to each other, which it
+# adds up or cuts off (2 3, 1.2.3, 52_8, 1e-5, 2\frac{3}{2}).
+_MISREAD = re.compile(
+    r"'|\\prime|\\infty|\\[pm][mp]\b|[%$]|\\[{}]|[0-9] [0-9]|\.[0-9]*\.|(?<![A-Za-z])[0-9]+_|[0-9]e[-+0-9]"
+    r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}"
+)
+
+
+def _symbolic_equal(gold: str, prediction: str, worker: MathWorker) -> bool:
+    """math-verify's verdict on two expressions, for those that it reads as they are meant."""
+    expressions, letters = [], []
+    for text in (gold, prediction):
+        if _WORDS.search(text) or _MISREAD.search(text) or not text.isascii():
+            return False
+        text = re.sub(r"(?<![0-9.^_{A-Za-z])([0-9]+(?:\.[0-9]+)?) ?\(", r"\1 \\cdot (", text)  # 2(3) would be 5
+        expressions.append(re.sub(r"\) ?(?=[(0-9])", r") \\cdot ", text))  # and so would (2)(3)
+        letters.append(set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text))))
+    g, p = letters
+    if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
+        return False
+    # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
+    return not p - g - {"e", "i"} and worker.equal(*expressions)
+
+
+# -------------------------------------------------------------------------------------------- problem files
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None."""
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None
+    strategy: Strategy | None
+
+
+def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
+    """The rows of a jsonl file: {"id", "problem", "answer"} as strings, "solution" and "strategy" where there are any.
+
+    Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem
+    with the same answer is dropped, and a line printed: copies of benchmarks repeat their rows. An answer that no
+    prediction could match is an error, because its problem would silently be worth 0 for ever. Raises one ValueError
+    with up to 20 lines "path:line: what, value".
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, expected a jsonl file' if path.is_dir() else 'no such file'}")
+    if worker is None:
+        with MathWorker() as worker:
+            return load_problems(path, worker)
+    problems, errors, dropped = [], [], 0
+    by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
+    for line, raw in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
+        try:
+            problem = _read_row(raw)
+            text = " ".join(problem.problem.split())
+            if text in by_text:
+                first, answer = by_text[text]
+                if not same_answer(problem.answer, answer, worker):
+                    raise ValueError(f"same problem as line {first} but answer {problem.answer!r}, not {answer!r}")
+                dropped += 1
+                continue
+            if problem.id in by_id:
+                raise ValueError(f"duplicate id, line {by_id[problem.id]} has it too, {problem.id!r}")
+        except ValueError as error:
+            errors.append(f"{path}:{line}: {error}")
+            continue
+        by_id[problem.id], by_text[text] = line, (line, problem.answer)
+        problems.append(problem)
+    if errors:
+        raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more"] * (len(errors) > 20)))
+    if not problems:
+        raise ValueError(f"{path}: no rows")
+    if dropped:
+        print(f"{path}: dropped {dropped} rows that repeat an earlier problem and its answer")
+    return problems
+
+
+def _read_row(raw: bytes) -> Problem:
+    try:
+        row = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, {row!r}")
+    if missing := [name for name in ("id", "problem", "answer") if name not in row]:
+        raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
+    for name, value in row.items():
+        if name not in ("id", "problem", "answer", "solution", "strategy"):
+            raise ValueError(f"unknown field {name!r}, {value!r}")
+        if name != "strategy" and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f"field {name!r} must be a non-empty string, {value!r}")
+    answer = normalise_answer(row["answer"])
+    if reason := _unusable(answer):
+        raise ValueError(f"field 'answer' {reason}, {row['answer'][:200]!r}")
+    strategy = Strategy.from_dict(row["strategy"]) if "strategy" in row else None
+    return Problem(row["id"], row["problem"], answer, row.get("solution"), strategy)
+
+
+def _unique_keys(pairs: list[tuple]) -> dict:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"a field is given twice, {keys!r}")
+    return dict(pairs)
+
+
+def _unusable(answer: str) -> str:
+    """Why no prediction could match this reference, "" if one can."""
+    text = _clean(answer)
+    # What math-verify cannot read (L_{\odot}) still matches when it is written the same way, if it is whole.
+    torn = r"^[*/^_=]|[-+*/^_=\\]$|(?<!\\)\{\s*\}|\\(?:frac|sqrt)\s*$"
+    reasons = {
+        "is empty": not text,
+        f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
+        "has unbalanced brackets": not _balanced(text),
+        "is prose": len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 5,
+        "cannot be read as numbers, an expression or a few words": re.search(torn, text),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+# -------------------------------------------------------------------------------------------- accuracy
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: object,
+    problems: Sequence[Problem],
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    worker: MathWorker,
+    guided: bool = False,
+    batch_size: int = 8,
+    keep_responses: bool = False,
+) -> dict:
+    """n samples per problem, graded: summarise()'s figures, plus "responses" if they are to be kept.
+
+    max_new_tokens  longest response; generate also cuts at the context's end. A response that was cut is "truncated"
+    guided          put each row's strategy into the prompt
+    batch_size      problems sampled at once; the cache holds batch_size * n sequences
+    keep_responses  "responses": per problem its id and, per sample, text, correct, truncated and length in tokens
+
+    ValueError, before anything is sampled, for no problems, a row without a strategy when guided, and a prompt that
+    fills the context.
+    """
+    prompts = _prompts(model, tokenizer, problems, guided)
+    # From (seed, id): the result depends neither on batch_size nor on which other problems, or ranks, there are.
+    seeds = [seed * 2**32 + zlib.crc32(problem.id.encode()) for problem in problems]
+    rows = []  # one per problem: its n graded samples
+    for first in tqdm(range(0, len(prompts), batch_size), desc="guided" if guided else "auto", unit="batch"):
+        batch = slice(first, first + batch_size)
+        groups = generate(
+            model, prompts[batch], n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            eos_ids=model.config.eos_ids, seed=seeds[batch],
+        )  # fmt: skip
+        for problem, group in zip(problems[batch], groups, strict=True):
+            texts = [tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in group]
+            rows.append([
+                {"text": text, "correct": is_correct(text, problem.answer, worker), "truncated": not sample.finished,
+                 "length": len(sample.response_ids)} for sample, text in zip(group, texts, strict=True)
+            ])  # fmt: skip
+    correct, length, truncated = ([[s[key] for s in row] for row in rows] for key in ("correct", "length", "truncated"))
+    result = summarise(correct, length, truncated)
+    if keep_responses:
+        result["responses"] = [{"id": p.id, "samples": row} for p, row in zip(problems, rows, strict=True)]
+    return result
+
+
+def _prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
+    if not problems:
+        raise ValueError("no problems to evaluate")
+    without = [problem.id for problem in problems if problem.strategy is None]
+    if guided and without:
+        raise ValueError(f"guided, but {len(without)} problems have no strategy, the first is {without[0]!r}")
+    prompts = []
+    for problem in problems:
+        messages = guided_messages(problem.problem, problem.strategy) if guided else auto_messages(problem.problem)
+        prompts.append(encode_chat(tokenizer, messages))
+        if len(prompts[-1]) >= model.config.max_position_embeddings:
+            size, context = len(prompts[-1]), model.config.max_position_embeddings
+            raise ValueError(f"problem {problem.id!r}: its prompt of {size} tokens fills the context of {context}")
+    return prompts
+
+
+def summarise(
+    correct: Sequence[Sequence[bool]], length: Sequence[Sequence[int]], truncated: Sequence[Sequence[bool]]
+) -> dict:
+    """The figures of P problems with n samples each; all three arguments are (P, n) nested lists, else a ValueError.
+
+    accuracy        avg@n: mean over all samples, in [0, 1]
+    standard_error  of the accuracy over problems: unbiased standard deviation of the per-problem means / sqrt(P); None
+                    for P = 1. How far other problems of the kind might move the figure, not how far another seed would
+    pass_at_n       share of problems with at least one correct sample
+    truncation      share of samples that were cut off
+    tokens          mean response length, the end token included
+    """
+    shapes = [[len(row) for row in table] for table in (correct, length, truncated)]
+    if not correct or not correct[0] or any(shape != [len(correct[0])] * len(correct) for shape in shapes):
+        raise ValueError(f"expected three (P, n) lists, P and n at least 1, got rows of {shapes}")
+    means = [sum(row) / len(row) for row in correct]
+    return {
+        "accuracy": statistics.fmean(means),
+        "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        "pass_at_n": statistics.fmean(any(row) for row in correct),
+        "truncation": statistics.fmean(cut for row in truncated for cut in row),
+        "tokens": statistics.fmean(count for row in length for count in row),
+        "problems": len(correct),
+        "n": len(correct[0]),
+    }
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # No abbreviations: --temp must not be read as --temperature, and a typo must fail.
+    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl problem files.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="model folder or hub name")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="jsonl files of problems")
+    parser.add_argument("--n", type=int, default=1, help="samples per problem (paper: 4; 32 for AMC23 and AIME24)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy; 0.6 is the paper's")
+    parser.add_argument("--top_p", type=float, default=0.95, help="0.95 is the paper's")
+    # 2,048 holds nearly every answer of an instruct model of this size. Look at the truncation that is printed; the
+    # paper allows 32K, which costs memory for the cache and, for a model that rambles, time.
+    parser.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
+    parser.add_argument("--limit", type=int, help="only the first so many problems of each file")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
+    parser.add_argument("--batch_size", type=int, default=8, help="problems sampled at once, each n times")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds for one symbolic comparison")
+    parser.add_argument("--responses", action="store_true", help="write every response into the results too")
+    parser.add_argument("--out", help="results file, must not exist (default: eval-MODEL.json, -guided with --guided)")
+    return parser
+
+
+def _output_path(args: argparse.Namespace) -> Path:
+    """Where the results go. Checked before the run: an hour of sampling must not end at a file that is in the way."""
+    name = Path(args.model.rstrip("/")).name or "model"
+    path = Path(args.out or f"eval-{name}{'-guided' * args.guided}.json")
+    if path.exists():
+        raise ValueError(f"{path}: already there; name another file with --out")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    return path
+
+
+def _line(figures: dict) -> str:
+    n, error = figures["n"], figures["standard_error"]
+    accuracy, passed, cut = (100 * figures[key] for key in ("accuracy", "pass_at_n", "truncation"))
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    return (
+        f"avg@{n} {accuracy:.1f}{spread}  pass@{n} {passed:.1f}  truncated {cut:.1f} %  "
+        f"tokens {figures['tokens']:.0f}  problems {figures['problems']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Evaluate from the command line: print a line per file, write the results, return them."""
+    args = build_parser().parse_args(arguments)
+    for name in ("n", "max_new_tokens", "batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    out = _output_path(args)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with MathWorker(timeout_s=args.timeout) as worker:
+        # All files are read and checked before the model is: a bad line in the last one must not cost an evaluation.
+        files = {file: load_problems(file, worker)[: args.limit] for file in args.data}
+        model, tokenizer = load_model(args.model, dtype=getattr(torch, args.dtype), device=device)
+        packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
+        versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
+        results = {"config": vars(args) | {"device": device}, "versions": versions, "files": {}}
+        for file, problems in files.items():
+            lost = worker.timeouts
+            figures = evaluate(
+                model, tokenizer, problems, n=args.n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                top_p=args.top_p, seed=args.seed, worker=worker, guided=args.guided, batch_size=args.batch_size,
+                keep_responses=args.responses,
+            )  # fmt: skip
+            results["files"][file] = figures | {"grader_timeouts": worker.timeouts - lost}
+            print(f"{file}: {_line(figures)}")
+    with out.open("x") as stream:
+        json.dump(results, stream, indent=1, ensure_ascii=False)
+    print(f"results in {out}")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem_with_input:
+        sys.exit(f"eval.py: {problem_with_input}")

@@ -1,0 +1,878 @@
+"""Train a policy with SGPO (Strategy-Guided Policy Optimization, arXiv 2606.24064), GRPO or SFT.
+
+    python train.py                                                     the tiny world, 2 CPU cores, no network
+    python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
+    torchrun --nproc_per_node=2 train.py ...                            the same, problems dealt to ranks
+
+One process per device; every rank holds the whole model and gradients are summed over ranks (sharding is not here yet). The
+result does not depend on the number of ranks: a problem's random numbers come from (seed, step, problem), and every loss is
+divided by a count over the whole optimizer step.
+
+The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, choose the target, update. What the paper leaves
+open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
+sgpo and grpo part: what is sampled (sample_and_grade), what is decided (weigh), what is optimised (update).
+
+Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py. Axes: P problems, G and J group sizes, M tokens.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import MathWorker, Problem, evaluate, is_correct, load_problems
+from loss import chunked_head, distillation_terms, grpo_terms, sft_terms
+from model import CausalLM, encode_chat, load_model, save_model
+from rollout import Packed, Trajectory, generate, micro_batches, pack
+from strategy import auto_messages, guided_messages
+from weighting import group_advantages, instance_weight, reachable_target
+
+HERE = Path(__file__).resolve().parent
+METHODS = {"sgpo": ("strategy",), "grpo": (), "sft": ("solution",)}  # the fields that every training row must have
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def knob(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the paper's where it names one; TINY replaces some when no --model is given."""
+
+    method: str = knob("sgpo", "what to train with", tuple(METHODS))
+    model: str = knob("", "model folder, org/name, or a known family's bare name; empty: the tiny world's base model")
+    data: str = knob("", "training problems (jsonl, see data/README.md); empty: the tiny world or the starter set")
+    eval_data: str = knob("", "held-out problems; empty: the default data's own test split, else no evaluation")
+    out: str = knob("", "folder to write; empty: runs/<method>-<time>")
+    seed: int = knob(0, "seeds data order, sampling and evaluation, each through a stream of its own")
+    # sampling
+    group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]")
+    group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
+    temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [ours]")
+    max_new_tokens: int = knob(8192, "longest response in training, in tokens")
+    max_rows: int = knob(256, "responses decoded at once; lower it when the KV cache does not fit")
+    # policy loss
+    clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [paper]")
+    clip_high: float = knob(0.28, "and above 1 + this [paper]")
+    mask_truncated: bool = knob(False, "leave truncated responses out of the loss (never out of the group's mean)")
+    # distillation
+    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [paper]")
+    alpha_0: float = knob(0.5, "scale of the adaptive weight [paper]")
+    gamma: float = knob(0.1, "smoothing of the adaptive weight [paper]")
+    alpha_max: float = knob(0.8, "largest adaptive weight [paper]")
+    reach: str = knob("sum", "log-probability that ranks the targets: summed or mean per token [ours]", ("sum", "mean"))
+    # optimisation
+    problems_per_step: int = knob(128, "problems sampled for one step, over all ranks")
+    minibatches: int = knob(1, "optimizer updates made from one step's samples")
+    epochs: float = knob(10.0, "passes over the RL problems [paper]; --steps overrides")
+    steps: int = knob(0, "number of steps; 0: from --epochs")
+    learning_rate: float = knob(1e-6, "peak learning rate of RL")
+    lr_warmup_steps: int = knob(0, "steps of linear warm-up")
+    lr_decay: str = knob("constant", "after the warm-up", ("constant", "linear"))
+    weight_decay: float = knob(0.01, "AdamW's decoupled weight decay")
+    max_grad_norm: float = knob(1.0, "the global gradient norm is clipped to this")
+    micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result")
+    chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result")
+    # supervised stage
+    sft_fraction: float = knob(1 / 3, "share of the problems used for the SFT warm-up instead of RL [paper]; 0: none")
+    sft_epochs: float = knob(1.0, "passes over them (with --method sft: over all problems)")
+    sft_batch: int = knob(64, "solutions in one SFT update")
+    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT, decayed linearly")
+    sft_guided: float = knob(0.0, "share of the SFT examples whose prompt holds the strategy [ours]")
+    # evaluation
+    eval_every: int = knob(20, "steps between evaluations; 0: only before and after")
+    eval_n: int = knob(4, "responses a problem")
+    eval_limit: int = knob(0, "evaluate on the first so many problems; 0: all")
+    eval_guided: bool = knob(False, "before and after, evaluate with the strategy in the prompt too")
+    eval_temperature: float = knob(0.6, "[paper]")
+    eval_top_p: float = knob(0.95, "[paper]")
+    # machine
+    dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
+    device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one")
+
+
+TINY = dict(
+    model=str(HERE / "data/tiny/base"),
+    data=str(HERE / "data/tiny/train.jsonl"),
+    eval_data=str(HERE / "data/tiny/test.jsonl"),
+    problems_per_step=16,
+    steps=60,
+    max_new_tokens=32,
+    max_rows=1024,
+    learning_rate=1e-4,
+    lr_warmup_steps=5,
+    lr_decay="linear",
+    weight_decay=0.0,
+    sft_fraction=0.0,
+    sft_learning_rate=3e-4,
+    eval_guided=True,
+)
+STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
+
+
+def parse_config(argv: Sequence[str] | None) -> Config:
+    """Flags -> Config. A flag beats a preset, a preset beats the default; an unknown flag is an error."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for spec in dataclasses.fields(Config):
+        text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if spec.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": spec.type, "choices": spec.metadata["choices"]}
+        parser.add_argument(f"--{spec.name}", **options)
+    given = vars(parser.parse_args(argv))
+    preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}
+    if given.get("data"):
+        preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
+    cfg = Config(**{**preset, **given})
+    problem = _first_bad(cfg)
+    if problem:
+        parser.error(problem)
+    return cfg if cfg.out else dataclasses.replace(cfg, out=f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _first_bad(cfg: Config) -> str | None:
+    """What is wrong with the first setting that no run could use; None where all are usable."""
+    counts = "group_guided max_new_tokens max_rows problems_per_step minibatches sft_batch eval_n micro_tokens chunk_tokens"
+    for name in counts.split():
+        if getattr(cfg, name) < 1:
+            return f"--{name} {getattr(cfg, name)}: must be at least 1"
+    if cfg.group_auto < 2:
+        return f"--group_auto {cfg.group_auto}: a group's advantage needs at least 2 trajectories"
+    for name in "temperature learning_rate sft_learning_rate max_grad_norm gamma delta epochs".split():
+        if not 0 < getattr(cfg, name) < math.inf:
+            return f"--{name} {getattr(cfg, name)}: must be positive and finite"
+    for name in "sft_fraction sft_guided".split():
+        if not 0 <= getattr(cfg, name) <= 1:
+            return f"--{name} {getattr(cfg, name)}: must be within 0 and 1"
+    if cfg.problems_per_step < cfg.minibatches:
+        return f"--minibatches {cfg.minibatches}: more than the {cfg.problems_per_step} problems of a step"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- ranks and seeds
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(values: dict[str, float], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+    """Each value summed (or another op) over the ranks, in float64. Every rank must call it with the same names."""
+    names = sorted(values)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total, op)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def stream_seed(*names: Any) -> int:
+    """A 63-bit seed for a named stream of random numbers: equal names, equal seed, on every machine and rank."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
+
+
+def start_ranks(cfg: Config) -> torch.device:
+    """Join the other ranks if torchrun started us; the device of this one."""
+    use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device(
+        "cpu" if cfg.device == "auto" else cfg.device
+    )
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem with its prompts, encoded once. guided_ids and solution_ids are None where the run does not use them."""
+
+    problem: Problem
+    auto_ids: list[int]
+    guided_ids: list[int] | None
+    solution_ids: list[int] | None
+
+
+@dataclass
+class Run:
+    """What every part of the loop needs. Nothing here is changed by a step but the model's and the optimizer's tensors."""
+
+    cfg: Config
+    model: CausalLM
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    worker: MathWorker
+    device: torch.device
+    out: Path
+    autocast: Callable[[], Any]  # a fresh context each time: its cache of cast weights must not outlive one pass
+
+
+def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
+    """Encode every prompt before any work is done; ValueError for rows the method cannot use or the context cannot hold."""
+    needs = set(METHODS[cfg.method])
+    if cfg.sft_fraction > 0:
+        needs.add("solution")
+    if cfg.sft_guided > 0 and "solution" in needs:
+        needs.add("strategy")
+    for field in sorted(needs):
+        without = [problem.id for problem in problems if getattr(problem, field) is None]
+        if without:
+            hint = "; --sft_fraction 0 goes without the warm-up" if field == "solution" and cfg.method != "sft" else ""
+            raise ValueError(f"{cfg.data}: {len(without)} rows have no {field}, the first is {without[0]!r}{hint}")
+    examples = []
+    for problem in problems:
+        auto_ids = encode_chat(tokenizer, auto_messages(problem.problem))
+        guided_ids = solution_ids = None
+        if "strategy" in needs:
+            guided_ids = encode_chat(tokenizer, guided_messages(problem.problem, problem.strategy))
+        if "solution" in needs:
+            solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+        longest = max(len(auto_ids), len(guided_ids or [])) + len(solution_ids or [0])
+        if longest > context:
+            raise ValueError(
+                f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution where it is used), "
+                f"the context holds {context}"
+            )
+        examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
+    return examples
+
+
+def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, stage: str) -> list[tuple[int, Example]]:
+    """The batch of a step as (place in the batch, example): an endless stream of shuffled epochs, cut. No state to lose."""
+    chosen = []
+    order: list[int] = []
+    epoch = -1
+    for place in range(step * batch, (step + 1) * batch):
+        if place // len(examples) != epoch:
+            epoch = place // len(examples)
+            generator = torch.Generator().manual_seed(stream_seed(seed, "order", stage, epoch))
+            order = torch.randperm(len(examples), generator=generator).tolist()
+        chosen.append((place - step * batch, examples[order[place % len(examples)]]))
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------- one SGPO step
+
+
+@dataclass(frozen=True)
+class PolicyItem:
+    """An autonomous trajectory with its advantage: one term of the policy loss."""
+
+    trajectory: Trajectory
+    advantage: float
+
+
+@dataclass(frozen=True)
+class TargetItem:
+    """A problem's reachable target o+ under both contexts, with its weight: one term of the distillation loss."""
+
+    auto_ids: list[int]
+    guided_ids: list[int]
+    response_ids: list[int]
+    alpha: float
+
+
+@dataclass
+class ProblemSamples:
+    """What one problem brought in: trajectories, rewards, and the decisions taken from them."""
+
+    place: int  # in the step's batch, over all ranks
+    example: Example
+    auto: list[Trajectory]
+    guided: list[Trajectory]
+    auto_rewards: list[float]
+    guided_rewards: list[float]
+    advantages: list[float] = dataclasses.field(default_factory=list)
+    alpha: float = 0.0
+    target: int | None = None  # index into `guided`
+
+
+def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
+    """One step of SGPO [paper]; returns the step's metrics, summed over all ranks. `batch` is this rank's share."""
+    start = time.perf_counter()
+    samples = sample_and_grade(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
+    sampled = time.perf_counter()
+    weigh(run, samples)  # advantages A_i, adaptive weight alpha(q), reachable target o+
+    updates = []
+    for part in range(run.cfg.minibatches):  # cut by the place in the whole batch: the same problems on any number of ranks
+        chosen = [s for s in samples if s.place * run.cfg.minibatches // run.cfg.problems_per_step == part]
+        updates.append(update(run, chosen, learning_rate))
+    metrics = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
+    # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
+    metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
+    metrics |= {"step": step, "learning_rate": learning_rate}
+    return metrics | describe(run, samples, step, sampled - start, time.perf_counter() - start)
+
+
+def sample_and_grade(run: Run, batch: Sequence[tuple[int, Example]], step: int) -> list[ProblemSamples]:
+    """Sample both groups of every problem and grade them. GRPO has no guided group."""
+    cfg = run.cfg
+    places, examples = [place for place, _ in batch], [example for _, example in batch]
+
+    def rollouts(kind: str, prompts: list[list[int]], n: int) -> list[list[Trajectory]]:
+        seeds = [stream_seed(cfg.seed, "sample", kind, step, place) for place in places]
+        with run.autocast():
+            return generate(
+                run.model,
+                prompts,
+                n=n,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
+                eos_ids=run.model.config.eos_ids,
+                seed=seeds,
+                max_rows=cfg.max_rows,
+            )
+
+    def rewards(example: Example, group: list[Trajectory]) -> list[float]:
+        texts = (run.tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in group)
+        return [float(is_correct(text, example.problem.answer, run.worker)) for text in texts]
+
+    auto = rollouts("auto", [example.auto_ids for example in examples], cfg.group_auto)
+    guided: list[list[Trajectory]] = [[] for _ in examples]
+    if cfg.method == "sgpo":
+        guided = rollouts("guided", [example.guided_ids for example in examples], cfg.group_guided)
+    return [
+        ProblemSamples(places[p], example, auto[p], guided[p], rewards(example, auto[p]), rewards(example, guided[p]))
+        for p, example in enumerate(examples)
+    ]
+
+
+def weigh(run: Run, samples: list[ProblemSamples]) -> None:
+    """Fill in each problem's advantages, alpha(q) and target."""
+    cfg = run.cfg
+    if not samples:
+        return  # this rank has no problem in this step
+    advantages = group_advantages(torch.tensor([sample.auto_rewards for sample in samples]))  # (P, G)
+    for sample, row in zip(samples, advantages.tolist(), strict=True):
+        sample.advantages = row
+    if cfg.method != "sgpo":
+        return
+    p_auto = torch.tensor([sample.auto_rewards for sample in samples]).mean(1)  # (P,)
+    p_guide = torch.tensor([sample.guided_rewards for sample in samples]).mean(1)
+    alpha = instance_weight(p_auto, p_guide, cfg.alpha_0, cfg.gamma, cfg.alpha_max)
+    reach = unguided_logprobs(run, samples)  # P lists of J
+    for p, sample in enumerate(samples):
+        sample.alpha = alpha[p].item()
+        sample.target = reachable_target(torch.tensor(reach[p]), torch.tensor(sample.guided_rewards) > 0)
+
+
+@torch.no_grad()
+def unguided_logprobs(run: Run, samples: list[ProblemSamples]) -> list[list[float]]:
+    """log pi(o~_j | q): each guided trajectory's log-probability without the strategy, for the choice of o+."""
+    pairs = [(sample.example.auto_ids, row.response_ids) for sample in samples for row in sample.guided]
+    scores: list[float] = []
+    for indices in micro_batches([len(a) + len(b) for a, b in pairs], run.cfg.micro_tokens):
+        packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
+        terms = partial(sft_terms, weight=torch.ones((), device=run.device))
+        _, stats = head_pass(run, packed, terms, (packed.targets,))
+        total = torch.zeros(len(indices), device=run.device).index_add_(0, packed.sequence, stats["logprob"])
+        if run.cfg.reach == "mean":
+            total = total / torch.bincount(packed.sequence, minlength=len(indices))
+        scores += total.tolist()
+    J = run.cfg.group_guided
+    return [scores[p * J : (p + 1) * J] for p in range(len(samples))]
+
+
+# ---------------------------------------------------------------------------------------------------- the update
+
+
+def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dict[str, float]:
+    """One optimizer update on L = L_GRPO + mean_q alpha(q) L_KD^clip(q) [paper]; metrics over all ranks and micro-batches.
+
+    Two normalisers, both counted over the whole update before any backward pass: policy tokens are weighted 1 / (all response
+    tokens), a target's tokens alpha(q) / (P |o+|) with P all problems, those without a correct guided trajectory included.
+    """
+    policy, targets = policy_items(samples, run.cfg), target_items(samples)
+    local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
+    count = over_ranks(local, run.device)
+    sums, worst = backward_policy(run, policy, max(count["tokens"], 1))
+    sums |= backward_distillation(run, targets, count["problems"])
+    grad_norm = apply_gradients(run, learning_rate)
+
+    sums = over_ranks(sums, run.device)
+    tokens, target_tokens = max(count["tokens"], 1), max(sums["target_tokens"], 1)
+    return {
+        "loss": sums["policy_loss"] + sums["distillation_loss"],
+        "policy_loss": sums["policy_loss"],
+        "distillation_loss": sums["distillation_loss"],
+        "entropy": sums["entropy"] / tokens,
+        "clip_fraction": sums["clipped"] / tokens,
+        "policy_kl": sums["policy_kl"] / tokens,
+        "kl": sums["kl"] / target_tokens,
+        "kept": sums["kept"] / target_tokens,
+        "target_tokens": sums["target_tokens"],
+        "grad_norm": grad_norm,
+        **over_ranks(worst, run.device, dist.ReduceOp.MAX),
+    }
+
+
+def policy_items(samples: list[ProblemSamples], cfg: Config) -> list[PolicyItem]:
+    return [
+        PolicyItem(trajectory, advantage)
+        for sample in samples
+        for trajectory, advantage in zip(sample.auto, sample.advantages, strict=True)
+        if trajectory.finished or not cfg.mask_truncated
+    ]
+
+
+def target_items(samples: list[ProblemSamples]) -> list[TargetItem]:
+    return [
+        TargetItem(sample.example.auto_ids, sample.example.guided_ids, sample.guided[sample.target].response_ids, sample.alpha)
+        for sample in samples
+        if sample.target is not None
+    ]
+
+
+def backward_policy(run: Run, items: list[PolicyItem], tokens: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics."""
+    sums = dict.fromkeys(("policy_loss", "entropy", "clipped", "policy_kl"), 0.0)
+    worst = {"ratio_error": 0.0, "logprob_error": 0.0}
+    costs = [len(item.trajectory.prompt_ids) + len(item.trajectory.response_ids) for item in items]
+    for indices in micro_batches(costs, run.cfg.micro_tokens):
+        loss, stats, old = policy_pass(run, [items[i] for i in indices], 1 / tokens)
+        loss.backward()
+        log_ratio = stats["logprob"] - old
+        sums["policy_loss"] += loss.item()
+        sums["entropy"] += stats["entropy"].sum().item()
+        sums["clipped"] += stats["clipped"].sum().item()
+        # an estimate of KL(old || new) from the sampled tokens that is unbiased and never negative
+        sums["policy_kl"] += (stats["ratio"] - 1 - log_ratio).sum().item()
+        worst["ratio_error"] = max(worst["ratio_error"], (stats["ratio"] - 1).abs().max().item())
+        worst["logprob_error"] = max(worst["logprob_error"], log_ratio.abs().max().item())
+    return sums, worst
+
+
+def backward_distillation(run: Run, items: list[TargetItem], problems: float) -> dict[str, float]:
+    """Accumulate the gradient of the weighted, clipped KL over micro-batches: sums of this rank's diagnostics."""
+    sums = dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
+    costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in items]
+    for indices in micro_batches(costs, run.cfg.micro_tokens):
+        loss, stats = distillation_pass(run, [items[i] for i in indices], problems)
+        loss.backward()
+        sums["distillation_loss"] += loss.item()
+        sums["target_tokens"] += stats["divergence"].numel()
+        sums["kl"] += stats["divergence"].sum().item()
+        sums["kept"] += stats["kept"].sum().item()
+    return sums
+
+
+def head_pass(run: Run, packed: Packed, terms: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward over a packed batch, its response tokens through the chunked head: (loss, per-token stats)."""
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return chunked_head(hidden[0, packed.predict], weight, terms, inputs, chunk_tokens=run.cfg.chunk_tokens)
+
+    with run.autocast():
+        return run.model(packed.input_ids, lengths=packed.lengths, head=head)
+
+
+def policy_pass(run: Run, items: list[PolicyItem], token_weight: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The policy loss of one micro-batch of autonomous trajectories: (loss, per-token stats, the sampler's log-probs).
+
+    The old policy is the sampler: at temperature 1 and top_p 1 its log-probs are the behaviour's, and no second pass over the
+    trajectories is needed (ours). What the two computations differ by is logged as logprob_error.
+    """
+    cfg, device = run.cfg, run.device
+    rows = [item.trajectory for item in items]
+    packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
+    old = torch.tensor([value for row in rows for value in row.logprobs], device=device)  # (M,)
+    advantages = torch.tensor([item.advantage for item in items], device=device)[packed.sequence]  # (M,)
+    weight = torch.full_like(old, token_weight)
+    terms = partial(grpo_terms, clip_low=cfg.clip_low, clip_high=cfg.clip_high, temperature=cfg.temperature)
+    loss, stats = head_pass(run, packed, terms, (packed.targets, old, advantages, weight))
+    return loss, stats, old
+
+
+def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum over the items of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t: (loss, per-token stats).
+
+    Two forwards over the same response tokens: the guided one at the current parameters, without gradient (ours: recomputed
+    at every update), kept as hidden states; then the unguided one, whose chunks of logits meet the guided chunks in the head.
+    """
+    cfg, device = run.cfg, run.device
+    responses = [item.response_ids for item in items]
+    guided = pack([item.guided_ids for item in items], responses, device=device)
+    unguided = pack([item.auto_ids for item in items], responses, device=device)  # row m of both predicts the same token
+    with torch.no_grad(), run.autocast():
+        guided_hidden = run.model(guided.input_ids, lengths=guided.lengths, head=lambda h, _: h[0, guided.predict])  # (M, D)
+    per_token = torch.tensor([item.alpha / (problems * len(item.response_ids)) for item in items], device=device)
+    inputs = (guided_hidden, per_token[unguided.sequence])
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = partial(distillation_terms, head_weight=weight, delta=cfg.delta, temperature=cfg.temperature)
+        return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=cfg.chunk_tokens)
+
+    with run.autocast():
+        return run.model(unguided.input_ids, lengths=unguided.lengths, head=head)
+
+
+def apply_gradients(run: Run, learning_rate: float) -> float:
+    """Sum the gradients over ranks, clip them by their global norm, step; the norm before clipping.
+
+    Every rank takes part, also one that had no token: its gradient is zero. The losses are already divided by global counts,
+    so the sum over ranks is the gradient.
+    """
+    parameters = list(run.model.parameters())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if dist.is_initialized():
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}: stopped before the weights are lost")
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
+
+
+def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: float, total_s: float) -> dict[str, float]:
+    """What was sampled, in numbers over all ranks; the trajectories go to samples.jsonl (rank 0's first problem)."""
+    auto = [row for sample in samples for row in sample.auto]
+    guided = [row for sample in samples for row in sample.guided]
+    local = {
+        "problems": len(samples),
+        "auto": len(auto),
+        "guided": len(guided),
+        "reward_auto": sum(sum(sample.auto_rewards) for sample in samples),
+        "reward_guided": sum(sum(sample.guided_rewards) for sample in samples),
+        "alpha": sum(sample.alpha for sample in samples),
+        "with_target": sum(sample.target is not None for sample in samples),
+        "all_right": sum(min(sample.auto_rewards) > 0 for sample in samples),
+        "all_wrong": sum(max(sample.auto_rewards) == 0 for sample in samples),
+        "truncated": sum(not row.finished for row in auto),
+        "auto_tokens": sum(len(row.response_ids) for row in auto),
+        "guided_tokens": sum(len(row.response_ids) for row in guided),
+        "grader_timeouts": run.worker.timeouts,
+    }
+    total = over_ranks(local, run.device)
+    if world()[0] == 0 and samples:
+        write_samples(run, samples[0], step)
+    problems, tokens = total["problems"], total["auto_tokens"] + total["guided_tokens"]
+    return {
+        "reward_auto": total["reward_auto"] / total["auto"],
+        "reward_guided": total["reward_guided"] / max(total["guided"], 1),
+        "alpha": total["alpha"] / problems,
+        "with_target": total["with_target"] / problems,
+        "all_right": total["all_right"] / problems,
+        "all_wrong": total["all_wrong"] / problems,
+        "truncated": total["truncated"] / total["auto"],
+        "length_auto": total["auto_tokens"] / total["auto"],
+        "length_guided": total["guided_tokens"] / max(total["guided"], 1),
+        "sampled_tokens": tokens,
+        "grader_timeouts": total["grader_timeouts"],
+        "sampling_s": sampling_s,
+        "step_s": total_s,
+        "tokens_per_s": tokens / total_s,
+    }
+
+
+def write_samples(run: Run, sample: ProblemSamples, step: int) -> None:
+    with (run.out / "samples.jsonl").open("a", encoding="utf-8") as file:
+        groups = (("auto", sample.auto, sample.auto_rewards), ("guided", sample.guided, sample.guided_rewards))
+        for kind, rows, rewards in groups:
+            for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
+                record = {
+                    "step": step,
+                    "id": sample.example.problem.id,
+                    "group": kind,
+                    "target": kind == "guided" and index == sample.target,
+                    "reward": reward,
+                    "alpha": sample.alpha,
+                    "finished": row.finished,
+                    "text": run.tokenizer.decode(row.response_ids, skip_special_tokens=True),
+                }
+                file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+def sft_stage(run: Run, examples: Sequence[Example], log: Callable[[dict[str, Any]], None]) -> None:
+    """Token-mean cross-entropy on the strong model's solutions; the SFT warm-up, and the whole of --method sft."""
+    cfg = run.cfg
+    rank, ranks = world()
+    steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
+    for step in tqdm(range(steps), desc="sft", disable=rank > 0):
+        batch = data_order(examples, step, cfg.sft_batch, cfg.seed, "sft")[rank::ranks]
+        pairs = [sft_pair(example, step, place, cfg) for place, example in batch]
+        costs = [len(context) + len(response) for context, response in pairs]
+        tokens = over_ranks({"tokens": sum(len(response) for _, response in pairs)}, run.device)["tokens"]
+        total = 0.0
+        for indices in micro_batches(costs, cfg.micro_tokens):
+            packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
+            weight = torch.full(packed.targets.shape, 1 / tokens, device=run.device)
+            loss, _ = head_pass(run, packed, sft_terms, (packed.targets, weight))
+            loss.backward()
+            total += loss.item()
+        learning_rate = cfg.sft_learning_rate * (1 - step / steps)
+        norm = apply_gradients(run, learning_rate)
+        total = over_ranks({"loss": total}, run.device)["loss"]
+        log({"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": learning_rate})
+        if rank == 0:
+            tqdm.write(f"sft {step + 1:>4}/{steps}  loss {total:.4f}  grad norm {norm:.2f}")
+
+
+def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
+    """(context, response) of one SFT example; a share sft_guided of them, drawn anew each time, has the strategy in view."""
+    draw = stream_seed(cfg.seed, "sft guided", step, place) / 2**63
+    return (example.guided_ids if draw < cfg.sft_guided else example.auto_ids), example.solution_ids
+
+
+def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem], log: Callable[[dict], None]) -> None:
+    """All steps of a sampling method, with the periodic evaluation."""
+    cfg = run.cfg
+    rank, ranks = world()
+    steps = rl_steps(cfg, len(examples))
+    for step in tqdm(range(steps), desc=cfg.method, disable=rank > 0):
+        batch = data_order(examples, step, cfg.problems_per_step, cfg.seed, "rl")[rank::ranks]
+        metrics = sgpo_step(run, batch, step + 1, learning_rate_at(cfg, step, steps))
+        log({"stage": cfg.method, **metrics})
+        if rank == 0:
+            tqdm.write(step_line(metrics, steps))
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps and held_out:
+            accuracy = measure(run, held_out, guided=False)
+            log({"stage": "eval", "step": step + 1, **accuracy})
+            if rank == 0:
+                tqdm.write(f"eval after step {step + 1}: accuracy {accuracy['accuracy']:.3f} +- {accuracy['stderr']:.3f}")
+
+
+def rl_steps(cfg: Config, examples: int) -> int:
+    return cfg.steps or math.ceil(cfg.epochs * examples / cfg.problems_per_step)
+
+
+def learning_rate_at(cfg: Config, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, then constant or linearly down to zero at the last step; steps count from 0."""
+    if step < cfg.lr_warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.lr_warmup_steps
+    if cfg.lr_decay == "constant":
+        return cfg.learning_rate
+    return cfg.learning_rate * (steps - step) / max(steps - cfg.lr_warmup_steps, 1)
+
+
+def step_line(metrics: dict[str, float], steps: int) -> str:
+    m = metrics
+    return (
+        f"step {m['step']:>4}/{steps}  reward alone {m['reward_auto']:.3f}  guided {m['reward_guided']:.3f}  "
+        f"alpha {m['alpha']:.3f}  KL {m['kl']:.3f}  kept {m['kept']:.3f}  entropy {m['entropy']:.3f}  "
+        f"length {m['length_auto']:.0f}  {m['tokens_per_s']:.0f} tokens/s"
+    )
+
+
+def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str, float]:
+    """Held-out accuracy over all ranks, each evaluating its share of the problems."""
+    cfg = run.cfg
+    rank, ranks = world()
+    mine = list(range(rank, len(problems), ranks))
+    sums = {"mean": 0.0, "square": 0.0, "truncated": 0.0, "length": 0.0}
+    if mine:
+        with run.autocast():
+            result = evaluate(
+                run.model,
+                run.tokenizer,
+                [problems[i] for i in mine],
+                n=cfg.eval_n,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.eval_temperature,
+                top_p=cfg.eval_top_p,
+                seed=stream_seed(cfg.seed, "eval") % 2**31,  # the same draws at every evaluation, on any number of ranks
+                worker=run.worker,
+                guided=guided,
+                batch_size=max(1, cfg.max_rows // cfg.eval_n),
+                keep_responses=True,
+            )
+        for response in result["responses"]:
+            mean, cut, length = (
+                sum(sample[name] for sample in response["samples"]) / cfg.eval_n for name in ("correct", "truncated", "length")
+            )
+            sums["mean"] += mean
+            sums["square"] += mean * mean
+            sums["truncated"] += cut
+            sums["length"] += length
+    sums = over_ranks(sums, run.device)
+    P = len(problems)
+    accuracy = sums["mean"] / P
+    variance = max(sums["square"] - P * accuracy**2, 0.0) / max(P - 1, 1)  # of the problems' means, unbiased
+    return {
+        "guided": guided,
+        "problems": P,
+        "n": cfg.eval_n,
+        "accuracy": accuracy,
+        "stderr": math.sqrt(variance / P),
+        "truncated": sums["truncated"] / P,
+        "length": sums["length"] / P,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+
+def show_samples(run: Run, problem: Problem, when: str) -> None:
+    """Print one response alone and one guided, to the same problem, at the evaluation's settings (rank 0)."""
+    if world()[0]:
+        return
+    prompts = {"alone": auto_messages(problem.problem)}
+    if problem.strategy is not None:
+        prompts["guided"] = guided_messages(problem.problem, problem.strategy)
+    tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
+    for kind, messages in prompts.items():
+        with run.autocast():
+            ((row,),) = generate(
+                run.model,
+                [encode_chat(run.tokenizer, messages)],
+                n=1,
+                max_new_tokens=run.cfg.max_new_tokens,
+                temperature=run.cfg.eval_temperature,
+                top_p=run.cfg.eval_top_p,
+                eos_ids=run.model.config.eos_ids,
+                seed=stream_seed(run.cfg.seed, "show"),
+            )
+        text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
+        verdict = "right" if is_correct(text, problem.answer, run.worker) else "wrong"
+        tqdm.write(f"  {kind:>6} ({verdict}): {text}")
+
+
+def code_commit() -> str:
+    """The commit of this code, with a + where the files differ from it; 'unknown' outside a git checkout."""
+    try:
+        run = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+        head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return head + ("+" if run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def open_log(cfg: Config, device: torch.device) -> tuple[Path, Callable[[dict[str, Any]], None]]:
+    """(the run's folder, log): metrics.jsonl begins with the config, the commit and the machine. Only rank 0 writes."""
+    out = Path(cfg.out)
+    rank, ranks = world()
+    if rank == 0 and (out / "metrics.jsonl").exists():
+        raise ValueError(f"--out {out}: holds a run already (metrics.jsonl); name another folder")
+
+    def log(record: dict[str, Any]) -> None:
+        if rank == 0:
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    versions = {"commit": code_commit(), "torch": torch.__version__, "device": name, "ranks": ranks}
+    log({"config": dataclasses.asdict(cfg), **versions})
+    return out, log
+
+
+def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Problem], Callable]:
+    """Load and check everything a run needs; ValueError before any training for whatever is wrong with it."""
+    problems = load_problems(cfg.data, worker)
+    held_out = load_problems(cfg.eval_data, worker) if cfg.eval_data else []
+    if cfg.eval_limit:
+        held_out = held_out[: cfg.eval_limit]
+    if cfg.eval_guided and any(problem.strategy is None for problem in held_out):
+        raise ValueError(f"{cfg.eval_data}: --eval_guided needs a strategy in every row")
+    model, tokenizer = load_model(cfg.model, dtype=torch.float32, device=device)
+    examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+    out, log = open_log(cfg, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext
+    return Run(cfg, model, tokenizer, optimizer, worker, device, out, autocast), examples, held_out, log
+
+
+def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example], list[Example]]:
+    """(for SFT, for RL): a seeded split without overlap; --method sft takes all."""
+    if cfg.method == "sft":
+        return examples, []
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(stream_seed(cfg.seed, "split")))
+    shuffled = [examples[i] for i in order.tolist()]
+    cut = round(cfg.sft_fraction * len(examples))
+    if cut == len(examples):
+        raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
+    return shuffled[:cut], shuffled[cut:]
+
+
+def train(cfg: Config, device: torch.device) -> None:
+    """Warm-up, RL, the evaluations between, and the model folder at the end."""
+    say = tqdm.write if world()[0] == 0 else lambda _: None
+    with MathWorker() as worker:
+        try:
+            run, examples, held_out, log = prepare(cfg, device, worker)
+            for_sft, for_rl = split_examples(examples, cfg)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
+        say(f"{len(for_sft)} problems for SFT, {len(for_rl)} for {cfg.method}, {len(held_out)} held out")
+        table: dict[str, dict[str, dict[str, float]]] = {}
+
+        def evaluate_as(when: str, step: int) -> None:
+            for kind in ["alone", "guided"] if cfg.eval_guided else ["alone"]:
+                if held_out:
+                    table.setdefault(when, {})[kind] = measure(run, held_out, guided=kind == "guided")
+                    log({"stage": "eval", "when": when, "step": step, **table[when][kind]})
+
+        shown = held_out[0] if held_out else examples[0].problem
+        show_samples(run, shown, "before")
+        evaluate_as("base", 0)
+        if for_sft:
+            sft_stage(run, for_sft, log)
+            evaluate_as("after SFT", 0)
+        if for_rl:
+            run.optimizer.state.clear()  # RL starts with fresh moments: those of SFT are of another loss and scale
+            rl_stage(run, for_rl, held_out, log)
+            evaluate_as(f"after {cfg.method}", rl_steps(cfg, len(for_rl)))
+        show_samples(run, shown, "after")
+        if world()[0] == 0:
+            save_model(run.model, run.tokenizer, run.out / "model")
+        say(accuracy_table(table) + f"\nmodel saved in {run.out / 'model'}")
+
+
+def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Held-out accuracy, a row per moment and a column per kind of prompt."""
+    lines = []
+    for when, kinds in table.items():
+        cells = "  ".join(f"{kind} {m['accuracy']:.3f} +- {m['stderr']:.3f}" for kind, m in kinds.items())
+        lines.append(f"{when:>12} | {cells}  (avg@{next(iter(kinds.values()))['n']})")
+    return "\nheld-out accuracy\n" + "\n".join(lines) if lines else "\nno --eval_data: accuracy was not measured"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(argv)
+    device = start_ranks(cfg)
+    try:
+        train(cfg, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
