@@ -297,7 +297,7 @@ def _number(text: str) -> Fraction | None:
     Integers and decimals, with thousands separators and leading zeros; a/b and \frac{a}{b}; mixed numbers 1 4/5 and
     1\frac{4}{5} where the fraction is proper; 2.5 \times 10^{-3} and 2.5e-3.
     """
-    text = re.sub(r" ?\\frac ?\{([^{} ]*)\} ?\{([^{} ]*)\}$", r" \1/\2", text).strip()
+    text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
     match = _NUMBER.fullmatch(text)
     if not match:
@@ -453,7 +453,7 @@ def _same_item(gold: str, prediction: str, worker: MathWorker) -> bool:
 # What math-verify misreads: primes, percent, \pm, sets, \infty^0 (1 to sympy), and numbers next to each other, which it
 # adds up or cuts off (2 3, 1.2.3, 52_8, 1e-5, 2\frac{3}{2}).
 _MISREAD = re.compile(
-    r"'|\\prime|\\infty|\\[pm][mp]\b|[%$]|\\[{}]|[0-9] [0-9]|\.[0-9]*\.|(?<![A-Za-z])[0-9]+_|[0-9]e[-+0-9]"
+    r"'|\\prime|\\infty|\\[pm][mp]\b|[%$]|\\[{}]|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}"
 )
 
@@ -462,7 +462,7 @@ def _symbolic_equal(gold: str, prediction: str, worker: MathWorker) -> bool:
     """math-verify's verdict on two expressions, for those that it reads as they are meant."""
     expressions, letters = [], []
     for text in (gold, prediction):
-        if _WORDS.search(text) or _MISREAD.search(text) or not text.isascii():
+        if _WORDS.search(text) or _MISREAD.search(text):
             return False
         text = re.sub(r"(?<![0-9.^_{A-Za-z])([0-9]+(?:\.[0-9]+)?) ?\(", r"\1 \\cdot (", text)  # 2(3) would be 5
         expressions.append(re.sub(r"\) ?(?=[(0-9])", r") \\cdot ", text))  # and so would (2)(3)

@@ -77,9 +77,9 @@ def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
     return (divergence.detach() <= delta).to(divergence.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- terms for the chunked head
-# Each takes the logits of m response tokens and per-token inputs, and returns per-token tensors (m,): "loss", already times
-# its weight, and diagnostics.
+# ---------------------------------------------------------------------------------------------------- per-token terms
+# For the chunked head. Each takes the logits of m response tokens and per-token inputs, and returns per-token tensors (m,):
+# "loss", already times its weight, and diagnostics.
 
 
 def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def chunked_head(
 
     The gradient is taken in the forward pass, while a chunk's logits are there: three matrix products a chunk, as many as
     without chunks and one fewer than recomputing them in backward. Peak memory: four to five tensors of (chunk_tokens, V)
-    in fp32 and one gradient of the head. Called without gradient mode, only values are computed. `ours`: the paper does not say.
+    in fp32 and one gradient of the head. Called without gradient mode, only values are computed. Ours: the paper is silent.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kind = hidden.device.type

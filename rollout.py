@@ -244,7 +244,7 @@ def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], 
 
 
 def micro_batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut items 0..len-1, in their order, into runs whose costs (tokens) sum to at most max_tokens; a larger item goes alone."""
+    """Cut items 0..len-1, in order, into runs whose costs (tokens) sum to at most max_tokens; a larger item goes alone."""
     batches: list[list[int]] = []
     room = 0
     for index, cost in enumerate(costs):

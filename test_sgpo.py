@@ -5,10 +5,22 @@ Sections: model, rollout, loss, weighting, tiny world, training, two ranks, stra
 """
 
 import ast
+import importlib.util
+import itertools
 import json
 import math
+import os
 import random
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+import types
+from dataclasses import replace
+from datetime import datetime
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +30,18 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
+import bench
+import eval as grading
 import loss as losses
 import model as models
 import rollout
 import strategy as strategy_module
+import train
 import weighting
 from data import tiny_world
+from eval import MathWorker, extract_answer, is_correct, load_problems, same_answer, summarise
 from model import ModelConfig, build_model, encode_chat, load_model, save_model
-from rollout import generate, micro_batches, pack
+from rollout import Trajectory, generate, micro_batches, pack
 from strategy import (
     CRITERIA,
     INSTRUCTION,
@@ -734,6 +750,545 @@ def test_reachable_target_is_the_most_probable_correct_one():
         weighting.reachable_target(logprobs, torch.tensor([True]))
 
 
+# ---------------------------------------------------------------------------------------------------- tiny world
+
+
+def test_tiny_world_rows_are_those_committed():
+    for name, rows in zip(("train", "test"), tiny_world.make_rows(0), strict=True):
+        committed = (ROOT / f"data/tiny/{name}.jsonl").read_text(encoding="utf-8")
+        assert committed == "".join(json.dumps(row) + "\n" for row in rows)
+        assert len(load_problems(ROOT / f"data/tiny/{name}.jsonl")) == len(rows)
+
+
+def test_tiny_world_splits_by_operands_and_hides_the_answer():
+    train_rows, test_rows = tiny_world.make_rows(0)
+    assert not {row["problem"] for row in train_rows} & {row["problem"] for row in test_rows}
+    truth = tiny_world.machine_choices(0)
+    assert sorted(truth.values()) == sorted([(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)] * 2)
+    for row in train_rows + test_rows:
+        assert not any(character.isdigit() for character in json.dumps(row["strategy"]))
+        _, machine, x, y = *row["id"].split("-"), None
+        x, y = (int(digit) for digit in x)
+        combine, change, keep = truth[machine]
+        value = (x + y if combine == 0 else x - y) % 10  # by hand, not through the table of operations
+        value = (2 * value if change == 0 else value + 1) % 10
+        assert row["answer"] == str(max(value, x) if keep == 0 else min(value, x))
+
+
+def test_tiny_tokenizer_knows_every_word_and_keeps_digits_apart():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    for row in tiny_world.make_rows(0)[1]:
+        strategy = Strategy.from_dict(row["strategy"])
+        ids = encode_chat(tokenizer, guided_messages(row["problem"], strategy)) + tokenizer.encode(row["solution"])
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(tokenizer.encode("max 9 3 = 9. \\boxed{9}")) == "max 9 3 = 9 . \\boxed{ 9 }"
+    assert tokenizer.get_vocab() == tiny_world.build_tokenizer().get_vocab()
+
+
+def test_tiny_world_script_trains_a_model_from_its_seed(tmp_path):
+    first, _ = tiny_world.train_base(seed=3, steps=2, batch=4, learning_rate=1e-3)
+    second, _ = tiny_world.train_base(seed=3, steps=2, batch=4, learning_rate=1e-3)
+    other, _ = tiny_world.train_base(seed=4, steps=2, batch=4, learning_rate=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.head_weight, other.head_weight)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with MathWorker() as worker:
+        yield worker
+
+
+def make_run(tmp_path, worker, *flags):
+    """(run, examples) on the tiny world with the flags given, as train.main would make them."""
+    cfg = train.parse_config(["--out", str(tmp_path / "run"), "--device", "cpu", *map(str, flags)])
+    run, examples, _, _ = train.prepare(cfg, CPU, worker)
+    return run, examples
+
+
+def fake_samples(run, examples, seed=0):
+    """Samples of four problems with ragged responses and made-up rewards, alpha and targets; one problem has no target."""
+    examples = examples[:4]
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for place, example in enumerate(examples):
+
+        def rows(ids, n, old_shift, example=example):
+            found = []
+            for _ in range(n):
+                length = int(torch.randint(2, 15, (), generator=generator))
+                response = torch.randint(4, 90, (length,), generator=generator).tolist()
+                old = (-3 + old_shift * torch.randn(length, generator=generator)).tolist()
+                found.append(rollout.Trajectory(ids, response, old, bool(length % 2), 0))
+            return found
+
+        auto, guided = rows(example.auto_ids, 8, 0.3), rows(example.guided_ids, 4, 0.0)
+        rewards = [float(torch.rand((), generator=generator) < 0.4) for _ in auto]
+        sample = train.ProblemSamples(place, example, auto, guided, rewards, [1.0] * 4)
+        sample.advantages = weighting.group_advantages(torch.tensor([rewards]))[0].tolist()
+        sample.alpha, sample.target = 0.2 * (place + 1), (None if place == 2 else place)
+        samples.append(sample)
+    return samples
+
+
+def gradients_of(run, samples, monkeypatch):
+    """({name: gradient}, metrics) of one update, without taking the step."""
+    monkeypatch.setattr(train, "apply_gradients", lambda run, learning_rate: 0.0)
+    run.model.zero_grad()
+    metrics = train.update(run, samples, 0.0)
+    return {name: parameter.grad.clone() for name, parameter in run.model.named_parameters()}, metrics
+
+
+def assert_equal_gradients(got, want, tolerance=1e-5):
+    assert got.keys() == want.keys()
+    for name in got:
+        scale = want[name].abs().max().item() + 1e-8
+        assert (got[name] - want[name]).abs().max().item() <= tolerance * scale, name
+
+
+def test_update_equals_the_formulas_with_transformers_and_autograd(tmp_path, worker, monkeypatch):
+    """L_GRPO + mean_q alpha(q) L_KD^clip from method to gradient, by a slow loop over transformers' logits."""
+    delta = 0.02  # made-up responses diverge little: at 1.0 no token would be dropped
+    run, examples = make_run(tmp_path, worker, "--delta", delta)
+    samples = fake_samples(run, examples)
+    got, metrics = gradients_of(run, samples, monkeypatch)
+
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
+
+    def response_logits(context, response):
+        logits = theirs(torch.tensor([context + response])).logits[0]
+        return logits[len(context) - 1 : len(context) + len(response) - 1]
+
+    count = sum(len(row.response_ids) for sample in samples for row in sample.auto)
+    policy = distillation = 0.0
+    divergences = []
+    for sample in samples:
+        for row, advantage in zip(sample.auto, sample.advantages, strict=True):
+            logp = torch.log_softmax(response_logits(row.prompt_ids, row.response_ids), -1)
+            for t, token in enumerate(row.response_ids):
+                ratio = torch.exp(logp[t, token] - row.logprobs[t])
+                policy -= torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / count
+        if sample.target is not None:
+            response = sample.guided[sample.target].response_ids
+            log_q = torch.log_softmax(response_logits(sample.example.auto_ids, response), -1)
+            with torch.no_grad():
+                log_p = torch.log_softmax(response_logits(sample.example.guided_ids, response), -1)
+            d = (log_p.exp() * (log_p - log_q)).sum(-1)
+            divergences += d.tolist()
+            distillation += sample.alpha / len(response) * torch.where(d <= delta, d, 0).sum() / len(samples)
+    (policy + distillation).backward()
+    want = {name: parameter.grad for name, parameter in theirs.named_parameters() if name in got}
+    assert_equal_gradients(got, want, 1e-4)
+    assert metrics["policy_loss"] == pytest.approx(policy.item(), abs=1e-5)
+    assert metrics["distillation_loss"] == pytest.approx(distillation.item(), abs=1e-5)
+    assert metrics["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    assert metrics["kept"] == pytest.approx(sum(d <= delta for d in divergences) / len(divergences))
+    assert 0.05 < metrics["kept"] < 0.95  # both kinds of token took part
+
+
+def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    samples = fake_samples(run, examples)
+    want, metrics = gradients_of(run, samples, monkeypatch)
+    for micro_tokens, chunk_tokens in ((1, 1024), (300, 5)):
+        run.cfg = replace(run.cfg, micro_tokens=micro_tokens, chunk_tokens=chunk_tokens)
+        got, again = gradients_of(run, samples, monkeypatch)
+        assert_equal_gradients(got, want)
+        assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_update_with_bf16_activations_trains_every_parameter(tmp_path, worker, monkeypatch):
+    """autocast caches weights cast without gradient by the guided pass; reused by the next pass they would train nothing."""
+    run, examples = make_run(tmp_path, worker)
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.advantages = [0.0] * 8  # the distillation term alone
+    want, _ = gradients_of(run, samples, monkeypatch)
+    run.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    got, _ = gradients_of(run, samples, monkeypatch)
+    for name, gradient in got.items():
+        cosine = F.cosine_similarity(gradient.flatten(), want[name].flatten(), dim=0)
+        assert gradient.dtype == torch.float32 and cosine > 0.9, (name, cosine)
+
+
+def test_truncated_trajectories_can_leave_the_loss_but_not_the_mean(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--mask_truncated")
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.target = None
+    got, metrics = gradients_of(run, samples, monkeypatch)
+    run.cfg = replace(run.cfg, mask_truncated=False)
+    for sample in samples:  # the same by hand: drop them after the advantages were taken
+        kept = [i for i, row in enumerate(sample.auto) if row.finished]
+        sample.auto, sample.advantages = [sample.auto[i] for i in kept], [sample.advantages[i] for i in kept]
+    want, again = gradients_of(run, samples, monkeypatch)
+    assert_equal_gradients(got, want)
+    assert metrics == pytest.approx(again)
+
+
+def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.guided_rewards = [0.0] * 4
+    train.weigh(run, samples)
+    assert [sample.target for sample in samples] == [None] * 4
+    metrics = train.update(run, samples, 1e-3)
+    assert metrics["distillation_loss"] == metrics["kl"] == metrics["target_tokens"] == 0 and metrics["grad_norm"] > 0
+
+
+def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
+    """Ranked by the log-probability WITHOUT the strategy, summed, or per token with --reach mean; by transformers' logits."""
+    run, examples = make_run(tmp_path, worker)
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
+    samples = fake_samples(run, examples)
+    chosen = {"sum": [], "mean": []}
+    for sample in samples:
+        totals = []
+        for row in sample.guided:
+            ids = torch.tensor([sample.example.auto_ids + row.response_ids])
+            logp = torch.log_softmax(theirs(ids).logits[0], -1)[len(sample.example.auto_ids) - 1 : -1]
+            totals.append(logp.gather(-1, torch.tensor(row.response_ids)[:, None]).sum().item())
+        sample.guided_rewards = [float(i != max(range(4), key=lambda i, totals=totals: totals[i])) for i in range(4)]
+        correct = [i for i in range(4) if sample.guided_rewards[i]]  # the most probable one of all is wrong
+        chosen["sum"].append(max(correct, key=lambda i, totals=totals: totals[i]))
+        chosen["mean"].append(
+            max(correct, key=lambda i, totals=totals, sample=sample: totals[i] / len(sample.guided[i].response_ids))
+        )
+    for reach, want in chosen.items():
+        run.cfg = replace(run.cfg, reach=reach, micro_tokens=200)
+        train.weigh(run, samples)
+        assert [sample.target for sample in samples] == want
+    assert chosen["sum"] != chosen["mean"]
+    p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
+    want = [min(max(0.5 * (0.75 - p + 0.1) / (p + 0.1), 0), 0.8) for p in p_auto]
+    assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_update_has_ratio_one(tmp_path, worker, temperature):
+    run, examples = make_run(tmp_path, worker, "--temperature", temperature)
+    run.out.mkdir(exist_ok=True)
+    metrics = train.sgpo_step(run, list(enumerate(examples[:4])), 1, 1e-3)
+    assert metrics["first_ratio_error"] < 1e-3 and metrics["first_logprob_error"] < 1e-3 and metrics["clip_fraction"] == 0
+    assert metrics["policy_kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
+    seen = []
+    run.out.mkdir(exist_ok=True)
+
+    def update(run, samples, learning_rate):
+        seen.append([sample.place for sample in samples])
+        return {"loss": float(len(samples)), "ratio_error": len(seen) / 10, "logprob_error": 0.0}
+
+    monkeypatch.setattr(train, "update", update)
+    metrics = train.sgpo_step(run, list(enumerate(examples[:5])), 1, 0.0)
+    assert seen == [[0, 1, 2], [3, 4]]
+    assert metrics["loss"] == 2.5 and metrics["first_ratio_error"] == 0.1  # the mean over updates; the first one's noise
+
+
+def test_data_order_covers_every_epoch_and_depends_on_the_seed():
+    examples = list(range(7))
+
+    def stream(seed, batch):
+        return [example for step in range(14 // batch) for _, example in train.data_order(examples, step, batch, seed, "rl")]
+
+    assert sorted(stream(0, 2)[:7]) == sorted(stream(0, 2)[7:]) == examples
+    assert stream(0, 2) == stream(0, 7) != stream(1, 2)
+    assert stream(0, 2)[:7] != stream(0, 2)[7:]
+
+
+def test_learning_rate_schedule():
+    cfg = train.Config(learning_rate=1.0, lr_warmup_steps=2, lr_decay="linear")
+    assert [train.learning_rate_at(cfg, step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert train.learning_rate_at(replace(cfg, lr_decay="constant"), 5, 6) == 1.0
+
+
+def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_batch", 8, "--sft_guided", 0.5)
+    records, gradients = [], []
+
+    def keep(run, learning_rate):
+        gradients.append({name: parameter.grad.clone() for name, parameter in run.model.named_parameters()})
+        return 0.0
+
+    monkeypatch.setattr(train, "apply_gradients", keep)
+    train.sft_stage(run, examples[:8], records.append)
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
+    total, count, guided = 0.0, 0, 0
+    for place, example in train.data_order(examples[:8], 0, 8, 0, "sft"):
+        context, response = train.sft_pair(example, 0, place, run.cfg)
+        guided += context == example.guided_ids
+        assert response[-1] == run.tokenizer.eos_token_id
+        labels = [-100] * len(context) + response
+        total += theirs(torch.tensor([context + response]), labels=torch.tensor([labels])).loss * len(response)
+        count += len(response)
+    (total / count).backward()
+    assert 0 < guided < 8
+    assert records[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+    want = {name: parameter.grad for name, parameter in theirs.named_parameters() if name in gradients[0]}
+    assert_equal_gradients(gradients[0], want, 1e-4)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker)
+    before = run.model.head_weight.detach().clone()
+    run.model.head_weight.grad = torch.full_like(run.model.head_weight, float("nan"))
+    with pytest.raises(RuntimeError, match="gradient norm is nan"):
+        train.apply_gradients(run, 1e-3)
+    assert torch.equal(before, run.model.head_weight)
+
+
+def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    numel = sum(parameter.numel() for parameter in run.model.parameters())
+    seen = {}
+    run.optimizer.step = lambda: seen.update(norm=sum(p.grad.square().sum() for p in run.model.parameters()).sqrt().item())
+    assert train.apply_gradients(run, 1e-3) == pytest.approx(math.sqrt(numel), rel=1e-4)
+    assert seen["norm"] == pytest.approx(1.0, rel=1e-3)
+
+
+def run_script(*command, cwd=ROOT, **environment):
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=settings, capture_output=True, text=True, timeout=300
+    )
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("sampling_s", "step_s", "tokens_per_s")
+
+
+def test_same_seed_same_run_and_everything_it_writes(tmp_path, capsys):
+    flags = [
+        "--steps",
+        2,
+        "--problems_per_step",
+        3,
+        "--eval_limit",
+        6,
+        "--eval_every",
+        1,
+        "--minibatches",
+        2,
+        "--device",
+        "cpu",
+    ]
+
+    def go(name, *more):
+        train.main([*map(str, flags), "--out", str(tmp_path / name), *map(str, more)])
+        return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(tmp_path / name)[1:]]
+
+    first, text = go("a"), capsys.readouterr().out
+    assert go("b") == first
+    assert go("c", "--seed", 1) != first
+    model_a, tokenizer = load_model(str(tmp_path / "a/model"), dtype=torch.float32, device="cpu")
+    model_b, _ = load_model(str(tmp_path / "b/model"), dtype=torch.float32, device="cpu")
+    base, _ = load_model(str(TINY_BASE), dtype=torch.float32, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model_a.parameters(), model_b.parameters(), strict=True))
+    assert not torch.equal(model_a.head_weight, base.head_weight)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a/model")
+    head = read_metrics(tmp_path / "a")[0]
+    assert head["config"]["delta"] == 1.0 and head["config"]["steps"] == 2 and head["commit"]
+    assert [r["stage"] for r in first] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]
+    samples = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * (8 + 4) and sum(s["target"] for s in samples) <= 2
+    for part in (
+        "reward alone",
+        "alpha",
+        "KL",
+        "kept",
+        "entropy",
+        "tokens/s",
+        "[before]",
+        "[after]",
+        "held-out accuracy",
+        "after sgpo",
+    ):
+        assert part in text, part
+    with pytest.raises(SystemExit, match="holds a run already"):
+        go("a")
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Three problems a step on two ranks, two minibatches: one of the ranks has no problem in one of them."""
+    flags = [
+        "--steps",
+        2,
+        "--problems_per_step",
+        3,
+        "--minibatches",
+        2,
+        "--eval_limit",
+        5,
+        "--sft_fraction",
+        0.01,
+        "--sft_batch",
+        3,
+    ]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "train.py"]
+    for name, launcher in (("one", ["train.py"]), ("two", command)):
+        done = run_script(*launcher, *flags, "--out", tmp_path / name, "--device", "cpu")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert two[0]["ranks"] == 2 and len(one) == len(two)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        a, b = (
+            {
+                k: v
+                for k, v in record.items()
+                if k not in (*TIMES, "ratio_error", "logprob_error", "first_ratio_error", "first_logprob_error")
+            }
+            for record in (a, b)
+        )
+        numbers = {k for k, v in a.items() if isinstance(v, float)}
+        assert {k: a[k] for k in a.keys() - numbers} == {k: b[k] for k in b.keys() - numbers}
+        assert {k: a[k] for k in numbers} == pytest.approx({k: b[k] for k in numbers}, rel=2e-3, abs=1e-5)
+    models_ = [load_model(str(tmp_path / name / "model"), dtype=torch.float32, device="cpu")[0] for name in ("one", "two")]
+    base, _ = load_model(str(TINY_BASE), dtype=torch.float32, device="cpu")
+    for a, b, before in zip(*(m.parameters() for m in (*models_, base)), strict=True):
+        moved = (a - before).abs().max()
+        assert (a - b).abs().max() <= 0.02 * moved + 1e-7
+
+
+def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
+    accuracy = {}
+    for method in ("grpo", "sgpo"):
+        run, examples = make_run(tmp_path / method, worker, "--method", method)
+        run.out.mkdir(exist_ok=True)
+        held_out = load_problems(run.cfg.eval_data, worker)[:120]
+        if not accuracy:
+            accuracy["base"] = train.measure(run, held_out, guided=False)["accuracy"]
+            assert train.measure(run, held_out, guided=True)["accuracy"] > 0.95
+        for step in range(15):
+            batch = train.data_order(examples, step, 16, 0, "rl")
+            train.sgpo_step(run, batch, step + 1, 2e-4 * min(1, (step + 1) / 5))
+        accuracy[method] = train.measure(run, held_out, guided=False)["accuracy"]
+    print(accuracy)
+    assert accuracy["sgpo"] > accuracy["base"] + 0.2
+    assert accuracy["sgpo"] > accuracy["grpo"] + 0.05
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--delat", "2"], "unrecognized arguments: --delat"),
+        (["--meth", "sgpo"], "unrecognized arguments: --meth"),
+        (["--method", "luffa"], "invalid choice: 'luffa'"),
+        (["--group_auto", "1"], "a group's advantage needs at least 2"),
+        (["--micro_tokens", "0"], "must be at least 1"),
+        (["--temperature", "nan"], "must be positive and finite"),
+        (["--sft_fraction", "1.5"], "must be within 0 and 1"),
+        (["--minibatches", "99"], "more than the 16 problems"),
+    ],
+)
+def test_bad_flags_fail(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_config(flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_defaults_are_the_papers_and_presets_give_way_to_flags():
+    cfg = train.parse_config(["--model", "x", "--data", "y"])
+    assert (cfg.group_auto, cfg.group_guided, cfg.clip_low, cfg.clip_high, cfg.delta) == (8, 4, 0.2, 0.28, 1.0)
+    assert (cfg.alpha_0, cfg.gamma, cfg.alpha_max, cfg.eval_temperature, cfg.eval_top_p) == (0.5, 0.1, 0.8, 0.6, 0.95)
+    assert cfg.eval_data == "" and cfg.sft_fraction == pytest.approx(1 / 3)
+    starter = train.parse_config(["--model", "x"])
+    assert starter.data.endswith("data/starter/train.jsonl") and starter.learning_rate == 1e-6
+    tiny = train.parse_config(["--learning_rate", "0.5", "--no-eval_guided"])
+    assert tiny.learning_rate == 0.5 and tiny.steps == 60 and not tiny.eval_guided and tiny.model.endswith("data/tiny/base")
+
+
+def tiny_rows(n, **changes):
+    return [{**row, **changes} for row in tiny_world.make_rows(0)[0][:n]]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    "rows, flags, message",
+    [
+        ([], [], "no rows"),
+        (None, [], "no such file"),
+        (tiny_rows(1, answer=7), [], "rows.jsonl:1: field 'answer'"),
+        (tiny_rows(1, strategy={"type": "x"}), [], "rows.jsonl:1:"),
+        (tiny_rows(1, problem="words " * 300), [], "tokens (prompt, and solution where it is used), the context holds 256"),
+        ([{k: v for k, v in row.items() if k != "strategy"} for row in tiny_rows(3)], [], "3 rows have no strategy"),
+        (
+            [{k: v for k, v in row.items() if k != "solution"} for row in tiny_rows(3)],
+            ["--method", "sft"],
+            "3 rows have no solution",
+        ),
+        (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
+        (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
+    ],
+)
+def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, message):
+    path = tmp_path / "rows.jsonl"
+    if rows is not None:
+        write_rows(path, rows)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", str(path), "--out", str(tmp_path / "run"), *map(str, flags)])
+    assert message in str(stopped.value)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
+    rows = [{k: v for k, v in row.items() if k not in ("strategy", "solution")} for row in tiny_rows(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run, examples = make_run(tmp_path, worker, "--data", path, "--method", "grpo", "--sft_fraction", 0)
+    run.out.mkdir(exist_ok=True)
+    metrics = train.sgpo_step(run, list(enumerate(examples)), 1, 1e-3)
+    assert metrics["length_guided"] == metrics["distillation_loss"] == metrics["alpha"] == 0
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "eval.py", "bench.py", "-m data.tiny_world", "data/starter.py", "data/smollm2.py"]
+)
+def test_every_script_has_help(script):
+    done = run_script(*script.split(), "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
+    needed = {"eval.py": "--model x --data x", "-m data.tiny_world": "--out x", "data/starter.py": "--out x"}.get(script, "")
+    needed = {"bench.py": "--out x", "data/smollm2.py": "--out x"}.get(script, needed)
+    done = run_script(*script.split(), *needed.split(), "--no_such_flag")
+    assert done.returncode == 2 and "unrecognized arguments: --no_such_flag" in done.stderr
+
+
+@pytest.mark.parametrize("leaf", ["model", "rollout", "loss", "weighting", "strategy"])
+def test_each_leaf_imports_alone_from_an_empty_folder(leaf, tmp_path):
+    shutil.copy(ROOT / f"{leaf}.py", tmp_path)
+    allowed = {"strategy": "()", "loss": "('torch',)", "weighting": "('torch',)"}.get(leaf, "('torch', 'safetensors')")
+    check = (
+        f"import sys; import {leaf}; third = [m for m in ('torch', 'safetensors', 'transformers', 'numpy') "
+        f"if m in sys.modules and m not in {allowed}]; assert set(third) <= {{'numpy'}}, third"
+    )
+    done = run_script("-c", check, cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_eval_script_writes_what_it_prints(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", tiny_rows(6))
+    out = tmp_path / "result.json"
+    done = run_script("eval.py", "--model", TINY_BASE, "--data", data, "--n", 4, "--out", out)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["files"][str(data)]
+    assert figures["n"] == 4 and figures["problems"] == 6 and 0 <= figures["accuracy"] <= figures["pass_at_n"] <= 1
+    assert f"avg@4 {100 * figures['accuracy']:.1f}" in done.stdout and "pass@4" in done.stdout and "truncated" in done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------- strategies
 
 
@@ -1085,3 +1640,1156 @@ def test_strategy_scores_name_the_bad_criterion(line, words):
     with pytest.raises(ValueError) as error:
         parse_scores(f"faithful: 5\nreusable: 4\n{line}\nactionable: 3")
     assert words in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- grader and evaluation
+
+
+EVAL_DATA = SHARED
+
+
+@pytest.fixture(scope="module")
+def eval_worker():
+    with MathWorker(timeout_s=10.0) as worker:
+        yield worker
+
+
+# (reference, prediction), grouped by what they are about. Each verdict was decided by hand before it was run.
+EVAL_SAME = [
+    # integers, decimals, separators, signs
+    ("42", "42"), ("45", "045"), ("4", "4.0"), ("4", "4."), ("-7", "−7"), ("1234", "1,234"), ("10,\\!080", "10080"),
+    ("11,\\! 111,\\! 111,\\! 100", "11111111100"), ("23{,}000", "23000"), (".0000672", "0.0000672"), ("+2", "2"),
+    ("1000000", "1\\,000\\,000"), ("0", "-0"), ("12345678901234567890123", "12345678901234567890123.0"),
+    # fractions, mixed and repeating numbers, powers of ten
+    ("\\frac{14}{3}", "\\dfrac{14}{3}"), ("\\frac43", "4/3"), ("\\frac 59", "\\tfrac{5}{9}"), ("\\frac9{19}", "9/19"),
+    ("\\frac{1}{2}", "0.5"), ("0.5", "\\frac12"), ("-\\frac{1}{2}", "\\frac{-1}{2}"), ("-1./3", "-\\frac{1}{3}"),
+    ("\\frac{639}{40}", "15\\frac{39}{40}"), ("1\\frac{4}{5}", "1.8"), ("2.5", "2 1/2"), ("\\frac{2}{4}", "1/2"),
+    ("4.5e33", "4.5 \\times 10^{33}"), ("3e8", "300000000"),
+    ("0.00025", "2.5 \\cdot 10^{-4}"),
+    # percent
+    ("50\\%", "50"), ("50\\%", "50%"), ("50\\%", "0.5"), ("50\\%", "\\frac{1}{2}"), ("50", "50\\%"), ("0.5", "50%"),
+    ("17.5%", "17.5"), ("$8 \\%$", "8 percent"), ("8\\%", "8\\text{ percent}"),
+    # money and units
+    ("\\$18.90", "18.90"), ("36", "$36"), ("36", "\\$36"), ("\\$32,\\!348", "32348"), ("5", "5 dollars"),
+    ("\\$5", "5 dollars"),
+    ("10\\text{ cm}", "10"), ("10", "10 cm"), ("10", "10\\,\\text{cm}"), ("10", "10 \\mathrm{~cm}"),
+    ("16", "16 apples"),
+    ("15\\mbox{ cm}^2", "15"), ("64", "64 square units"),
+    ("5.4 \\text{ cents}", "5.4"),
+    ("6\\frac{1}{6}\\text{ feet}", "\\frac{37}{6}"), ("14 \\text{ right triangles}", "14"),
+    ("12\\sqrt{13}\\text{ feet}", "12\\sqrt{13}"), ("3", "3 km/hr"),
+    ("55", "55 miles per hour"), ("0.16", "0.16 liters of water"),
+    ("\\sqrt{65}", "√65"),
+    ("1 + i \\sqrt{3}", "1+i√3"), ("6", "6 years old"), ("\\frac13", "1/3 (≈ 0.333)"),
+    ("\\frac{x+5}{6}", "h^{-1}(x)=\\frac{x+5}{6}"),
+    # degrees
+    ("90^\\circ", "90"), ("90", "90^{\\circ}"), ("90^\\circ", "90°"), ("140\\text{ degrees}", "140^\\circ"),
+    ("(45^{\\circ}, 60^{\\circ})", "(45, 60)"),
+    # number bases
+    ("52_8", "52"), ("4210_{5}", "4210_5"), ("\\text{A5}_{11}", "A5_{11}"),
+    # intervals and unions
+    ("(3,4]", "\\left(3, 4\\right]"), ("x \\in [-2,7]", "[-2, 7]"), ("[-2,7]", "x\\in[-2,7]"),
+    ("(2,\\infty)", "(2, +\\infty)"),
+    ("(0,9) \\cup (9,36)", "(9,36)\\cup(0,9)"),
+    ("k \\geqslant 2", "k \\ge 2"),
+    ("\\left(\\frac{3}{5},\\frac{8}{3}\\right]", "(0.6, 8/3]"),
+    # tuples, sets, lists
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(1,-16,-4,43)", "(1, -16, -4, 43)"),
+    ("3, 5, 7", "7, 3, 5"),
+    ("\\{1,2\\}", "2, 1"), ("1,-2", "-2 \\text{ or } 1"), ("1,-2", "x = 1, x = -2"), ("1,-2", "x=1 \\text{ and } x=-2"),
+    ("$(6,3),(9,3)$", "(9,3), (6,3)"), ("$69$,$84$", "84, 69"), ("2, 3, \\text{ and } 4", "2,3,4"),
+    ("\\{5\\}", "5"), ("2400, 1350, 864", "864, 1350, 2400"),
+    # words and letters
+    ("\\text{Evelyn}", "Evelyn"), ("\\text{Evelyn}", "evelyn."), ("\\text{(C)}", "C"), ("C", "(C)"),
+    ("(\\text{H})", "H"),
+    ("\\text{(E)},", "E"), ("\\text{No}", "no"), ("\\text{two lines}", "two lines"), ("\\text{A, B}", "A,B"),
+    ("\\text{October 30}", "October 30"),
+    # matrices
+    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{bmatrix} -\\frac{1}{3} \\\\ \\frac23 \\end{bmatrix}"),
+    ("\\begin{pmatrix} 1 & 0 \\\\ 0 & 3 \\end{pmatrix}", "\\begin{pmatrix}1&0\\\\0&3\\end{pmatrix}"),
+    # expressions
+    ("3\\sqrt{13}", "\\sqrt{117}"), ("11\\sqrt2", "11\\sqrt{2}"), ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
+    ("2\\sqrt{5}", "2√5"), ("3\\sqrt{2}", "3sqrt(2)"), ("2k+2", "2(k+1)"), ("(a+5)(b+2)", "ab+2a+5b+10"),
+    ("p - q", "-q+p"),
+    ("6 - 5i", "-5i+6"), ("\\cot x", "\\frac{\\cos x}{\\sin x}"), ("$\\binom{2n}{n}$", "\\frac{(2n)!}{(n!)^2}"),
+    ("18+2\\pi", "2(9+\\pi)"), ("1024", "2^{10}"), ("4", "\\sqrt{16}"),
+    ("$\\frac{n(n+1)}{2}$", "\\frac{n^2+n}{2}"), ("5r^5", "5r^{5}"), ("$2^{1009}$", "2 \\cdot 2^{1008}"), ("xy", "yx"),
+    # equations
+    ("x=5", "5"), ("5", "x = 5"), ("x=5", "x=5.0"), ("$f(x)=2 x$", "f(x) = 2x"), ("2x", "f(x)=2x"),
+    ("y = 2x + 3", "2x+3"),
+    ("0.5", "\\frac12 = 0.5"),
+    ("7", "x = 3 + 4 = 7"), ("\\frac{20000}{\\pi}", "\\frac{20000}{\\pi} \\approx 6366.2"), ("0.56 = 56\\%", "0.56"),
+    ("(3,4)", "(x, y) = (3, 4)"),
+    # punctuation and delimiters
+    ("17", "17."), ("17", "$17$"), ("17", "\\(17\\)"), ("17", "\\boxed{17}"), ("240\\text{ ways.}", "240"),
+    ("\\boxed{204}", "204"),
+]  # fmt: skip
+
+EVAL_DIFFERENT = [
+    # numbers: exact
+    ("42", "43"), ("7", "-7"), ("\\frac{1}{3}", "0.333333"), ("7", "6.9999999"), ("1234", "1.234"), ("12", "1 2"),
+    ("0.000000001", "0.000000002"), ("1e-10", "0"), ("3", "3.14"), ("\\frac{3}{2}", "1\\frac{3}{2}"), ("100", "10^3"),
+    ("12345678901234567890123", "12345678901234567890124"), ("0.16", "0.1\\overline{6}"), ("5", "\\frac{5}{0}"),
+    ("0", "\\frac{1}{0}"),
+    # what math-verify reads wrongly
+    ("5", "2(3)"), ("5", "2 3"), ("5", "(2)(3)"), ("0", "10 000"), ("\\frac{7}{2}", "2\\frac{3}{2}"), ("n", "N"),
+    ("\\frac{n}{2}", "\\frac{N}{2}"),
+    ("x", "x'"), ("0", "\\text{not } 0"), ("0", "n o t 0"), ("6m", "6"),
+    ("\\frac{1}{\\sqrt{2}}c", "\\frac{1}{\\sqrt{2}}"),
+    ("10^{-20}\\pi", "10^{-21}\\pi"), ("7", "8=7"), ("7", "\\boxed{8}=7"), ("\\frac{1}{2} ", "1:2:3"),
+    ("E_{1}", "E_{2}"),
+    # several answers, hedging
+    ("3", "3 or 4"), ("3", "3, 4"), ("3", "3 \\text{ or } 4"), ("3", "\\{3, 4\\}"), ("3", "3; 4"),
+    ("3", "$3$ or $4$"), ("3", "3, 3"),
+    ("3, 4", "3"), ("3, 4", "3, 4, 5"), ("-2,-2", "-2"), ("3", "\\pm 3"), ("3", "3 (or 4)"), ("1,-2", "1,2"),
+    ("3", "3 or more"), ("3", "3/4"),
+    ("3", "3 \\neq 4"), ("3", "2 < x < 4"), ("3", "x > 3"), ("3", "\\ge 3"), ("3", "about 3"), ("3", "not 3"),
+    ("3", "3 \\text{ if } x>0, 4"),
+    ("7", "x=8=7"), ("7", "7 = 8"), ("7", "8 \\approx 7"), ("3", "-3 \\text{ or } 3"), ("[1,5]", "1, 2, 3, 4, 5"),
+    ("2", "1, 2, 3"),
+    # percent, units, multiples
+    ("50\\%", "5"), ("0.5", "0.5%"), ("50", "0.5"), ("50%", "0.5%"), ("1", "1%"),
+    ("5 \\text{ cents}", "5 \\text{ dollars}"), ("\\$5", "5 cents"),
+    ("5", "5 million"), ("5", "5 thousand dollars"), ("5", "5 dozen"), ("12\\text{ cm}", "12\\text{ km}"),
+    ("30^\\circ", "30\\text{ radians}"),
+    ("5\\sqrt{6}", "√65"), ("30", "5√6"), ("5", "5–6"), ("3", "3 tenths"), ("65m", "65"),
+    ("5", "5\\text{ out of 6}"),
+    ("2\\pi", "2\\pi mm"), ("2abc", "2"), ("5", "5x"), ("5x", "5"), ("2", "2m"), ("10", "10 minus two"),
+    ("3", "3\\sqrt{2}"),
+    ("3", "3 squared"), ("4", "4!"),
+    # number bases
+    ("52", "52_8"), ("52_8", "52_9"), ("42", "52_8"), ("52_8", "42"), ("52_8", "528"),
+    # brackets, order, shape
+    ("(1,2)", "[1,2]"), ("(3,4]", "(3,4)"), ("(-\\infty, 0]", "(-\\infty, 0)"), ("(1,2)", "(2,1)"),
+    ("(1,2)", "\\{1,2\\}"), ("(2,4)", "2, 4"),
+    ("1,-2", "(1,-2)"), ("(1,2,3)", "(1,3,2)"), ("(1,2)", "(1,2,3)"), ("(1,2)", "12"),
+    ("(5,\\infty)", "(-\\infty,5) \\cup (5,\\infty)"),
+    ("(-\\infty, 2) \\cup (3, \\infty)", "(-\\infty, 2] \\cup [3, \\infty)"), ("\\{1,2\\}", "\\{1,3\\}"),
+    ("(1,2),(3,4)", "(1,3),(2,4)"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\end{pmatrix}"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "3"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix} 1 & 2 & 3 & 4 \\end{pmatrix}"),
+    # words and letters
+    ("\\text{Evelyn}", "Angela"), ("\\text{(C)}", "B"), ("\\text{(C)}", "(C) or (D)"), ("\\text{ABCD}", "CBAD"),
+    ("CBAD", "ABCD"), ("\\text{B, A}", "A, B"),
+    ("\\text{even}", "\\text{odd}"), ("\\text{east}", "seat"), ("\\text{Yes}", "No"), ("\\text{Monday}", "5"),
+    ("5", "Monday"),
+    ("8:34 \\text{ p.m.}", "8:34 a.m."), ("3:4", "4:3"), ("\\sqrt{53}", "ANSWER"), ("SRAC=LRAC", "LRAC"),
+    ("\\text{neither}", "either"),
+    # expressions
+    ("\\sqrt{2}", "1.41"), ("2\\pi", "6.28"), ("x^2", "x"), ("2n", "2k"), ("p - q", "q - p"), ("1+2i", "1-2i"),
+    ("\\frac{x}{2}", "\\frac{2}{x}"),
+    ("\\ln 2", "\\log 2"), ("\\lfloor n/2 \\rfloor", "n/2"), ("3\\sqrt{13}", "\\sqrt{39}"), ("2^n", "n^2"),
+    ("x^2+1", "x^2-1"), ("\\infty", "-\\infty"),
+    ("\\frac{1}{0}", "\\infty"), ("5", "\\infty"), ("5", "nan"), ("0", "\\text{NaN}"), ("0", "\\infty - \\infty"),
+    ("5", "\\text{None}"), ("1", "\\infty^0"),
+    ("\\sin 30^\\circ", "\\sin 30"), ("1+\\sqrt{3}", "1-\\sqrt{3}"), ("\\pi", "3.14"), ("\\frac{a}{b}", "\\frac{A}{B}"),
+    # equations and inequalities: the problem's own statement is no answer
+    ("x=5", "3x+2=17"), ("x=5", "y=5"), ("x=5", "x=6"), ("5", "x+y=5"), ("5x - 7y = 0", "0"), ("y=2x+3", "y=3x+2"),
+    ("y=2x+3", "0=0"), ("y=2x+3", "y=y"),
+    ("x > 3", "2x+1 > 7"), ("x > 3", "x \\ge 3"), ("x > 3", "x < 3"), ("x > 3", "3"), ("k=3", "k"),
+    ("f(x)=x", "x=x"), ("5", "5=x=6"), ("5", "x"),
+    ("a < b \\le c < d", "a < b < c \\le d"), ("1 < x", "x > 2"),
+    # doubt: other powers of a unit, products, a union is no list, signs that the parser would skip
+    ("5\\text{ cm}^2", "5\\text{ cm}^3"), ("5", "5 xy"), ("20\\text{ square units}", "20^\\circ"), ("x", "x⁹"),
+    ("(0,9) \\cup (9,36)", "(0,9), (9,36)"), ("\\pi", "3.14159265358"), ("\\frac{800}{3}", "800\\frac{}{3}"),
+    ("1, 1, 2", "1, 2, 2"), ("2n", "2N"), ("\\text{Amy}, \\text{Bob}", "\\text{Bob}, \\text{Amy}"), ("4", "4 _8"),
+    ("4", "(4)_8"), ("x+1", "(" * 20 + "x+1" + ")" * 20),
+    # broken
+    ("5", ""), ("5", "\\frac{5}{"), ("5", "}5{"), ("5", "5" * 1001), ("5", "(5"), ("5", "\\boxed{}"),
+    ("\\frac{1}{2}", "\\frac{1}{2"), ("5", "="), ("5", "{}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "prediction"), EVAL_SAME)
+def test_grader_accepts(answer, prediction, eval_worker):
+    assert same_answer(prediction, answer, eval_worker)
+    assert is_correct(f"So we get \\boxed{{{prediction}}}.", answer, eval_worker)
+
+
+@pytest.mark.parametrize(("answer", "prediction"), EVAL_DIFFERENT)
+def test_grader_rejects(answer, prediction, eval_worker):
+    assert not same_answer(prediction, answer, eval_worker)
+    assert eval_worker.timeouts == 0
+
+
+EVAL_NUMBERS = [
+    ("-7", (-7, 1)), ("1,234.5", (2469, 2)), ("-\\frac{1}{-4}", (1, 4)), ("-2\\frac{1}{2}", (-5, 2)),
+    ("3 1/4", (13, 4)),
+    ("-2.5 \\times 10^{-2}", (-1, 40)), ("1e3", (1000, 1)),
+    (".5", (1, 2)),
+    ("1,23", None), ("0,123", None), ("2\\frac{3}{2}", None), ("\\frac{1}{0}", None), ("1 2", None), ("1.2.3", None),
+    ("", None), ("-", None), ("٣", None), ("x", None), ("1e9999", None), ("nan", None), ("inf", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), EVAL_NUMBERS)
+def test_plain_numbers_by_hand(text, value):
+    assert grading._number(text) == (value and Fraction(*value))
+
+
+def test_grader_tables_hold_enough_and_no_pair_twice():
+    assert len(EVAL_SAME) >= 100 and len(EVAL_DIFFERENT) >= 100
+    pairs = EVAL_SAME + EVAL_DIFFERENT
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_grader_on_real_answers_of_a_model(eval_worker):
+    path = EVAL_DATA / "grader_pairs" / "math500_qwen3_answers.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    pairs = json.loads(path.read_text())
+    accepted = [same_answer(extract_answer(p["prediction"]), p["answer"], eval_worker) for p in pairs]
+    print(f"accepted {sum(accepted)} of {len(pairs)}")
+    assert len(pairs) == 500
+    # math-verify alone accepts 298 (0.596). By eye, 299 are right; we lose "12^{\\mathrm{th}} grade" and an interval
+    # without a point, written as a difference of sets. More than 299 would be wrong positives.
+    assert 297 <= sum(accepted) <= 299
+    assert eval_worker.timeouts == 0
+
+
+# ------------------------------------------------------------------------------------------------ extraction
+
+EVAL_EXTRACTED = [
+    ("so \\boxed{42}.", "42"), ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"), ("\\boxed {7}", "7"), ("\\boxed 7 apples", "7"), ("$\\boxed{ 7 }$", "7"),
+    ("\\boxed{3} or \\boxed{4", "3"), ("\\boxed{4", None), ("\\boxed{\\frac{1}{2}", None), ("\\fbox{7}", None),
+    ("\\boxed{}", None),
+    ("\\boxed{7}, as asked, in \\boxed{}", "7"), ("\\boxed{2 + \\boxed{3}}", "2 + \\boxed{3}"), ("} \\boxed{5} {", "5"),
+    ("\\boxed{1\n+1}", "1\n+1"), ("\\boxed{a \\\\}", "a \\\\"), ("boxed{7}", None),
+    ("She has 18.\n#### 18", "18"), ("#### 1\n#### 1,200", "1,200"), ("#### $5", "$5"), ("#### -3\n", "-3"),
+    ("#### Step 2: solve for x and y now", None), ("#### Conclusion\nThe final answer is 42.", "42"),
+    ("\\boxed{3}\n#### 4", "3"), ("#### 4\nAnswer: 5", "4"),
+    ("The final answer is 42.", "42"), ("The final answer is: $\\frac{1}{2}$.", "\\frac{1}{2}"), ("Answer: x", "x"),
+    ("**Answer:** 3.5 m", "3.5 m"), ("**Final Answer:**\n42", "42"), ("The answer is \\(x+1\\). Good.", "x+1"),
+    ("The answer to the problem is 12. Check: 12.", "12"), ("the answer is 3. No, the answer is 4.", "4"),
+    ("Answer: $3$ or $4$", "$3$ or $4$"), ("The answer is $5", "$5"), ("", None), ("I do not know.", None),
+    ("42", None),
+    # thoughts: behind the last </think> first, else the whole text's last box, as verl and LUFFY do
+    ("<think>\\boxed{1}</think> \\boxed{2}", "2"), ("<think>\\boxed{1}</think> The answer is 2.", "2"),
+    ("<think>\\boxed{1}</think> Done.", "1"), ("<think>first \\boxed{1}, then", "1"),
+    ("a</think>\\boxed{1}</think>", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), EVAL_EXTRACTED)
+def test_extract_answer(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_only_the_extracted_answer_is_graded(eval_worker):
+    assert not is_correct("\\boxed{7} is wrong, it is \\boxed{8}", "7", eval_worker)  # math-verify: {7, 8}
+    assert not is_correct("\\boxed{3} and \\boxed{4}", "3, 4", eval_worker)
+    assert not is_correct("The value 7 is plausible.", "7", eval_worker)
+    assert is_correct("Some text with 8.\n#### 7 apples", "7", eval_worker)
+
+
+def test_extraction_is_linear_in_degenerate_text():
+    texts = ["\\boxed{" * 10_000, "{" * 50_000, "\n" * 50_000]
+    texts += ["answer is " * 8_000, "answer" + " " * 50_000, "#### " * 9_000]
+    start = time.perf_counter()
+    assert [extract_answer(text) for text in texts[:3]] == [None] * 3
+    for text in texts:
+        extract_answer(text)
+    assert time.perf_counter() - start < 2.0
+
+
+# ------------------------------------------------------------------------------------------------ the child process
+
+
+def test_plain_numbers_never_start_the_child_and_are_fast():
+    worker = MathWorker()
+    pairs = [("42", "42"), ("1,234.50", "1234.5"), ("7", "8"), ("\\frac12", "0.5"), ("50\\%", "50")]
+    pairs += [("\\text{Evelyn}", "Evelyn")]
+    assert [same_answer(p, g, worker) for g, p in pairs] == [True, True, False, True, True, True]
+    assert worker._process is None
+    best = min(_eval_time(lambda: same_answer("42", "43", worker), 2000) for _ in range(5))
+    assert best < 50e-6
+
+
+def _eval_time(call, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def test_power_tower_ends_at_the_time_limit_and_counts():
+    with MathWorker(timeout_s=1.0) as worker:
+        assert same_answer("\\sqrt{16}", "4", worker)  # the child is up: its start is not on the clock
+        start = time.perf_counter()
+        assert not is_correct("\\boxed{9^{9^{9^{9}}}}", "387420489", worker)
+        assert time.perf_counter() - start < 10
+        assert worker.timeouts == 1
+        assert same_answer("\\sqrt{16}", "4", worker)  # a new child answers
+        assert worker.timeouts == 1
+
+
+def test_a_list_of_power_towers_costs_one_limit_only():
+    with MathWorker(timeout_s=1.0) as worker:
+        tower = "9^{9^{9^{9}}}"
+        assert not same_answer(", ".join([tower] * 6), "1, 2, 3, 4, 5, 6", worker)
+        assert worker.timeouts == 1
+
+
+def test_killed_child_is_replaced():
+    with MathWorker() as worker:
+        assert same_answer("\\sqrt{16}", "4", worker)
+        process = worker._process
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert same_answer("\\sqrt{16}", "4", worker)  # it died idle: nothing is lost
+        assert worker._process.pid != process.pid and worker.timeouts == 0
+        os.kill(worker._process.pid, signal.SIGSTOP)  # alive but silent: lost at the limit
+        worker.timeout_s = 0.3
+        assert not same_answer("\\sqrt{16}", "4", worker)
+        assert worker.timeouts == 1
+
+
+def test_child_has_a_memory_limit():
+    with MathWorker(timeout_s=20.0, memory_bytes=600 * 1024**2) as worker:
+        assert same_answer("\\sqrt{16}", "4", worker)
+        limits = Path(f"/proc/{worker._process.pid}/limits")
+        if not limits.is_file():
+            pytest.skip("no /proc")
+        line = next(row for row in limits.read_text().splitlines() if row.startswith("Max address space"))
+        assert line.split()[3] == str(600 * 1024**2)
+
+
+def test_close_ends_the_child_and_a_child_that_cannot_start_is_an_error(monkeypatch, capfd):
+    with MathWorker() as worker:
+        same_answer("\\sqrt{16}", "4", worker)
+        process = worker._process
+    assert process.poll() is not None
+    monkeypatch.setattr(grading.inspect, "getsource", lambda function: "import no_such_module_at_all")
+    with MathWorker() as worker, pytest.raises(RuntimeError, match="did not start"):
+        same_answer("\\sqrt{16}", "4", worker)
+    assert "no_such_module_at_all" in capfd.readouterr().err
+
+
+def test_caller_keeps_its_alarm(eval_worker):
+    # math-verify in the caller's process would replace the handler and cancel the alarm
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.alarm(100)
+    assert same_answer("\\sqrt{16}", "4", eval_worker)
+    assert signal.alarm(0) > 90 and signal.signal(signal.SIGALRM, handler) is signal.SIG_IGN
+
+
+# ------------------------------------------------------------------------------------------------ problem files
+
+
+def _eval_file(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def _eval_row(i=1, **changes):
+    row = {"id": f"r{i}", "problem": f"What is {i} + 0?", "answer": str(i)} | changes
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+def test_load_problems(tmp_path, eval_worker):
+    strategy = {"type": "sum", "strategy": "Add.", "steps": ["Add them."]}
+    rows = [_eval_row(1, solution="1", strategy=strategy), _eval_row(2, answer=" $\\boxed{045}$ ")]
+    rows.append(_eval_row(3, answer="\\(x+1\\)"))
+    first, second, third = load_problems(_eval_file(tmp_path, *rows), eval_worker)
+    assert (first.id, first.problem, first.answer, first.solution) == ("r1", "What is 1 + 0?", "1", "1")
+    assert first.strategy == grading.Strategy("sum", "Add.", ("Add them.",))
+    assert (second.answer, second.solution, second.strategy, third.answer) == ("045", None, None, "x+1")
+
+
+EVAL_BAD_ROWS = [
+    ("{", "not a line of JSON"), ("", "not a line of JSON"), ("[1]", "expected an object, [1]"),
+    ('"a"', "expected an object"),
+    ('{"id": "a", "id": "b", "problem": "p", "answer": "1"}', "a field is given twice"),
+    (_eval_row(id=...), "field 'id' is missing"), (_eval_row(problem=...), "field 'problem' is missing"),
+    (_eval_row(answer=...), "field 'answer' is missing"), (_eval_row(id=7), "field 'id' must be a non-empty string, 7"),
+    (_eval_row(answer=7), "field 'answer' must be a non-empty string, 7"),
+    (_eval_row(problem=" "), "field 'problem' must be"),
+    (_eval_row(answer=""), "field 'answer' must be a non-empty string, ''"),
+    (_eval_row(answer=None), "field 'answer' must be"),
+    (_eval_row(solution=""), "field 'solution' must be"), (_eval_row(solution=None), "field 'solution' must be"),
+    (_eval_row(level=5), "unknown field 'level', 5"), (_eval_row(strategy="add"), "strategy: expected an object"),
+    (_eval_row(strategy={"type": "t", "strategy": "s", "steps": []}), "steps"),
+    (_eval_row(strategy={"type": "t", "strategy": "s"}), "strategy field 'steps': missing"),
+    (_eval_row(strategy=None), "strategy"),
+    (_eval_row(answer="\\frac{1}{"), "field 'answer' has unbalanced brackets, '\\\\frac{1}{'"),
+    (_eval_row(answer="$$"), "field 'answer'"),
+    (_eval_row(answer="(1, 2"), "unbalanced"), (_eval_row(answer="\\boxed{}"), "field 'answer'"),
+    (_eval_row(answer="3 +"), "cannot be read"),
+    (_eval_row(answer="see solution above, it follows from the lemma and then so on"), "field 'answer' is prose"),
+    (_eval_row(answer="1" * 1001), "has 1001 characters, more than 1000"),
+    (_eval_row(answer="\\frac{1}{}"), "cannot be read"),
+    (_eval_row(3, id="r2"), "duplicate id, line 1 has it too, 'r2'"),
+    (_eval_row(3, problem="What is  2 + 0?"), "same problem as line 1 but answer '3', not '2'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), EVAL_BAD_ROWS)
+def test_load_problems_names_line_and_value(row, message, tmp_path, eval_worker):
+    path = _eval_file(tmp_path, _eval_row(2), row, _eval_row(4))
+    with pytest.raises(ValueError) as error:
+        load_problems(path, eval_worker)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_load_problems_reports_twenty_errors_at_once(tmp_path, eval_worker):
+    path = _eval_file(tmp_path, _eval_row(0), *[_eval_row(i, answer="") for i in range(1, 26)])
+    with pytest.raises(ValueError) as error:
+        load_problems(path, eval_worker)
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{i}" for i in range(2, 22)]
+    assert lines[20:] == ["... and 5 more"]
+
+
+def test_load_problems_drops_repeated_rows(tmp_path, eval_worker, capsys):
+    rows = [_eval_row(1), _eval_row(2), _eval_row(1)]
+    rows.append(_eval_row(1, id="again", answer="1.0", problem=" What is 1 + 0? "))
+    path = _eval_file(tmp_path, *rows)
+    assert [p.id for p in load_problems(path, eval_worker)] == ["r1", "r2"]
+    assert capsys.readouterr().out == f"{path}: dropped 2 rows that repeat an earlier problem and its answer\n"
+
+
+def test_load_problems_needs_a_file_with_rows(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
+    expected = {"empty.jsonl": "no rows", "": "a folder", "none": "no such file", "latin.jsonl": "not a line of JSON"}
+    for path, message in expected.items():
+        with pytest.raises(ValueError, match=message):
+            load_problems(tmp_path / path)
+
+
+def test_load_problems_accepts_every_answer_of_the_data_sets(eval_worker):
+    if not EVAL_DATA.is_dir():
+        pytest.skip(f"{EVAL_DATA} is not here")
+    answers = {"math": [], "gsm8k": [], "easy": []}
+    for path in sorted(EVAL_DATA.glob("bench_unify/*.json")):
+        answers[path.stem] = [row["answer"] for row in json.loads(path.read_text())]
+    answers["math"] = [json.loads(row)["answer"] for row in (EVAL_DATA / "math_train/train.jsonl").open()]
+    for row in (EVAL_DATA / "gsm8k/test.jsonl").open():
+        answers["gsm8k"].append(json.loads(row)["answer"].split("####")[1])
+    for name in ("mawps_singleop", "mawps_addsub", "mawps_multiarith", "svamp"):
+        rows = [json.loads(row) for row in (EVAL_DATA / f"easy_word_problems/{name}.jsonl").open()]
+        answers["easy"] += [str(row.get("target", row.get("Answer"))) for row in rows]
+    rejected = {}
+    for name, group in answers.items():
+        group = sorted(set(group))  # thousands repeat
+        rejected[name] = [x for x in group if grading._unusable(grading.normalise_answer(x))]
+        assert all(is_correct(f"\\boxed{{{x}}}", grading.normalise_answer(x), eval_worker) for x in group if x)
+    # two rows of MATH have an empty answer; nothing else is refused
+    assert {name: bad for name, bad in rejected.items() if bad} == {"math": [""]}
+    assert len(answers) == 9 and eval_worker.timeouts == 0
+
+
+# ------------------------------------------------------------------------------------------------ accuracy
+
+
+def test_summarise_by_hand():
+    correct = [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    length = [[10, 20, 30, 40], [10, 10, 10, 10], [5, 5, 5, 5]]
+    truncated = [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    figures = summarise(correct, length, truncated)
+    # means 1/2, 1, 0: variance ((0)^2 + (1/2)^2 + (1/2)^2) / 2 = 1/4, so 0.5 / sqrt(3)
+    assert figures["accuracy"] == pytest.approx(0.5)
+    assert figures["standard_error"] == pytest.approx(0.5 / 3**0.5)
+    assert figures["pass_at_n"] == pytest.approx(2 / 3)
+    assert figures["truncation"] == pytest.approx(3 / 12)
+    assert figures["tokens"] == pytest.approx((100 + 40 + 20) / 12)
+    assert (figures["problems"], figures["n"]) == (3, 4)
+    assert summarise([[True]], [[3]], [[False]])["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [([], [], []), ([[]], [[]], [[]]), ([[1], [1, 0]], [[1], [1, 1]], [[0], [0, 0]]), ([[1]], [[1, 2]], [[0]])],
+)
+def test_summarise_refuses_ragged_lists(tables):
+    with pytest.raises(ValueError, match="lists"):
+        summarise(*tables)
+
+
+def _eval_tokenizer():
+    """One token a character; enough of a tokenizer for encode_chat and decode. Id 0 ends a response."""
+    return types.SimpleNamespace(
+        chat_template="yes",
+        apply_chat_template=lambda messages, **_: [ord(c) for c in messages[0]["content"]],
+        decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i or not skip_special_tokens),
+    )
+
+
+def _eval_scripted(monkeypatch, script, calls):
+    """Put a sampler in place of generate: `script` gives the responses to a prompt, and "~" at the end says cut off."""
+
+    def sample(model, prompts, *, n, seed, **settings):
+        calls.append({"prompts": prompts, "n": n, "seed": seed} | settings)
+        groups = []
+        for p, prompt in enumerate(prompts):
+            texts = script("".join(map(chr, prompt)))[:n]
+            ids = [[ord(c) for c in text.rstrip("~")] + [0] * (not text.endswith("~")) for text in texts]
+            groups.append([Trajectory(prompt, r, [0.0] * len(r), r[-1] == 0, p) for r in ids])
+        return groups
+
+    monkeypatch.setattr(grading, "generate", sample)
+    config = types.SimpleNamespace(eos_ids=(0,), max_position_embeddings=4000)
+    return types.SimpleNamespace(config=config)
+
+
+def _eval_problems(count, strategy=None):
+    return [grading.Problem(f"r{i}", f"What is {i} + 0?", str(i), None, strategy) for i in range(count)]
+
+
+EVAL_SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
+
+
+def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
+    def script(prompt):  # problem 0: both right, one of them cut; 1: one right; 2: none
+        return [["\\boxed{0}", "\\boxed{0} an~"], ["\\boxed{1}", "\\boxed{2}"], ["no", "\\boxed{2~"]][int(prompt[8])]
+
+    calls = []
+    model = _eval_scripted(monkeypatch, script, calls)
+    problems = _eval_problems(3)
+    result = grading.evaluate(
+        model, _eval_tokenizer(), problems, **EVAL_SETTINGS, worker=eval_worker, batch_size=2, keep_responses=True
+    )
+    assert result["accuracy"] == pytest.approx(0.5) and result["pass_at_n"] == pytest.approx(2 / 3)
+    assert result["truncation"] == pytest.approx(2 / 6)
+    assert result["tokens"] == pytest.approx((10 + 12 + 10 + 10 + 3 + 8) / 6)  # the end token counts, the cut has none
+    assert [r["id"] for r in result["responses"]] == ["r0", "r1", "r2"]
+    sample = {"text": "\\boxed{1}", "correct": True, "truncated": False, "length": 10}
+    assert result["responses"][1]["samples"][0] == sample
+    assert [len(call["prompts"]) for call in calls] == [2, 1]
+    assert calls[0]["temperature"] == 0.6 and calls[0]["top_p"] == 0.95 and calls[0]["eos_ids"] == (0,)
+    assert calls[0]["max_new_tokens"] == 50 and calls[0]["n"] == 2
+
+
+def test_evaluate_seeds_follow_the_problem_not_the_batch(monkeypatch, eval_worker):
+    def seeds(problems, batch_size, **changes):
+        calls = []
+        model = _eval_scripted(monkeypatch, lambda prompt: ["x", "x"], calls)
+        settings = EVAL_SETTINGS | changes
+        grading.evaluate(model, _eval_tokenizer(), problems, **settings, worker=eval_worker, batch_size=batch_size)
+        return [seed for call in calls for seed in call["seed"]]
+
+    problems = _eval_problems(5)
+    assert seeds(problems, 1) == seeds(problems, 3)
+    assert seeds(problems, 8)[2:] == seeds(problems[2:], 8)  # a second rank's share keeps its seeds
+    assert len(set(seeds(problems, 8) + seeds(problems, 8, seed=4))) == 10
+
+
+def test_evaluate_guided(monkeypatch, eval_worker):
+    calls = []
+    model = _eval_scripted(monkeypatch, lambda prompt: ["\\boxed{0}"] * 2, calls)
+    guided = _eval_problems(1, grading.Strategy("sum of two", "Add.", ("Add them.",)))
+    grading.evaluate(model, _eval_tokenizer(), guided, **EVAL_SETTINGS, worker=eval_worker, guided=True)
+    grading.evaluate(model, _eval_tokenizer(), guided, **EVAL_SETTINGS, worker=eval_worker)
+    texts = ["".join(map(chr, call["prompts"][0])) for call in calls]
+    assert "sum of two" in texts[0] and "sum of two" not in texts[1]
+    with pytest.raises(ValueError, match="no strategy, the first is 'r0'"):
+        grading.evaluate(model, _eval_tokenizer(), _eval_problems(2), **EVAL_SETTINGS, worker=eval_worker, guided=True)
+    assert len(calls) == 2
+
+
+def test_evaluate_refuses_before_sampling(monkeypatch, eval_worker):
+    calls = []
+    model = _eval_scripted(monkeypatch, lambda prompt: ["x"] * 2, calls)
+    with pytest.raises(ValueError, match="no problems"):
+        grading.evaluate(model, _eval_tokenizer(), [], **EVAL_SETTINGS, worker=eval_worker)
+    model.config.max_position_embeddings = 20
+    with pytest.raises(ValueError, match="'r0': its prompt of .* fills the context of 20"):
+        grading.evaluate(model, _eval_tokenizer(), _eval_problems(1), **EVAL_SETTINGS, worker=eval_worker)
+    assert calls == []
+
+
+def test_evaluate_with_a_real_model(eval_worker):
+    raw = dict(
+        model_type="llama", vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, rms_norm_eps=1e-5, max_position_embeddings=100, eos_token_id=0, rope_theta=1e4,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    config = ModelConfig.from_dict(raw)
+    model = build_model(config, generator=generator, dtype=torch.float32, device=torch.device("cpu"))
+    args = dict(EVAL_SETTINGS, temperature=1.0, top_p=1.0, worker=eval_worker, keep_responses=True)
+    problems = _eval_problems(3)
+    one, two = (grading.evaluate(model, _eval_tokenizer(), problems, **args, batch_size=b) for b in (1, 3))
+    assert one == two
+    room = 100 - len(grading.encode_chat(_eval_tokenizer(), grading.auto_messages(problems[0].problem)))
+    assert 1 < room < 50  # so the context ends a response before max_new_tokens does
+    samples = [sample for row in one["responses"] for sample in row["samples"]]
+    assert len(samples) == 6 and all(sample["length"] == room for sample in samples if sample["truncated"])
+    assert one["truncation"] == sum(sample["truncated"] for sample in samples) / 6
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def _eval_command(monkeypatch, tmp_path, *extra):
+    calls = []
+    model = _eval_scripted(monkeypatch, lambda prompt: ["\\boxed{1}", "\\boxed{1}"], calls)
+
+    def load(name, *, dtype, device):
+        calls.append(("load", name, dtype, device))
+        return model, _eval_tokenizer()
+
+    monkeypatch.setattr(grading, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", "some/tiny", "--n", "2", "--device", "cpu", *extra]
+    return calls, arguments
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    calls, arguments = _eval_command(monkeypatch, tmp_path)
+    path = _eval_file(tmp_path, _eval_row(1), _eval_row(2), _eval_row(3))
+    results = grading.main([*arguments, "--data", str(path), "--limit", "2", "--seed", "5"])
+    assert calls[0] == ("load", "some/tiny", torch.float32, "cpu")
+    out = capsys.readouterr().out
+    assert f"{path}: avg@2 50.0 ± 50.0  pass@2 50.0  truncated 0.0 %  tokens 10  problems 2" in out
+    assert "results in eval-tiny.json" in out
+    written = json.loads((tmp_path / "eval-tiny.json").read_text())
+    assert written == results
+    assert written["config"]["temperature"] == 0.6 and written["config"]["top_p"] == 0.95
+    assert written["config"]["seed"] == 5 and written["versions"]["math-verify"]
+    assert written["files"][str(path)]["accuracy"] == 0.5 and "responses" not in written["files"][str(path)]
+    with pytest.raises(ValueError, match="already there"):  # and the first results stay
+        grading.main([*arguments, "--data", str(path)])
+    assert len([call for call in calls if isinstance(call, tuple)]) == 1
+
+
+def test_command_line_checks_all_data_before_the_model(monkeypatch, tmp_path):
+    calls, arguments = _eval_command(monkeypatch, tmp_path)
+    good = _eval_file(tmp_path, _eval_row(1))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(ValueError, match="bad.jsonl:1: field 'id' is missing"):
+        grading.main([*arguments, "--data", str(good), str(bad)])
+    assert calls == [] and not (tmp_path / "eval-tiny.json").exists()
+
+
+@pytest.mark.parametrize("extra", [["--temprature", "1"], ["--temp", "1"], ["--n", "two"], ["--dtype", "int8"], ["stray"]])
+def test_command_line_refuses_unknown_flags(extra, monkeypatch, tmp_path, capsys):
+    _, arguments = _eval_command(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit) as error:
+        grading.main([*arguments, "--data", "x.jsonl", *extra] if extra != ["stray"] else ["stray", *arguments])
+    assert error.value.code == 2
+
+
+def test_command_line_defaults():
+    args = grading.build_parser().parse_args(["--model", "m", "--data", "d"])
+    assert (args.n, args.temperature, args.top_p, args.max_new_tokens, args.seed) == (1, 0.6, 0.95, 2048, 0)
+    assert (args.guided, args.limit, args.dtype, args.device, args.responses) == (False, None, "float32", "auto", False)
+    with pytest.raises(ValueError, match="--n must be at least 1, got 0"):
+        grading.main(["--model", "m", "--data", "d", "--n", "0"])
+
+
+# ---------------------------------------------------------------------------------------------------- starter set
+
+
+def _starter_data():
+    """The repository's data folder: next to this file, or where the tests are run."""
+    return next(d for d in (Path(__file__).parent / "data", Path("data")) if (d / "starter.py").exists())
+
+
+def _starter():
+    """data/starter.py as a module (data is no package)."""
+    spec = importlib.util.spec_from_file_location("starter_generator", _starter_data() / "starter.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _starter_rows(*names):
+    """The committed rows of the named files, one list."""
+    return [json.loads(line) for name in names for line in open(_starter_data() / "starter" / f"{name}.jsonl")]
+
+
+def _starter_family(row):
+    return re.fullmatch(r"starter-(.+)-\d+", row["id"])[1]
+
+
+def _starter_by_family(*names):
+    """{family: its rows}."""
+    groups = {}
+    for row in _starter_rows(*names):
+        groups.setdefault(_starter_family(row), []).append(row)
+    return groups
+
+
+def _starter_numbers(text):
+    """Every number of a text, in order: "3 pens at $1.50" -> [3, 3/2]."""
+    return [Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", text)]
+
+
+def _starter_value(text):
+    """A plain answer as a number: "7", "2.50" or "\\frac{7}{3}"."""
+    fraction = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", text)
+    return Fraction(int(fraction[1]), int(fraction[2])) if fraction else Fraction(text)
+
+
+def _starter_evaluate(text, **names):
+    """An arithmetic expression over fractions; ^ is a power."""
+    text = re.sub(r"(?<=\d)([a-z])", r"*\1", text)
+    text = re.sub(r"\d+(?:\.\d+)?", lambda m: f"Fraction('{m[0]}')", text).replace("^", "**")
+    return eval(text, {"__builtins__": {}, "Fraction": Fraction}, names)
+
+
+def _starter_equations(text):
+    """The (left, right) pairs of every chain of equal signs whose two sides are plain arithmetic.
+
+    A side may stand next to words ("that is 3 * 4 = 12 apples"), not next to an operator and a letter ("x + 4 = 12").
+    """
+    found = []
+    for sentence in re.split(r"[,;:?]\s|\.(?:\s|$)|\n", text):
+        sides = sentence.split(" = ")
+        for left, right in itertools.pairwise(sides):
+            start = re.search(r"(?:^|[A-Za-z] )((?:\(|\d|-\d)[\d.()+\-*/^ ]*)$", left)
+            end = re.match(r"(-?(?:[\d(][\d.()+\-*/^ ]*)?[\d)])(?=$| [A-Za-z])", right)
+            if start and end:
+                found.append((start[1], end[1]))
+    return found
+
+
+def test_starter_files_are_what_the_generator_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["starter.py", "--out", str(tmp_path / "new"), "--seed", "0"])
+    _starter().main()
+    for name in ("train", "test", "heldout"):
+        committed = _starter_data() / "starter" / f"{name}.jsonl"
+        assert (tmp_path / "new" / f"{name}.jsonl").read_bytes() == committed.read_bytes()
+    assert "train.jsonl: 740 rows" in capsys.readouterr().out
+
+
+def test_starter_build_is_pure_and_depends_on_the_seed():
+    starter = _starter()
+    random.seed(1)
+    state = random.getstate()
+    first = starter.build(0)
+    assert random.getstate() == state
+    random.seed(2)
+    assert starter.build(0) == first
+    assert {r["problem"] for r in starter.build(1)[0]} != {r["problem"] for r in first[0]}
+
+
+def test_starter_counts():
+    train, test, held = (_starter_by_family(name) for name in ("train", "test", "heldout"))
+    assert len(train) == 37 and train.keys() == test.keys()
+    assert held.keys() == {"mixture", "neither"} and not held.keys() & train.keys()
+    assert all(len(rows) == 20 for rows in train.values())
+    assert all(len(rows) == 4 for rows in test.values())
+    assert all(len(rows) == 25 for rows in held.values())
+
+
+def test_starter_ids_and_texts_are_unique_and_fields_are_filled():
+    rows = _starter_rows("train", "test", "heldout")
+    assert len({row["id"] for row in rows}) == len({row["problem"] for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["id", "problem", "answer", "solution", "strategy"]
+        assert list(row["strategy"]) == ["type", "strategy", "steps"]
+        assert 2 <= len(row["strategy"]["steps"]) <= 5
+        texts = [row["problem"], row["answer"], row["solution"], row["strategy"]["type"], row["strategy"]["strategy"]]
+        for text in texts + row["strategy"]["steps"]:
+            assert isinstance(text, str) and text and text == text.strip() and "  " not in text and text.isascii(), row
+
+
+def test_starter_test_operands_are_not_in_train():
+    """By the texts alone: no test problem has the same set of numbers as a train problem of its family."""
+    train, test = _starter_by_family("train"), _starter_by_family("test")
+    # numbers that belong to a wording and not to the instance
+    constant = {"units-digit": {10}, "dice-sum": {1}, "nth-term": {1, 2, 3, 4}}
+    for family in train:
+        keys = [
+            {frozenset(_starter_numbers(row["problem"])) - constant.get(family, set()) for row in rows}
+            for rows in (train[family], test[family])
+        ]
+        assert not keys[0] & keys[1], (family, keys[0] & keys[1])
+
+
+def test_starter_operands_stand_in_the_text():
+    """The split goes by the operands a family returns, so these must be the numbers the reader sees."""
+    starter = _starter()
+    for name, family in starter.TRAINED + starter.HELD_OUT:
+        rng = random.Random(f"operands-{name}")
+        for item in filter(None, (family(rng) for _ in range(60))):
+            missing = {Fraction(str(n)) for n in item[0]} - set(_starter_numbers(item[1]))
+            assert not missing, (name, item[0], item[1])
+
+
+def test_starter_strategies_hold_no_number_and_do_not_depend_on_the_instance():
+    # "one" and "two" are structural (one unit of time, two groups); no larger number word has a place in a strategy
+    words = r"\b(three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|thousand)\b"
+    for family, rows in _starter_by_family("train", "test", "heldout").items():
+        texts = {json.dumps(row["strategy"]).lower() for row in rows}
+        # at most four texts for all the rows of a family: one that followed the operands would differ from row to row
+        assert len(texts) <= 4, (family, len(texts))
+        for text in texts:
+            assert not re.search(r"\d", text) and not re.search(words, text), (family, text)
+
+
+def test_starter_solutions_end_in_the_boxed_answer():
+    for row in _starter_rows("train", "test", "heldout"):
+        assert row["solution"].endswith(f"\nThe answer is \\boxed{{{row['answer']}}}"), row["id"]
+        assert row["solution"].count("\\boxed") == 1
+
+
+def test_starter_solutions_state_true_equations():
+    for family, rows in _starter_by_family("train", "test", "heldout").items():
+        for row in rows:
+            equations = _starter_equations(row["solution"])
+            assert equations, (family, row["solution"])
+            for left, right in equations:
+                assert _starter_evaluate(left) == _starter_evaluate(right), (row["id"], left, right)
+
+
+def test_starter_equation_finder():
+    text = (
+        "So 3x + 6 = 153 holds, that is 2 * (3 + 4) = 14 = 28 / 2 apples.\n"
+        "Then x is 2.50 * 2 = 5. And 1/2 + 1/3 = 5/6, and 7 = 20 - x, and 3 * 2 = 6 and 6 * 2 = 12."
+    )
+    found = [("2 * (3 + 4)", "14"), ("14", "28 / 2"), ("2.50 * 2", "5"), ("1/2 + 1/3", "5/6"), ("3 * 2", "6"), ("6 * 2", "12")]
+    assert _starter_equations(text) == found
+    assert _starter_evaluate("3n + 2^2", n=5) == 19 and _starter_evaluate("1 / (5/6)") == Fraction(6, 5)
+
+
+def _starter_money_checks():
+    """{family: f(problem, numbers in the text, answer) -> is the answer right}, not by the generator's route."""
+
+    def one_step(text, n, x):
+        if "together" in text or "that day" in text:
+            return x - n[0] == n[1]
+        if "left" in text:
+            return x + n[1] == n[0]
+        return x * n[1] == n[0] if "equally" in text or "in each pot" in text else x / n[0] == n[1]
+
+    def change(text, n, x):
+        many, price, few, cost, bill = n if "buys" in text else (n[2], n[0], n[3], n[1], n[4])
+        return sum([price] * int(many) + [cost] * int(few)) + x == bill
+
+    def profit(text, n, x):
+        if len(n) == 2:
+            return n[0] * (100 + (x if "profit" in text else -x)) / 100 == n[1]
+        count, cost, broken, price = n if "vases" in text else (n[1], n[0], n[2], n[3])
+        return sum([price] * int(count - broken)) == cost + x
+
+    def reverse(text, n, x):
+        p, new = (n[1], n[0]) if "runners" in text else n
+        return x + (x * p / 100 if re.search("raise|more", text) else -x * p / 100) == new
+
+    def ratio(text, n, x):
+        a, b, total = (n[1], n[2], n[0]) if "share" in text else n
+        return x * b == (total - x) * a
+
+    def convert(text, n, x):
+        factor = 100 if "centimeters" in text else 60 if "minutes" in text else 1000
+        whole, piece = (n[1], n[0]) if re.search("radio|lamp", text) else n
+        return x * piece == whole * factor
+
+    return {
+        "one-step": one_step,
+        "change": change,
+        "profit": profit,
+        "reverse-percent": reverse,
+        "unit-conversion": convert,
+        "ratio-share": ratio,
+        "packs": lambda text, n, x: x * n[3] + n[2] == n[0] * n[1],
+        "unit-rate": lambda text, n, x: x * n[1] == n[0] * n[2],
+        "percent-rest": lambda text, n, x: x / n[0] + n[1] / 100 == 1,
+        "average-needed": lambda text, n, x: sum([n[1]] * int(n[0]) + [x]) / (n[0] + 1) == n[2],
+        "fraction-left": lambda text, n, x: _starter_left(n) == x,
+        "discount-tax": lambda text, n, x: _starter_price(text, n) == x,
+    }
+
+
+def _starter_left(n):
+    """What is left of n[0] after the first fraction and then the second, in single units."""
+    things, a, b, c, d = (int(v) for v in n)
+    things -= sum(1 for i in range(things) if i % b < a)
+    return things - sum(1 for i in range(things) if i % d < c)
+
+
+def _starter_price(text, n):
+    """The price in dollars after the discount and the tax, checked to be whole cents."""
+    price, off, tax = n if "with a price" in text else (n[1], n[0], n[2])
+    final = (price - price * off / 100) * (1 + tax / 100)
+    assert (100 * final).denominator == 1, text
+    return final
+
+
+def _starter_equation_checks():
+    """As above, for equations, ages, motion and geometry: the answer is put back into the text."""
+
+    def consecutive(text, n, x):
+        step = 1 if "consecutive integers" in text else 2
+        signs = range(int(n[0])) if "smallest" in text else range(0, -int(n[0]), -1)
+        odd = "odd" in text
+        return sum(x + step * i for i in signs) == n[1] and (step == 1 or x % 2 == odd)
+
+    def ages(text, n, x):
+        if "sum of their ages" in text or "add up" in text:
+            return (x + n[1]) + (x / n[0] + n[1]) == n[2]
+        return x + n[0] + n[1] == n[2] * (x + n[1])
+
+    def heads_legs(text, n, x):
+        legs = {"rabbits": (2, 4), "tricycles": (2, 3), "stools": (3, 4), "ants": (6, 8)}
+        few, many = next(legs[kind] for kind in legs if kind in text)
+        return [b for b in range(int(n[0]) + 1) if few * (n[0] - b) + many * b == n[1]] == [x]
+
+    def two_legs(text, n, x):
+        times = (n[0], n[2]) if "hour at" in text or "hours at" in text else (n[0] / n[1], n[2] / n[3])
+        return sum(t * (v - x) for t, v in zip(times, (n[1], n[3]), strict=True)) == 0  # gains and losses balance
+
+    def meet(text, n, x):
+        return n[1] * x + n[2] * x == n[0] if "towards" in text else n[0] * (n[1] + x) == n[2] * x
+
+    def elapsed(text, n, x):
+        start, end = (datetime.strptime(t, "%I:%M %p") for t in re.findall(r"\d+:\d+ [AP]M", text))
+        return (end - start).total_seconds() == 60 * x
+
+    def rectangle(text, n, x):
+        more, around = n if "garden" in text else n[::-1]
+        return [w * (w + more) for w in range(1, int(around)) if w + w + more + w + w + more == around] == [x]
+
+    return {
+        "consecutive": consecutive,
+        "ages": ages,
+        "heads-legs": heads_legs,
+        "two-legs": two_legs,
+        "meet-or-chase": meet,
+        "elapsed-time": elapsed,
+        "rectangle-area": rectangle,
+        "linear-undo": lambda text, n, x: n[0] * x + n[1] == n[2],
+        "linear-both-sides": lambda text, n, x: n[0] + n[1] * x == n[2] + n[3] * x,
+        "work-together": lambda text, n, x: x / n[0] + x / n[1] == 1,
+        "triangle-angles": lambda text, n, x: (
+            [max(a, n[0] * a, a + n[1]) for a in range(1, 180) if a + n[0] * a + a + n[1] == 180] == [x]
+        ),
+        "mixture": lambda text, n, x: (
+            (n[0] * x + n[1] * n[2]) / (x + n[1]) == n[3] if "salt" in text else (n[0] * n[1] + x * n[2]) / (n[0] + x) == n[3]
+        ),
+    }
+
+
+def _starter_counting_checks():
+    """As above, for number theory, counting, probability and sums: by listing and counting."""
+
+    def committee(text, n, x):
+        boys, girls, k, j = (int(v) for v in n)
+        return x == sum(
+            1 for _ in itertools.product(itertools.combinations(range(boys), k), itertools.combinations(range(girls), j))
+        )
+
+    def draw_two(text, n, x):
+        balls = "r" * int(n[0]) + "b" * int(n[1])
+        draws = list(itertools.permutations(balls, 2))
+        return x == Fraction(draws.count(("r", "r")), len(draws))
+
+    def dice(text, n, x):
+        sides = range(1, int(max(n[0], n[2])) + 1)  # "n faces numbered from 1 to n ... s"
+        rolls = [a + b for a in sides for b in sides]
+        return n[0] == n[2] and x == Fraction(rolls.count(int(n[3])), len(rolls))
+
+    def pairs(text, n, x):
+        size, times = n if "league" in text else n[::-1]
+        return x == times * len(list(itertools.combinations(range(int(size)), 2)))
+
+    def arithmetic(text, n, x):
+        first, step, count = n
+        return x == sum(first + i * step for i in range(int(count)))
+
+    def units(text, n, x):
+        base, exponent = n[1::-1] if "factors" in text else n[:2]
+        return pow(int(base), int(exponent), 10) == x
+
+    return {
+        "committee": committee,
+        "draw-two": draw_two,
+        "dice-sum": dice,
+        "pairs": pairs,
+        "arithmetic-sum": arithmetic,
+        "units-digit": units,
+        "greatest-divisor": lambda text, n, x: x == max(d for d in range(1, 500) if n[0] % d == 0 and n[1] % d == 0),
+        "least-multiple": lambda text, n, x: x == next(m for m in itertools.count(1) if m % n[0] == m % n[1] == 0),
+        "two-remainders": lambda text, n, x: (
+            x
+            == next(
+                m
+                for m in itertools.count(1)
+                if (m % n[1] == n[0] and m % n[3] == n[2] if "integer" in text else m % n[0] == n[1] and m % n[2] == n[3])
+            )
+        ),
+        "divisor-count": lambda text, n, x: x == sum(n[0] % d == 0 for d in range(1, int(n[0]) + 1)),
+        "count-multiples": lambda text, n, x: x == sum(m % n[2] == 0 for m in range(int(n[0]), int(n[1]) + 1)),
+        "neither": lambda text, n, x: (
+            x == int(n[0]) - len(set(range(int(n[1]))) | set(range(int(n[1] - n[3]), int(n[1] - n[3] + n[2]))))
+        ),
+    }
+
+
+def _starter_expression_checks():
+    """As above, for answers that are expressions: f(problem, numbers, answer text)."""
+
+    def right_triangle(text, n, answer):
+        outside, inside = re.fullmatch(r"(\d+)(?:\\sqrt\{(\d+)\})?", answer).groups(default="1")
+        free = all(int(inside) % (r * r) for r in range(2, 50))
+        return free and int(outside) ** 2 * int(inside) == n[0] ** 2 + n[1] ** 2
+
+    def product(text, n, answer):
+        if "patio" in text:
+            return all(_starter_evaluate(answer, x=x) == (x + n[0]) * (x + n[1]) for x in range(5))
+        left, right = re.findall(r"x [+-] \d+", text)
+        return all(
+            _starter_evaluate(answer, x=x) == _starter_evaluate(left, x=x) * _starter_evaluate(right, x=x) for x in range(-3, 5)
+        )
+
+    def nth_term(text, n, answer):
+        terms = n[:4] if "sequence" in text else n[:8:2]
+        return [_starter_evaluate(answer, n=i) for i in (1, 2, 3, 4)] == terms
+
+    return {"right-triangle": right_triangle, "product-expression": product, "nth-term": nth_term}
+
+
+def test_starter_answers_by_another_route():
+    """Every answer again from the numbers in the text: by brute force, or by putting it back into the story."""
+    plain = _starter_money_checks() | _starter_equation_checks() | _starter_counting_checks()
+    written = _starter_expression_checks()
+    groups = _starter_by_family("train", "test", "heldout")
+    assert groups.keys() == plain.keys() | written.keys()
+    for family, rows in groups.items():
+        for row in rows:
+            text, numbers, answer = row["problem"], _starter_numbers(row["problem"]), row["answer"]
+            right = (
+                written[family](text, numbers, answer)
+                if family in written
+                else plain[family](text, numbers, _starter_value(answer))
+            )
+            assert right, (row["id"], text, answer)
+            if family not in written:  # the check can fail: a neighboring answer does not pass
+                assert not plain[family](text, numbers, _starter_value(answer) + 1), row["id"]
+
+
+def test_starter_fractions_are_in_lowest_terms_and_every_form_occurs():
+    answers = [row["answer"] for row in _starter_rows("train")]
+    fractions = [re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", a) for a in answers]
+    fractions = [(int(m[1]), int(m[2])) for m in fractions if m]
+    assert len(fractions) > 60 and all(math.gcd(a, b) == 1 and b > 1 for a, b in fractions)
+    assert sum(bool(re.fullmatch(r"\d+", a)) for a in answers) > 300
+    assert sum(bool(re.fullmatch(r"\d+\.\d\d", a)) for a in answers) >= 40
+    assert sum("sqrt" in a for a in answers) >= 10
+    assert sum("x^2" in a for a in answers) == 20
+
+
+def test_starter_draw_raises_where_a_family_runs_out():
+    starter = _starter()
+    item = ((1, 2), "text", "3", "solution", {"type": "t", "strategy": "s", "steps": ["u"]})
+    with pytest.raises(ValueError, match="family narrow: only 1 of 2 rows"):
+        starter.draw("narrow", lambda rng: item, 0, 2)
+    with pytest.raises(ValueError, match="no digit"):
+        starter.draw("leaky", lambda rng: (*item[:4], {"type": "t", "strategy": "add 2", "steps": []}), 0, 1)
+
+
+def test_starter_answers_are_gradable():
+    """A public grader reads every form of answer and finds it equal to itself in a box, and unequal to the next one."""
+    grader = pytest.importorskip("math_verify")
+    rows = [rows[0] for rows in _starter_by_family("train", "heldout").values()]
+    parsed = [grader.parse(f"\\boxed{{{row['answer']}}}", parsing_timeout=None) for row in rows]
+    for row, left in zip(rows, parsed, strict=True):
+        assert left, row["answer"]
+        gold = grader.parse(f"${row['answer']}$", parsing_timeout=None)
+        assert grader.verify(gold, left, timeout_seconds=None), row["answer"]
+    for (row, left), (other, right) in itertools.pairwise(zip(rows, parsed, strict=True)):
+        assert row["answer"] == other["answer"] or not grader.verify(left, right, timeout_seconds=None)
+
+
+# ---------------------------------------------------------------------------------------------------- bench
+
+
+BENCH_ROOT = Path(bench.__file__).resolve().parent
+
+
+def bench_ratios(report):
+    """Every ratio the report states, with where it stands."""
+    for result in report["sampler"]["workloads"]:
+        for name, value in result["ratio"].items():
+            yield result["workload"]["name"] + " " + name, value
+    for row in report["head"]["summary"]:
+        for figure in ("peak_mb_ratio", "seconds_ratio"):
+            for name, value in row[figure].items():
+                yield f"{row['variant']} {figure} {name}", value
+
+
+def test_bench_quick_runs_and_both_ways_agree(tmp_path):
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "bench.py", "--quick", "--device", "cpu", "--threads", "1", "--repeats", "2", "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=BENCH_ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["seed"] == 0 and report["threads"] == 1 and report["repeats"] == 2 and report["device_type"] == "cpu"
+    assert set(report["versions"]) == {"python", "torch", "transformers"}
+    assert "--quick" in report["command"] and report["commit"] and report["device"]
+    checks = {**report["sampler"]["checks"], **report["head"]["checks"]}
+    assert set(checks) == {"greedy", "logprobs", "distribution", "same_loss"}
+    assert all(check["ok"] for check in checks.values()), checks
+    ratios = dict(bench_ratios(report))
+    assert len(ratios) == 2 * 3 + 3 * 2 * 3  # workloads; variants x figures
+    assert all(math.isfinite(value) and value > 0 for value in ratios.values()), ratios
+    for result in report["sampler"]["workloads"]:
+        assert [run["side"] for run in result["runs"]] == ["ours", "transformers"] * 2  # alternating
+        rows = result["workload"]["prompts"] * result["workload"]["group"]
+        for run in result["runs"]:
+            assert rows <= run["useful_tokens"] <= rows * result["workload"]["max_new_tokens"]
+    uniform = report["sampler"]["workloads"][1]
+    assert {run["useful_tokens"] for run in uniform["runs"]} == {3 * 2 * 6}  # nobody stops before the cap
+
+
+def test_bench_typo_is_an_error(tmp_path):
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["--out", str(tmp_path / "b.json"), "--quik"])
+
+
+def test_bench_chi_square_by_hand():
+    # (60 - 50)^2 / 50 + (40 - 50)^2 / 50 = 4 at one degree of freedom: p = erfc(sqrt(4 / 2)) = 0.0455
+    p = bench.chi_square(torch.tensor([60.0, 40.0]).double(), torch.tensor([0.5, 0.5]))
+    assert p == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-9)
+
+
+def test_bench_checks_find_a_different_model():
+    """The comparisons are worth nothing unless they fail for models that differ."""
+    device = torch.device("cpu")
+    ours, theirs = bench.model_pair(bench.SMALL_VOCABULARY, 0, torch.float32, device)
+    prompts = [[3, 17, 5, 11], [9, 4]]
+    assert bench.check_greedy(ours, theirs, prompts, 12)["ok"]
+    assert bench.check_logprobs(ours, theirs, prompts, 12, seed=0)["ok"]
+    exact = bench.teacher_forced(theirs, prompts[0], [0])[0].exp()
+    rows = bench.sample_ours(ours, [prompts[0]], [1], n=500, max_new_tokens=1, temperature=1.0, seed=0)
+    counts = torch.bincount(torch.tensor(rows)[:, 0], minlength=24).double()
+    assert bench.chi_square(counts, exact) > 1e-4
+    assert bench.chi_square(counts, exact.sqrt() / exact.sqrt().sum()) < 1e-4  # temperature 2 instead of 1
+    with torch.no_grad():
+        theirs.model.norm.weight[0] += 2.0
+    assert not bench.check_greedy(ours, theirs, prompts, 12)["ok"]
+    assert not bench.check_logprobs(ours, theirs, prompts, 12, seed=0)["ok"]
+
+
+def test_bench_responses_of_both_sides_end_at_the_first_eos():
+    ours, theirs = bench.model_pair(bench.SMALL_VOCABULARY, 0, torch.float32, torch.device("cpu"))
+    eos_ids = [1, 2, 5]
+    for sampler, model in ((bench.sample_ours, ours), (bench.sample_theirs, theirs)):
+        rows = sampler(model, [[3, 4, 7], [8]], eos_ids, n=20, max_new_tokens=15, temperature=1.0, seed=3)
+        assert len(rows) == 40
+        assert all(not set(row[:-1]) & set(eos_ids) for row in rows)
+        assert all(len(row) == 15 or row[-1] in eos_ids for row in rows)
+        assert len({len(row) for row in rows}) > 3  # ragged
+
+
+def test_bench_memory_counter_sees_a_large_tensor_and_restarts():
+    device = torch.device("cpu")
+
+    def allocate(megabytes):
+        return torch.ones(megabytes * 250_000).mean().item()  # 4 bytes each
+
+    for megabytes in (200, 50):  # the smaller one second: a counter that did not restart would show 200 again
+        mean, seconds, peak = bench.measured(lambda size=megabytes: allocate(size), device)
+        assert mean == 1.0 and seconds > 0
+        assert 0.9 * megabytes < peak / bench.MB < 1.5 * megabytes + 20
