@@ -889,6 +889,20 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(tmp_path, wor
     assert 0.05 < metrics["kept"] < 0.95  # both kinds of token took part
 
 
+def test_the_guided_pass_keeps_no_graph(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    seen = []
+
+    def spy(hidden, weight, terms, inputs, **options):
+        if terms.func is losses.distillation_terms:
+            seen.append((hidden.requires_grad, inputs[0].requires_grad))
+        return losses.chunked_head(hidden, weight, terms, inputs, **options)
+
+    monkeypatch.setattr(train, "chunked_head", spy)
+    gradients_of(run, fake_samples(run, examples), monkeypatch)
+    assert seen == [(True, False)]  # the unguided side has a graph, the guided one only its values
+
+
 def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker)
     samples = fake_samples(run, examples)
