@@ -60,8 +60,8 @@ def generate(
     eos_ids         every id that ends a response
     seed            one for the call, or one per prompt. A row's random numbers depend only on its prompt's seed and its place
                     in the group, so they do not change with the other prompts, with max_rows or with the number of ranks
-    max_rows        how many rows are decoded at once; more prompts than fit wait for the next batch. The cache grows to
-                    rows x longest sequence
+    max_rows        how many rows are decoded at once; more prompts than fit wait for the next batch, but a group is never
+                    split. The cache grows to rows x longest sequence
     on_step         called after each decode step with the number of tokens it sampled (for a progress bar)
 
     Raises ValueError, before anything is sampled, for bad settings, an empty prompt or one that fills the context.

@@ -830,6 +830,8 @@ def train(cfg: Config, device: torch.device) -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
+        if cfg.data in (TINY["data"], STARTER["data"]):
+            say(f"data: {'the tiny world' if cfg.data == TINY['data'] else 'the starter set'} (data/README.md says what it is)")
         say(f"{len(for_sft)} problems for SFT, {len(for_rl)} for {cfg.method}, {len(held_out)} held out")
         table: dict[str, dict[str, dict[str, float]]] = {}
 
