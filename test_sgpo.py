@@ -805,7 +805,8 @@ def worker():
 def make_run(tmp_path, worker, *flags):
     """(run, examples) on the tiny world with the flags given, as train.main would make them."""
     cfg = train.parse_config(["--out", str(tmp_path / "run"), "--device", "cpu", *map(str, flags)])
-    run, examples, _, _ = train.prepare(cfg, CPU, worker)
+    run, examples, _ = train.prepare(cfg, CPU, worker)
+    run.out.mkdir(parents=True)
     return run, examples
 
 
@@ -985,7 +986,6 @@ def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_update_has_ratio_one(tmp_path, worker, temperature):
     run, examples = make_run(tmp_path, worker, "--temperature", temperature)
-    run.out.mkdir(exist_ok=True)
     metrics = train.sgpo_step(run, list(enumerate(examples[:4])), 1, 1e-3)
     assert metrics["first_ratio_error"] < 1e-3 and metrics["first_logprob_error"] < 1e-3 and metrics["clip_fraction"] == 0
     assert metrics["policy_kl"] == pytest.approx(0, abs=1e-5)
@@ -994,7 +994,6 @@ def test_first_update_has_ratio_one(tmp_path, worker, temperature):
 def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
     seen = []
-    run.out.mkdir(exist_ok=True)
 
     def update(run, samples, learning_rate):
         seen.append([sample.place for sample in samples])
@@ -1179,7 +1178,6 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
     accuracy = {}
     for method in ("grpo", "sgpo"):
         run, examples = make_run(tmp_path / method, worker, "--method", method)
-        run.out.mkdir(exist_ok=True)
         held_out = load_problems(run.cfg.eval_data, worker)[:120]
         if not accuracy:
             accuracy["base"] = train.measure(run, held_out, guided=False)["accuracy"]
@@ -1257,14 +1255,13 @@ def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, mess
     with pytest.raises(SystemExit) as stopped:
         train.main(["--data", str(path), "--out", str(tmp_path / "run"), *map(str, flags)])
     assert message in str(stopped.value)
-    assert not (tmp_path / "run/model").exists()
+    assert not (tmp_path / "run").exists()  # nothing that the corrected run would trip over
 
 
 def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
     rows = [{k: v for k, v in row.items() if k not in ("strategy", "solution")} for row in tiny_rows(4)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run, examples = make_run(tmp_path, worker, "--data", path, "--method", "grpo", "--sft_fraction", 0)
-    run.out.mkdir(exist_ok=True)
     metrics = train.sgpo_step(run, list(enumerate(examples)), 1, 1e-3)
     assert metrics["length_guided"] == metrics["distillation_loss"] == metrics["alpha"] == 0
 

@@ -771,8 +771,11 @@ def code_commit() -> str:
         return "unknown"
 
 
-def open_log(cfg: Config, device: torch.device) -> tuple[Path, Callable[[dict[str, Any]], None]]:
-    """(the run's folder, log): metrics.jsonl begins with the config, the commit and the machine. Only rank 0 writes."""
+def open_log(cfg: Config, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Make the run's folder; metrics.jsonl begins with the config, the commit and the machine. Only rank 0 writes.
+
+    Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
+    """
     out = Path(cfg.out)
     rank, ranks = world()
     if rank == 0 and (out / "metrics.jsonl").exists():
@@ -788,10 +791,10 @@ def open_log(cfg: Config, device: torch.device) -> tuple[Path, Callable[[dict[st
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     versions = {"commit": code_commit(), "torch": torch.__version__, "device": name, "ranks": ranks}
     log({"config": dataclasses.asdict(cfg), **versions})
-    return out, log
+    return log
 
 
-def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Problem], Callable]:
+def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Problem]]:
     """Load and check everything a run needs; ValueError before any training for whatever is wrong with it."""
     problems = load_problems(cfg.data, worker)
     held_out = load_problems(cfg.eval_data, worker) if cfg.eval_data else []
@@ -802,10 +805,9 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     model, tokenizer = load_model(cfg.model, dtype=torch.float32, device=device)
     examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    out, log = open_log(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext
-    return Run(cfg, model, tokenizer, optimizer, worker, device, out, autocast), examples, held_out, log
+    return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), autocast), examples, held_out
 
 
 def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example], list[Example]]:
@@ -825,8 +827,9 @@ def train(cfg: Config, device: torch.device) -> None:
     say = tqdm.write if world()[0] == 0 else lambda _: None
     with MathWorker() as worker:
         try:
-            run, examples, held_out, log = prepare(cfg, device, worker)
+            run, examples, held_out = prepare(cfg, device, worker)
             for_sft, for_rl = split_examples(examples, cfg)
+            log = open_log(cfg, device)
         except ValueError as error:
             sys.exit(f"error: {error}")
         say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
