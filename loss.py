@@ -1,4 +1,4 @@
-"""The losses of SGPO: the clipped policy loss, the clipped forward KL, and a head that applies them in token chunks.
+"""The losses of SGPO and its baselines: policy losses, the clipped forward KL, and a head that applies them in token chunks.
 
 Pure functions of tensors. No model, no text, no normaliser: every loss here is per token, and the caller multiplies by weights
 that it worked out over the whole optimizer step (all micro-batches, all ranks), so that the gradient cannot depend on how the
@@ -31,10 +31,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_v p_v log p_v at each position, in nats: logits (..., V) -> (...). A diagnostic, without gradient."""
-    with torch.no_grad():
-        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-        return -(log_p.exp() * log_p).sum(-1)
+    """-sum_v p_v log p_v at each position, in nats: logits (..., V) -> (...)."""
+    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def policy_loss(
@@ -55,6 +54,40 @@ def policy_loss(
     return loss, ratio.detach(), clipped.detach()
 
 
+def luffy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, demonstration: Tensor, shaping: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """LUFFY's mixed-policy loss per token (arXiv 2504.14945, as its public code computes it), all of one shape, e.g. (M,):
+
+        the policy's own tokens    loss_t = -A_t ratio_t,  ratio_t = exp(logprobs_t - old_logprobs_t),  no clip
+        a demonstration's tokens   loss_t = -A_t f(pi_t),  f(x) = x / (x + shaping),  pi_t = exp(logprobs_t)
+
+    `demonstration` (bool) tells them apart by position. The strong model's own probability is taken as 1, so for its tokens
+    old_logprobs is ignored. f lifts the gradient on tokens that the policy finds improbable: f'(x) = shaping / (x + shaping)^2.
+    Returns (loss, ratio); ratio is pi_t on a demonstration. The normaliser is the caller's: the public code divides the sum by
+    the padded width of the responses, we by the tokens of the whole update (ours).
+    """
+    ratio = torch.exp(logprobs - old_logprobs.detach().masked_fill(demonstration, 0.0))
+    shaped = torch.where(demonstration, ratio / (ratio + shaping), ratio)
+    return -advantages * shaped, ratio.detach()
+
+
+def hpt_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, demonstration: Tensor, sft_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """HPT's loss per token (Hybrid Post-Training, as its public code computes it), all of one shape, e.g. (M,):
+
+        the policy's own tokens    loss_t = -A_t exp(logprobs_t - old_logprobs_t),  no clip
+        a demonstration's tokens   loss_t = -sft_weight logprobs_t
+
+    Which problems have a demonstration in the place of their rollouts is weighting.hpt_gate's decision; `demonstration` (bool)
+    marks its tokens by position, and their advantages and old log-probs are ignored. sft_weight is 1.0, or 0.3 for its 1.5B
+    model. Returns (loss, ratio). One normaliser for both kinds, the tokens of the whole update (ours).
+    """
+    ratio = torch.exp(logprobs - old_logprobs.detach().masked_fill(demonstration, 0.0))
+    return torch.where(demonstration, -sft_weight * logprobs, -advantages * ratio), ratio.detach()
+
+
 def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """The token divergence d_t over the full vocabulary [paper]: logits (..., V) twice -> (...), in nats:
 
@@ -66,6 +99,18 @@ def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
     log_p = torch.log_softmax(guided_logits.detach().float() / temperature, dim=-1)
     log_q = torch.log_softmax(unguided_logits.float() / temperature, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The other direction, for the ablation [paper]: logits (..., V) twice -> (...), in nats:
+
+        KL( q || sg[p] ) = sum_v q_v (log q_v - log p_v),   p = softmax(guided), q = softmax(unguided)
+
+    The expectation is under the student: it sharpens onto one of the guided modes where the forward KL covers them all.
+    """
+    log_p = torch.log_softmax(guided_logits.detach().float() / temperature, dim=-1)
+    log_q = torch.log_softmax(unguided_logits.float() / temperature, dim=-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
@@ -102,34 +147,97 @@ def grpo_terms(
     """The policy loss on the autonomous trajectories, with the step's diagnostics from the same pass over the vocabulary."""
     logprob = token_logprobs(logits, targets, temperature)
     loss, ratio, clipped = policy_loss(logprob, old_logprobs, advantages, clip_low, clip_high)
+    with torch.no_grad():
+        entropy = token_entropy(logits, temperature)
     return {
         "loss": weight * loss,
         "logprob": logprob.detach(),
         "ratio": ratio,
         "clipped": clipped.float(),
-        "entropy": token_entropy(logits, temperature),
+        "entropy": entropy,
+    }
+
+
+def luffy_terms(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    demonstration: Tensor,
+    *,
+    shaping: float,
+    entropy_bonus: float,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """LUFFY's loss with its entropy bonus: loss_t = weight_t (luffy_loss_t - entropy_bonus H_t)."""
+    logprob = token_logprobs(logits, targets, temperature)
+    entropy = token_entropy(logits, temperature)
+    loss, ratio = luffy_loss(logprob, old_logprobs, advantages, demonstration, shaping)
+    return {
+        "loss": weight * (loss - entropy_bonus * entropy),
+        "logprob": logprob.detach(),
+        "ratio": ratio,
+        "clipped": torch.zeros_like(ratio),
+        "entropy": entropy.detach(),
+    }
+
+
+def hpt_terms(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    demonstration: Tensor,
+    *,
+    sft_weight: float,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """HPT's loss, cross-entropy on demonstrations and the unclipped policy loss elsewhere, with the step's diagnostics."""
+    logprob = token_logprobs(logits, targets, temperature)
+    loss, ratio = hpt_loss(logprob, old_logprobs, advantages, demonstration, sft_weight)
+    with torch.no_grad():
+        entropy = token_entropy(logits, temperature)
+    return {
+        "loss": weight * loss,
+        "logprob": logprob.detach(),
+        "ratio": ratio,
+        "clipped": torch.zeros_like(ratio),
+        "entropy": entropy,
     }
 
 
 def distillation_terms(
     unguided_logits: Tensor,
     guided_hidden: Tensor,
+    targets: Tensor,
     weight: Tensor,
     *,
     head_weight: Tensor,
     delta: float,
     temperature: float,
+    objective: str = "kl",
 ) -> dict[str, Tensor]:
     """Clipped forward KL on the target's tokens: loss_t = weight_t * 1[d_t <= delta] * d_t.
 
     weight_t = alpha(q) / (P |o+|) makes the sum over tokens and problems the paper's alpha(q) L_KD^clip averaged over the P
     problems of the step. The guided side arrives as hidden states (m, D): kept as logits, it would be V / D times larger.
+
+    Two other objectives for the ablations: "reverse_kl" takes d_t the other way round, clip included; "sft" is the
+    cross-entropy of the target's tokens, -log q(target_t), which knows no d_t and so drops nothing (d_t is still reported).
     """
+    if objective not in ("kl", "reverse_kl", "sft"):
+        raise ValueError(f"objective {objective!r}: must be kl, reverse_kl or sft")
     with torch.no_grad():
         guided_logits = F.linear(guided_hidden, head_weight.to(guided_hidden.dtype))
-    divergence = forward_kl(guided_logits, unguided_logits, temperature)  # d_t (m,)
+    divergence_of = reverse_kl if objective == "reverse_kl" else forward_kl
+    divergence = divergence_of(guided_logits, unguided_logits, temperature)  # d_t (m,)
     kept = kl_clip_mask(divergence, delta)
-    return {"loss": weight * kept * divergence, "divergence": divergence.detach(), "kept": kept}
+    loss = kept * divergence
+    if objective == "sft":
+        loss, kept = -token_logprobs(unguided_logits, targets, temperature), torch.ones_like(kept)
+    return {"loss": weight * loss, "divergence": divergence.detach(), "kept": kept}
 
 
 # ---------------------------------------------------------------------------------------------------- the chunked head

@@ -590,6 +590,44 @@ def test_policy_loss_on_both_sides_of_both_clips():
     torch.testing.assert_close(new.grad, want_grad, atol=1e-5, rtol=1e-5)
 
 
+def test_reverse_kl_by_hand_and_against_torch():
+    """p = (1/2, 1/2) guided, q = (1/4, 3/4): KL(q||p) = 1/4 ln(1/2) + 3/4 ln(3/2); the guided side is stopped."""
+    guided, unguided = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    want = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert losses.reverse_kl(guided, unguided).item() == pytest.approx(want, abs=1e-6)
+    guided, unguided = (torch.randn(3, 11, requires_grad=True) for _ in range(2))
+    got = losses.reverse_kl(guided, unguided, temperature=0.7)
+    p, q = (torch.log_softmax(x.detach() / 0.7, -1) for x in (guided, unguided))
+    torch.testing.assert_close(got.detach(), F.kl_div(p, q, log_target=True, reduction="none").sum(-1))
+    got.sum().backward()
+    assert guided.grad is None and unguided.grad.abs().sum() > 0
+
+
+def test_luffy_loss_by_hand():
+    """Own tokens: ratio 2 with A = -1/2 costs 1, ratio 3 with A = 1/4 costs -3/4: no clip. Demonstration: pi = 1/4, A = 1/2:
+    f = 0.25 / 0.35, and d loss / d log pi = -A pi 0.1 / 0.35^2; at pi = 0.9 the shaping has nearly gone."""
+    logprobs = torch.tensor([math.log(0.5), math.log(0.6), math.log(0.25), math.log(0.9)], requires_grad=True)
+    old = torch.tensor([math.log(0.25), math.log(0.2), -7.0, 5.0])  # on a demonstration it is ignored
+    advantages = torch.tensor([-0.5, 0.25, 0.5, 0.5])
+    demonstration = torch.tensor([False, False, True, True])
+    loss, ratio = losses.luffy_loss(logprobs, old, advantages, demonstration)
+    assert loss.tolist() == pytest.approx([1.0, -0.75, -0.5 * 0.25 / 0.35, -0.5 * 0.9 / 1.0], rel=1e-5)
+    assert ratio.tolist() == pytest.approx([2.0, 3.0, 0.25, 0.9], rel=1e-5)
+    loss.sum().backward()
+    want = [1.0, -0.75, -0.5 * 0.25 * 0.1 / 0.35**2, -0.5 * 0.9 * 0.1 / 1.0**2]
+    assert logprobs.grad.tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_hpt_loss_by_hand():
+    """Own tokens as LUFFY's; a demonstration's cost is -c log pi, whatever advantage and old log-prob say."""
+    logprobs = torch.tensor([math.log(0.5), math.log(0.25)], requires_grad=True)
+    old, advantages = torch.tensor([math.log(0.25), -7.0]), torch.tensor([0.5, -3.0])
+    loss, ratio = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
+    assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
+
+
 def test_token_quantities_against_torch():
     logits = torch.randn(4, 9)
     targets = torch.tensor([0, 3, 8, 5])
@@ -598,7 +636,7 @@ def test_token_quantities_against_torch():
     torch.testing.assert_close(losses.token_entropy(logits, 0.7), want.entropy())
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo", "distillation"])
+@pytest.mark.parametrize("kind", ["sft", "grpo", "luffy", "hpt", "distillation", "reverse_kl", "target_sft"])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     generator = torch.Generator().manual_seed(0)
@@ -611,13 +649,18 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     targets = torch.randint(0, V, (M,), generator=generator)
     w = torch.rand(M, generator=generator)
     old, advantages, guided_hidden = -normal(M).abs() - 3, normal(M), hidden.detach() + 0.7 * normal(M, D)
+    demonstration = torch.rand(M, generator=generator) < 0.5
     clip = dict(clip_low=0.2, clip_high=0.28, temperature=0.9)
-    kd = dict(delta=1.0, temperature=0.9)
+    luffy = dict(shaping=0.1, entropy_bonus=0.05, temperature=0.9)
+    objective = {"target_sft": "sft", "reverse_kl": "reverse_kl"}.get(kind, "kl")
+    kd = dict(delta=1.0, temperature=0.9, objective=objective)
+    distillation = (partial(losses.distillation_terms, head_weight=weight, **kd), (guided_hidden, targets, w))
     terms, inputs = {
         "sft": (losses.sft_terms, (targets, w)),
         "grpo": (partial(losses.grpo_terms, **clip), (targets, old, advantages, w)),
-        "distillation": (partial(losses.distillation_terms, head_weight=weight, **kd), (guided_hidden, w)),
-    }[kind]
+        "luffy": (partial(losses.luffy_terms, **luffy), (targets, old, advantages, w, demonstration)),
+        "hpt": (partial(losses.hpt_terms, sft_weight=0.3, temperature=0.9), (targets, old, advantages, w, demonstration)),
+    }.get(kind, distillation)
     arguments = [x.detach().clone() for x in (hidden, weight, *inputs)]
     got, stats = losses.chunked_head(hidden, weight, terms, inputs, chunk_tokens=chunk)
     (3 * got).backward()
@@ -631,9 +674,25 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     elif kind == "grpo":
         ratio = torch.exp(F.log_softmax(logits / 0.9, -1)[torch.arange(M), targets] - old)
         want = -(w * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)).sum()
+    elif kind in ("luffy", "hpt"):
+        policy = torch.distributions.Categorical(logits=logits / 0.9)
+        logp = policy.log_prob(targets)
+        own = -advantages * torch.exp(logp - old)
+        if kind == "luffy":
+            token_loss = (
+                torch.where(demonstration, -advantages * logp.exp() / (logp.exp() + 0.1), own) - 0.05 * policy.entropy()
+            )
+        else:
+            token_loss = torch.where(demonstration, -0.3 * logp, own)
+        want = (w * token_loss).sum()
+    elif kind == "target_sft":
+        want = (w * F.cross_entropy(logits / 0.9, targets, reduction="none")).sum()
+        assert stats["kept"].min() == 1
     else:
         p = F.log_softmax(guided_hidden @ weight.detach().T / 0.9, -1)
-        d = F.kl_div(F.log_softmax(logits / 0.9, -1), p, log_target=True, reduction="none").sum(-1)
+        q = F.log_softmax(logits / 0.9, -1)
+        pair = (p, q) if kind == "reverse_kl" else (q, p)
+        d = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
         assert 0 < (d <= 1).sum() < M
         want = (w * (d <= 1) * d).sum()
         torch.testing.assert_close(stats["divergence"], d.detach(), atol=1e-5, rtol=1e-5)
@@ -721,6 +780,36 @@ def test_group_advantages_by_hand():
     assert rewards[0].sum() == 2  # the argument is as it was
     with pytest.raises(ValueError, match="at least 2"):
         weighting.group_advantages(torch.ones(3, 1))
+
+
+def test_advantages_without_std_by_hand():
+    """LUFFY's group: 7 rollouts, one right, and a right demonstration; the mean is 1/4 and nothing else is divided out."""
+    got = weighting.group_advantages(torch.tensor([[0.0, 0, 1, 0, 0, 0, 0, 1]]), scale_by_std=False)
+    assert got[0].tolist() == [-0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25, 0.75]
+
+
+def test_hpt_gate_by_hand():
+    rewards = torch.tensor([[0.0] * 8, [1.0] + [0.0] * 7, [1.0] * 2 + [0.0] * 6, [1.0] * 3 + [0.0] * 5])
+    assert weighting.hpt_gate(rewards).tolist() == [True, False, False, False]
+    assert weighting.hpt_gate(rewards, gate=2).tolist() == [True, True, True, False]
+
+
+def test_group_advantage_weight_by_hand():
+    """Alone 2 of 4 right, guided 2 of 2: the mean of six is 2/3, the unbiased variance 4/15, so A~ = (1/3) / sqrt(4/15)."""
+    auto, guided = torch.tensor([[1.0, 0, 1, 0], [1] * 4, [1] * 4]), torch.tensor([[1.0, 1], [1, 1], [0, 0]])
+    got = weighting.group_advantage_weight(auto, guided)
+    assert got.tolist() == pytest.approx([0.5 * (1 / 3) / math.sqrt(4 / 15), 0.0, 0.0], abs=1e-5)
+    capped = weighting.group_advantage_weight(auto[:1] * 0, guided[:1], alpha_0=0.9)
+    assert capped.item() == pytest.approx(0.8)  # 0.9 * (2/3) / sqrt(4/15) = 1.16
+
+
+def test_random_target_is_uniform_over_the_correct_ones():
+    generator = torch.Generator().manual_seed(0)
+    correct = torch.tensor([True, False, True, True])
+    drawn = [weighting.random_target(correct, generator) for _ in range(3000)]
+    assert set(drawn) == {0, 2, 3}
+    assert all(900 < drawn.count(index) < 1100 for index in (0, 2, 3))  # 1,000 each; the standard deviation is 26
+    assert weighting.random_target(torch.tensor([False] * 4), generator) is None
 
 
 @pytest.mark.parametrize(
@@ -837,7 +926,7 @@ def fake_samples(run, examples, seed=0):
 
 def gradients_of(run, samples, monkeypatch):
     """({name: gradient}, metrics) of one update, without taking the step."""
-    monkeypatch.setattr(train, "apply_gradients", lambda run, learning_rate: 0.0)
+    monkeypatch.setattr(train, "apply_gradients", lambda run, learning_rate, **_: 0.0)
     run.model.zero_grad()
     metrics = train.update(run, samples, 0.0)
     return {name: parameter.grad.clone() for name, parameter in run.model.named_parameters()}, metrics
@@ -850,10 +939,13 @@ def assert_equal_gradients(got, want, tolerance=1e-5):
         assert (got[name] - want[name]).abs().max().item() <= tolerance * scale, name
 
 
-def test_update_equals_the_formulas_with_transformers_and_autograd(tmp_path, worker, monkeypatch):
-    """L_GRPO + mean_q alpha(q) L_KD^clip from method to gradient, by a slow loop over transformers' logits."""
-    delta = 0.02  # made-up responses diverge little: at 1.0 no token would be dropped
-    run, examples = make_run(tmp_path, worker, "--delta", delta)
+@pytest.mark.parametrize("distill, delta", [("kl", 0.02), ("kl", math.inf), ("reverse_kl", 0.02), ("sft", 0.02), ("none", 1.0)])
+def test_update_equals_the_formulas_with_transformers_and_autograd(distill, delta, tmp_path, worker, monkeypatch):
+    """L_GRPO + mean_q alpha(q) L_KD^clip from method to gradient, by a slow loop over transformers' logits.
+
+    delta = 0.02: made-up responses diverge little, at 1.0 no token would be dropped. Each ablation changes its term alone.
+    """
+    run, examples = make_run(tmp_path, worker, "--delta", delta, "--distill", distill)
     samples = fake_samples(run, examples)
     got, metrics = gradients_of(run, samples, monkeypatch)
 
@@ -864,30 +956,223 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(tmp_path, wor
         return logits[len(context) - 1 : len(context) + len(response) - 1]
 
     count = sum(len(row.response_ids) for sample in samples for row in sample.auto)
-    policy = distillation = 0.0
+    policy, distillation = torch.zeros(()), torch.zeros(())
     divergences = []
     for sample in samples:
         for row, advantage in zip(sample.auto, sample.advantages, strict=True):
             logp = torch.log_softmax(response_logits(row.prompt_ids, row.response_ids), -1)
             for t, token in enumerate(row.response_ids):
                 ratio = torch.exp(logp[t, token] - row.logprobs[t])
-                policy -= torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / count
-        if sample.target is not None:
+                policy = policy - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / count
+        if sample.target is not None and distill != "none":
             response = sample.guided[sample.target].response_ids
             log_q = torch.log_softmax(response_logits(sample.example.auto_ids, response), -1)
             with torch.no_grad():
                 log_p = torch.log_softmax(response_logits(sample.example.guided_ids, response), -1)
-            d = (log_p.exp() * (log_p - log_q)).sum(-1)
+            d = (log_q.exp() * (log_q - log_p) if distill == "reverse_kl" else log_p.exp() * (log_p - log_q)).sum(-1)
             divergences += d.tolist()
-            distillation += sample.alpha / len(response) * torch.where(d <= delta, d, 0).sum() / len(samples)
+            term = torch.where(d <= delta, d, 0).sum()
+            if distill == "sft":
+                term = -log_q[torch.arange(len(response)), response].sum()
+            distillation = distillation + sample.alpha / len(response) * term / len(samples)
     (policy + distillation).backward()
     want = {name: parameter.grad for name, parameter in theirs.named_parameters() if name in got}
     assert_equal_gradients(got, want, 1e-4)
     assert metrics["policy_loss"] == pytest.approx(policy.item(), abs=1e-5)
     assert metrics["distillation_loss"] == pytest.approx(distillation.item(), abs=1e-5)
+    if distill == "none":
+        assert metrics["kl"] == metrics["target_tokens"] == 0
+        return
     assert metrics["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
-    assert metrics["kept"] == pytest.approx(sum(d <= delta for d in divergences) / len(divergences))
-    assert 0.05 < metrics["kept"] < 0.95  # both kinds of token took part
+    if distill == "sft" or delta == math.inf:
+        assert metrics["kept"] == 1
+    else:
+        assert metrics["kept"] == pytest.approx(sum(d <= delta for d in divergences) / len(divergences))
+        assert 0.05 < metrics["kept"] < 0.95  # both kinds of token took part
+
+
+def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, worker, monkeypatch):
+    """7 rollouts and the solution a problem, graded alike, r - mean, no clip, shaping, one token mean over all of it."""
+    run, examples = make_run(tmp_path, worker, "--method", "luffy", "--luffy_entropy", 0.01)
+    wrong = replace(examples[1].problem, solution="So it is \\boxed{no}.")
+    examples[1] = replace(examples[1], problem=wrong)  # the verifier rejects it: its tokens are pushed down
+    samples = [
+        train.ProblemSamples(s.place, s.example, s.auto[:7], [], s.auto_rewards[:7], []) for s in fake_samples(run, examples)
+    ]
+    samples[2].auto_rewards = [1.0] * 7  # with a right solution, a dead group
+    train.weigh(run, samples, 1)
+    got, metrics = gradients_of(run, samples, monkeypatch)
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
+    rows = []
+    for index, sample in enumerate(samples):
+        rewards = [*sample.auto_rewards, float(index != 1)]
+        mean = sum(rewards) / 8
+        rows += [
+            (row.prompt_ids, row.response_ids, row.logprobs, r - mean) for row, r in zip(sample.auto, rewards[:7], strict=True)
+        ]
+        rows.append((sample.example.auto_ids, sample.example.solution_ids, None, rewards[7] - mean))
+    count = sum(len(response) for _, response, _, _ in rows)
+    total = entropy_own = own = 0.0
+    for context, response, old, advantage in rows:
+        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1]
+        policy = torch.distributions.Categorical(logits=logits)
+        logp = policy.log_prob(torch.tensor(response))
+        x = logp.exp() / (logp.exp() + 0.1) if old is None else torch.exp(logp - torch.tensor(old))
+        total = total + (-advantage * x - 0.01 * policy.entropy()).sum() / count
+        if old is not None:
+            entropy_own, own = entropy_own + policy.entropy().sum().item(), own + len(response)
+    total.backward()
+    assert_equal_gradients(got, {name: p.grad for name, p in theirs.named_parameters() if name in got}, 1e-4)
+    assert metrics["policy_loss"] == pytest.approx(total.item(), abs=1e-5) and metrics["solutions"] == 4
+    assert metrics["entropy"] == pytest.approx(entropy_own / own, rel=1e-4)  # of the policy's own tokens
+    assert samples[1].solution_advantage < 0 < samples[0].solution_advantage and samples[2].solution_advantage == 0
+
+
+def test_hpt_update_equals_its_formula_by_transformers_and_autograd(tmp_path, worker, monkeypatch):
+    """At most `gate` right: all 8 rollouts give way to the solution; else r - mean without clip; one token mean over both."""
+    run, examples = make_run(tmp_path, worker, "--method", "hpt", "--hpt_gate", 1, "--hpt_sft_weight", 0.3)
+    samples = fake_samples(run, examples)
+    for sample, right in zip(samples, (0, 1, 2, 8), strict=True):
+        sample.auto_rewards, sample.target = [1.0] * right + [0.0] * (8 - right), None
+    train.weigh(run, samples, 1)
+    assert [sample.gated for sample in samples] == [True, True, False, False]
+    got, metrics = gradients_of(run, samples, monkeypatch)
+    theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
+    rows = [(s.example.auto_ids, s.example.solution_ids, None, 0.0) for s in samples[:2]]
+    for sample, mean in zip(samples[2:], (0.25, 1.0), strict=True):
+        graded = zip(sample.auto, sample.auto_rewards, strict=True)
+        rows += [(row.prompt_ids, row.response_ids, row.logprobs, r - mean) for row, r in graded]
+    count = sum(len(response) for _, response, _, _ in rows)
+    total = 0.0
+    for context, response, old, advantage in rows:
+        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1]
+        logp = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        total = total + (-0.3 * logp if old is None else -advantage * torch.exp(logp - torch.tensor(old))).sum() / count
+    total.backward()
+    assert_equal_gradients(got, {name: p.grad for name, p in theirs.named_parameters() if name in got}, 1e-4)
+    assert metrics["policy_loss"] == pytest.approx(total.item(), abs=1e-5) and metrics["solutions"] == 2
+
+
+def test_hpt_leaves_out_an_update_with_a_huge_gradient(tmp_path, worker):
+    for limit, moves in ((1e-6, False), (80.0, True)):
+        run, examples = make_run(tmp_path / str(limit), worker, "--method", "hpt", "--hpt_max_norm", limit)
+        before = [parameter.clone() for parameter in run.model.parameters()]
+        samples = fake_samples(run, examples)
+        for sample in samples:
+            sample.target = None
+        metrics = train.update(run, samples, 1e-3)
+        assert metrics["grad_norm"] > 1e-6
+        changed = any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+        assert changed == moves == (metrics["grad_norm"] <= limit)
+        assert all(parameter.grad is None for parameter in run.model.parameters())  # nothing is left for the next update
+
+
+def test_luffy_samples_seven_and_only_sgpo_samples_with_the_strategy(tmp_path, worker):
+    for method, alone, guided in (("sgpo", 8, 4), ("grpo", 8, 0), ("luffy", 7, 0), ("hpt", 8, 0)):
+        run, examples = make_run(tmp_path / method, worker, "--method", method)
+        (sample,) = train.sample_and_grade(run, list(enumerate(examples[:1])), 1)
+        assert (len(sample.auto), len(sample.guided)) == (alone, guided), method
+
+
+# ---------------------------------------------------------------------------------------------------- ablations
+
+
+def decisions(run, examples):
+    """What `weigh` decides about made-up samples: (advantages, alpha, target) per problem."""
+    samples = fake_samples(run, examples)
+    for index, sample in enumerate(samples):
+        sample.guided_rewards = [1.0, 1.0, float(index % 2), 1.0]
+    train.weigh(run, samples, 1)
+    return (
+        [sample.advantages for sample in samples],
+        [sample.alpha for sample in samples],
+        [sample.target for sample in samples],
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, changed",
+    [
+        (["--weight", "fixed"], {"alpha"}),
+        (["--weight", "group_advantage"], {"alpha"}),
+        (["--target", "random"], {"target"}),
+        (["--no-autonomous"], {"advantages"}),
+        (["--distill", "none"], set()),  # these three act in the update: see its test against the formulas
+        (["--distill", "reverse_kl"], set()),
+        (["--delta", "inf"], set()),
+        (["--delta", "inf", "--target", "random", "--weight", "fixed"], {"alpha", "target"}),  # all proximal constraints off
+    ],
+)
+def test_each_ablation_changes_what_it_names_and_nothing_else(flags, changed, tmp_path, worker):
+    run, examples = make_run(tmp_path / "default", worker)
+    other, _ = make_run(tmp_path / "other", worker, *flags)
+    names = ("advantages", "alpha", "target")
+    default, ablated = (dict(zip(names, decisions(r, examples), strict=True)) for r in (run, other))
+    assert {name for name in names if default[name] != ablated[name]} == changed
+    if "advantages" in changed:
+        assert not any(itertools.chain(*ablated["advantages"]))
+    if flags[-1] == "fixed":
+        assert ablated["alpha"] == [0.5] * 4
+    batch = list(enumerate(examples[:2]))
+    for a, b in zip(*(train.sample_and_grade(r, batch, 1) for r in (run, other)), strict=True):
+        assert (a.auto, a.guided, a.auto_rewards, a.guided_rewards) == (b.auto, b.guided, b.auto_rewards, b.guided_rewards)
+    differ = {k for k, v in vars(other.cfg).items() if v != getattr(run.cfg, k)} - {"out"}
+    assert len(differ) == len([flag for flag in flags if flag.startswith("--")])
+
+
+def test_without_autonomous_grpo_the_gradient_is_that_of_the_distillation_term(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--no-autonomous")
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.advantages = [0.0] * 8  # as weigh leaves them
+    got, metrics = gradients_of(run, samples, monkeypatch)
+    for sample in samples:
+        sample.auto, sample.advantages = [], []
+    want, _ = gradients_of(run, samples, monkeypatch)
+    assert_equal_gradients(got, want)
+    assert metrics["policy_loss"] == 0 and metrics["entropy"] > 0  # the entropy is still seen
+
+
+def test_a_random_target_is_a_correct_one_and_moves_with_step_and_seed(tmp_path, worker):
+    run, examples = make_run(tmp_path, worker, "--target", "random")
+    samples = fake_samples(run, examples)
+    drawn = {}
+    for step, seed in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        run.cfg = replace(run.cfg, sampling_seed=seed)
+        found = []
+        for _ in range(8):
+            for sample in samples:
+                sample.guided_rewards = [0.0, 1.0, 1.0, 1.0]
+            train.weigh(run, samples, step)
+            found.append(tuple(sample.target for sample in samples))
+            step += 10
+        assert all(target in (1, 2, 3) for targets in found for target in targets)
+        drawn.setdefault((step, seed), []).append(found)
+    again, *others = drawn.values()
+    assert again[0] == again[1] and all(again[0] != other[0] for other in others)
+
+
+def test_seeds_reach_order_and_sampling_separately(tmp_path, worker, monkeypatch):
+    real_step = train.sgpo_step
+
+    def trace(*flags):
+        """(order of the problems that the loop trains on, what one problem's responses are) under the flags."""
+        run, examples = make_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", worker, "--sft_fraction", 0.5, *flags)
+        order = []
+        monkeypatch.setattr(train, "sgpo_step", lambda run, batch, *_: order.extend(e.problem.id for _, e in batch) or {})
+        monkeypatch.setattr(train, "step_line", lambda *_: "")
+        run.cfg = replace(run.cfg, steps=2)
+        train.rl_stage(run, train.split_examples(examples, run.cfg)[1], [], lambda _: None)
+        monkeypatch.setattr(train, "sgpo_step", real_step)
+        (sample,) = train.sample_and_grade(run, list(enumerate(examples[:1])), 1)
+        return order, [row.response_ids for row in sample.auto + sample.guided]
+
+    order, sampled = trace()
+    other_order, other_sampled = trace("--seed", 5)
+    assert order != other_order and sampled != other_sampled and len(order) == 32
+    assert trace("--data_seed", 5) == (other_order, sampled)
+    assert trace("--sampling_seed", 5) == (order, other_sampled)
+    assert trace("--seed", 5, "--data_seed", 0, "--sampling_seed", 0) == (order, sampled)
 
 
 def test_the_guided_pass_keeps_no_graph(tmp_path, worker, monkeypatch):
@@ -949,7 +1234,7 @@ def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, mo
     samples = fake_samples(run, examples)
     for sample in samples:
         sample.guided_rewards = [0.0] * 4
-    train.weigh(run, samples)
+    train.weigh(run, samples, 1)
     assert [sample.target for sample in samples] == [None] * 4
     metrics = train.update(run, samples, 1e-3)
     assert metrics["distillation_loss"] == metrics["kl"] == metrics["target_tokens"] == 0 and metrics["grad_norm"] > 0
@@ -975,7 +1260,7 @@ def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
         )
     for reach, want in chosen.items():
         run.cfg = replace(run.cfg, reach=reach, micro_tokens=200)
-        train.weigh(run, samples)
+        train.weigh(run, samples, 1)
         assert [sample.target for sample in samples] == want
     assert chosen["sum"] != chosen["mean"]
     p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
@@ -1202,6 +1487,11 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--temperature", "nan"], "must be positive and finite"),
         (["--sft_fraction", "1.5"], "must be within 0 and 1"),
         (["--minibatches", "99"], "more than the 16 problems"),
+        (["--delta", "nan"], "--delta nan: must be positive"),
+        (["--delta", "0"], "--delta 0.0: must be positive"),
+        (["--gamma", "inf"], "must be positive and finite"),
+        (["--method", "grpo", "--target", "random"], "--target random: an ablation of sgpo"),
+        (["--method", "luffy", "--no-autonomous"], "an ablation of sgpo, it does nothing to luffy"),
     ],
 )
 def test_bad_flags_fail(flags, message, capsys):

@@ -1,4 +1,4 @@
-"""Train a policy with SGPO (Strategy-Guided Policy Optimization, arXiv 2606.24064), GRPO or SFT.
+"""Train a policy with SGPO (Strategy-Guided Policy Optimization, arXiv 2606.24064) or a baseline: GRPO, LUFFY, HPT, SFT.
 
     python train.py                                                     the tiny world, 2 CPU cores, no network
     python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
@@ -10,7 +10,7 @@ divided by a count over the whole optimizer step.
 
 The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, choose the target, update. What the paper leaves
 open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
-sgpo and grpo part: what is sampled (sample_and_grade), what is decided (weigh), what is optimised (update).
+the methods part: what is sampled (sample_and_grade), what is decided (weigh), which loss (policy_terms).
 
 Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py. Axes: P problems, G and J group sizes, M tokens.
 """
@@ -38,14 +38,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval import MathWorker, Problem, evaluate, is_correct, load_problems
-from loss import chunked_head, distillation_terms, grpo_terms, sft_terms
+from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, encode_chat, load_model, save_model
 from rollout import Packed, Trajectory, generate, micro_batches, pack
 from strategy import auto_messages, guided_messages
-from weighting import group_advantages, instance_weight, reachable_target
+from weighting import (
+    group_advantage_weight,
+    group_advantages,
+    hpt_gate,
+    instance_weight,
+    random_target,
+    reachable_target,
+)
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"sgpo": ("strategy",), "grpo": (), "sft": ("solution",)}  # the fields that every training row must have
+# the fields that every training row must have
+METHODS = {"sgpo": ("strategy",), "grpo": (), "luffy": ("solution",), "hpt": ("solution",), "sft": ("solution",)}
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -64,9 +72,11 @@ class Config:
     data: str = knob("", "training problems (jsonl, see data/README.md); empty: the tiny world or the starter set")
     eval_data: str = knob("", "held-out problems; empty: the default data's own test split, else no evaluation")
     out: str = knob("", "folder to write; empty: runs/<method>-<time>")
-    seed: int = knob(0, "seeds data order, sampling and evaluation, each through a stream of its own")
+    seed: int = knob(0, "seeds evaluation, and data order and sampling where the next two do not")
+    data_seed: int = knob(-1, "seeds the split and the order of the problems; -1: as --seed")
+    sampling_seed: int = knob(-1, "seeds the training responses; -1: as --seed")
     # sampling
-    group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]")
+    group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]; with luffy one of them is the solution [code]")
     group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
     temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [ours]")
     max_new_tokens: int = knob(8192, "longest response in training, in tokens")
@@ -76,11 +86,22 @@ class Config:
     clip_high: float = knob(0.28, "and above 1 + this [paper]")
     mask_truncated: bool = knob(False, "leave truncated responses out of the loss (never out of the group's mean)")
     # distillation
-    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [paper]")
+    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [paper]; inf: no KL clip")
     alpha_0: float = knob(0.5, "scale of the adaptive weight [paper]")
     gamma: float = knob(0.1, "smoothing of the adaptive weight [paper]")
     alpha_max: float = knob(0.8, "largest adaptive weight [paper]")
     reach: str = knob("sum", "log-probability that ranks the targets: summed or mean per token [ours]", ("sum", "mean"))
+    # ablations of sgpo, beside --delta inf
+    distill: str = knob("kl", "what pulls towards the target; none: nothing", ("kl", "reverse_kl", "sft", "none"))
+    target: str = knob("reachable", "which correct guided trajectory", ("reachable", "random"))
+    weight: str = knob("adaptive", "alpha(q); fixed: alpha_0 everywhere", ("adaptive", "fixed", "group_advantage"))
+    autonomous: bool = knob(True, "train on the autonomous group; without it the distillation term is alone")
+    # baselines, as their public code has them
+    luffy_shaping: float = knob(0.1, "the x + this in LUFFY's shaping of a solution's probabilities x / (x + this) [code]")
+    luffy_entropy: float = knob(0.001, "LUFFY's entropy bonus [code]")
+    hpt_gate: int = knob(0, "HPT: at most so many right rollouts, and the solution takes the place of all [code]")
+    hpt_sft_weight: float = knob(1.0, "HPT: coefficient of the cross-entropy there; 0.3 for a 1.5B model [code]")
+    hpt_max_norm: float = knob(80.0, "HPT: an update with a larger gradient norm is left out [code]")
     # optimisation
     problems_per_step: int = knob(128, "problems sampled for one step, over all ranks")
     minibatches: int = knob(1, "optimizer updates made from one step's samples")
@@ -146,6 +167,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     if given.get("data"):
         preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
     cfg = Config(**{**preset, **given})
+    streams = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
+    cfg = dataclasses.replace(cfg, **streams)
     problem = _first_bad(cfg)
     if problem:
         parser.error(problem)
@@ -160,9 +183,16 @@ def _first_bad(cfg: Config) -> str | None:
             return f"--{name} {getattr(cfg, name)}: must be at least 1"
     if cfg.group_auto < 2:
         return f"--group_auto {cfg.group_auto}: a group's advantage needs at least 2 trajectories"
-    for name in "temperature learning_rate sft_learning_rate max_grad_norm gamma delta epochs".split():
+    if not cfg.delta > 0:
+        return f"--delta {cfg.delta}: must be positive; inf drops nothing"
+    positive = "temperature learning_rate sft_learning_rate max_grad_norm gamma epochs luffy_shaping hpt_max_norm"
+    for name in positive.split():
         if not 0 < getattr(cfg, name) < math.inf:
             return f"--{name} {getattr(cfg, name)}: must be positive and finite"
+    for name in ("distill", "target", "weight", "autonomous"):
+        default = Config.__dataclass_fields__[name].default
+        if cfg.method != "sgpo" and getattr(cfg, name) != default:
+            return f"--{name} {getattr(cfg, name)}: an ablation of sgpo, it does nothing to {cfg.method}"
     for name in "sft_fraction sft_guided".split():
         if not 0 <= getattr(cfg, name) <= 1:
             return f"--{name} {getattr(cfg, name)}: must be within 0 and 1"
@@ -217,6 +247,10 @@ class Example:
     auto_ids: list[int]
     guided_ids: list[int] | None
     solution_ids: list[int] | None
+
+    def demonstration(self) -> Trajectory:
+        """The strong model's solution in the form of a sample; its writer's probability is taken as 1 [code]."""
+        return Trajectory(self.auto_ids, self.solution_ids, [0.0] * len(self.solution_ids), finished=True, group=0)
 
 
 @dataclass
@@ -282,10 +316,11 @@ def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, st
 
 @dataclass(frozen=True)
 class PolicyItem:
-    """An autonomous trajectory with its advantage: one term of the policy loss."""
+    """A trajectory with its advantage, one term of the policy loss; in LUFFY and HPT it may be the strong model's solution."""
 
     trajectory: Trajectory
     advantage: float
+    demonstration: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,9 +343,12 @@ class ProblemSamples:
     guided: list[Trajectory]
     auto_rewards: list[float]
     guided_rewards: list[float]
-    advantages: list[float] = dataclasses.field(default_factory=list)
+    advantages: list[float] = dataclasses.field(default_factory=list)  # one for each of `auto`
     alpha: float = 0.0
     target: int | None = None  # index into `guided`
+    reach: list[float] = dataclasses.field(default_factory=list)  # log pi(o~_j | q) of each of `guided`
+    gated: bool = False  # hpt: the rollouts leave the loss
+    solution_advantage: float | None = None  # luffy, and hpt where gated: the solution is in the policy loss
 
 
 def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
@@ -318,7 +356,7 @@ def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learnin
     start = time.perf_counter()
     samples = sample_and_grade(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
     sampled = time.perf_counter()
-    weigh(run, samples)  # advantages A_i, adaptive weight alpha(q), reachable target o+
+    weigh(run, samples, step)  # advantages A_i, adaptive weight alpha(q), reachable target o+
     updates = []
     for part in range(run.cfg.minibatches):  # cut by the place in the whole batch: the same problems on any number of ranks
         chosen = [s for s in samples if s.place * run.cfg.minibatches // run.cfg.problems_per_step == part]
@@ -331,12 +369,12 @@ def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learnin
 
 
 def sample_and_grade(run: Run, batch: Sequence[tuple[int, Example]], step: int) -> list[ProblemSamples]:
-    """Sample both groups of every problem and grade them. GRPO has no guided group."""
+    """Sample both groups of every problem and grade them. Only sgpo has a guided group."""
     cfg = run.cfg
     places, examples = [place for place, _ in batch], [example for _, example in batch]
 
     def rollouts(kind: str, prompts: list[list[int]], n: int) -> list[list[Trajectory]]:
-        seeds = [stream_seed(cfg.seed, "sample", kind, step, place) for place in places]
+        seeds = [stream_seed(cfg.sampling_seed, "sample", kind, step, place) for place in places]
         with run.autocast():
             return generate(
                 run.model,
@@ -354,7 +392,8 @@ def sample_and_grade(run: Run, batch: Sequence[tuple[int, Example]], step: int) 
         texts = (run.tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in group)
         return [float(is_correct(text, example.problem.answer, run.worker)) for text in texts]
 
-    auto = rollouts("auto", [example.auto_ids for example in examples], cfg.group_auto)
+    alone = cfg.group_auto - (cfg.method == "luffy")  # LUFFY's group is 7 rollouts and the solution
+    auto = rollouts("auto", [example.auto_ids for example in examples], alone)
     guided: list[list[Trajectory]] = [[] for _ in examples]
     if cfg.method == "sgpo":
         guided = rollouts("guided", [example.guided_ids for example in examples], cfg.group_guided)
@@ -364,23 +403,54 @@ def sample_and_grade(run: Run, batch: Sequence[tuple[int, Example]], step: int) 
     ]
 
 
-def weigh(run: Run, samples: list[ProblemSamples]) -> None:
-    """Fill in each problem's advantages, alpha(q) and target."""
-    cfg = run.cfg
+def weigh(run: Run, samples: list[ProblemSamples], step: int) -> None:
+    """Fill in each problem's advantages and what else its method decides: alpha(q) and target, or the use of the solution."""
     if not samples:
         return  # this rank has no problem in this step
-    advantages = group_advantages(torch.tensor([sample.auto_rewards for sample in samples]))  # (P, G)
+    cfg = run.cfg
+    rewards = torch.tensor([sample.auto_rewards for sample in samples])  # (P, G)
+    if cfg.method == "luffy":
+        return weigh_luffy(run, samples, rewards)
+    advantages = group_advantages(rewards, scale_by_std=cfg.method != "hpt")
+    if not cfg.autonomous:
+        advantages.zero_()  # the pass stays, for the diagnostics; its gradient is zero
     for sample, row in zip(samples, advantages.tolist(), strict=True):
         sample.advantages = row
-    if cfg.method != "sgpo":
-        return
-    p_auto = torch.tensor([sample.auto_rewards for sample in samples]).mean(1)  # (P,)
-    p_guide = torch.tensor([sample.guided_rewards for sample in samples]).mean(1)
-    alpha = instance_weight(p_auto, p_guide, cfg.alpha_0, cfg.gamma, cfg.alpha_max)
+    if cfg.method == "hpt":
+        for sample, gated in zip(samples, hpt_gate(rewards, cfg.hpt_gate).tolist(), strict=True):
+            sample.gated, sample.solution_advantage = gated, 1.0 if gated else None  # hpt_loss asks for no advantage there
+    if cfg.method == "sgpo":
+        weigh_guidance(run, samples, rewards, step)
+
+
+def weigh_luffy(run: Run, samples: list[ProblemSamples], rewards: Tensor) -> None:
+    """LUFFY [code]: the solution is graded like a rollout and stands in the group; r - mean over all of them."""
+    problems = [sample.example.problem for sample in samples]
+    graded = [[float(is_correct(problem.solution, problem.answer, run.worker))] for problem in problems]
+    advantages = group_advantages(torch.cat([rewards, torch.tensor(graded)], dim=1), scale_by_std=False)
+    for sample, (*row, last) in zip(samples, advantages.tolist(), strict=True):
+        sample.advantages, sample.solution_advantage = row, last
+
+
+def weigh_guidance(run: Run, samples: list[ProblemSamples], auto_rewards: Tensor, step: int) -> None:
+    """SGPO: alpha(q) and the target o+ of each problem, or what an ablation puts in their place."""
+    cfg = run.cfg
+    guided_rewards = torch.tensor([sample.guided_rewards for sample in samples])  # (P, J)
+    if cfg.weight == "adaptive":
+        alpha = instance_weight(auto_rewards.mean(1), guided_rewards.mean(1), cfg.alpha_0, cfg.gamma, cfg.alpha_max)
+    elif cfg.weight == "group_advantage":
+        alpha = group_advantage_weight(auto_rewards, guided_rewards, cfg.alpha_0, cfg.alpha_max)
+    else:
+        alpha = torch.full((len(samples),), cfg.alpha_0)
     reach = unguided_logprobs(run, samples)  # P lists of J
     for p, sample in enumerate(samples):
-        sample.alpha = alpha[p].item()
-        sample.target = reachable_target(torch.tensor(reach[p]), torch.tensor(sample.guided_rewards) > 0)
+        correct = guided_rewards[p] > 0
+        sample.alpha, sample.reach = alpha[p].item(), reach[p]
+        if cfg.target == "random":
+            draw = torch.Generator().manual_seed(stream_seed(cfg.sampling_seed, "target", step, sample.place))
+            sample.target = random_target(correct, draw)
+        else:
+            sample.target = reachable_target(torch.tensor(reach[p]), correct)
 
 
 @torch.no_grad()
@@ -409,15 +479,15 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
     Two normalisers, both counted over the whole update before any backward pass: policy tokens are weighted 1 / (all response
     tokens), a target's tokens alpha(q) / (P |o+|) with P all problems, those without a correct guided trajectory included.
     """
-    policy, targets = policy_items(samples, run.cfg), target_items(samples)
+    policy, targets = policy_items(samples, run.cfg), target_items(samples, run.cfg)
     local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
     count = over_ranks(local, run.device)
     sums, worst = backward_policy(run, policy, max(count["tokens"], 1))
     sums |= backward_distillation(run, targets, count["problems"])
-    grad_norm = apply_gradients(run, learning_rate)
+    grad_norm = apply_gradients(run, learning_rate, skip_above=run.cfg.hpt_max_norm if run.cfg.method == "hpt" else math.inf)
 
     sums = over_ranks(sums, run.device)
-    tokens, target_tokens = max(count["tokens"], 1), max(sums["target_tokens"], 1)
+    tokens, target_tokens = max(sums["own_tokens"], 1), max(sums["target_tokens"], 1)
     return {
         "loss": sums["policy_loss"] + sums["distillation_loss"],
         "policy_loss": sums["policy_loss"],
@@ -428,43 +498,55 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
         "kl": sums["kl"] / target_tokens,
         "kept": sums["kept"] / target_tokens,
         "target_tokens": sums["target_tokens"],
+        "solutions": sums["solutions"],
         "grad_norm": grad_norm,
         **over_ranks(worst, run.device, dist.ReduceOp.MAX),
     }
 
 
 def policy_items(samples: list[ProblemSamples], cfg: Config) -> list[PolicyItem]:
-    return [
-        PolicyItem(trajectory, advantage)
-        for sample in samples
-        for trajectory, advantage in zip(sample.auto, sample.advantages, strict=True)
-        if trajectory.finished or not cfg.mask_truncated
-    ]
+    items = []
+    for sample in samples:
+        if not sample.gated:
+            for trajectory, advantage in zip(sample.auto, sample.advantages, strict=True):
+                if trajectory.finished or not cfg.mask_truncated:
+                    items.append(PolicyItem(trajectory, advantage))
+        if sample.solution_advantage is not None:
+            items.append(PolicyItem(sample.example.demonstration(), sample.solution_advantage, demonstration=True))
+    return items
 
 
-def target_items(samples: list[ProblemSamples]) -> list[TargetItem]:
+def target_items(samples: list[ProblemSamples], cfg: Config) -> list[TargetItem]:
     return [
         TargetItem(sample.example.auto_ids, sample.example.guided_ids, sample.guided[sample.target].response_ids, sample.alpha)
         for sample in samples
-        if sample.target is not None
+        if sample.target is not None and cfg.distill != "none"
     ]
 
 
 def backward_policy(run: Run, items: list[PolicyItem], tokens: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics."""
-    sums = dict.fromkeys(("policy_loss", "entropy", "clipped", "policy_kl"), 0.0)
+    """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics.
+
+    The diagnostics are over the policy's own tokens; those of a solution have no sampler to differ from.
+    """
+    sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clipped", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     costs = [len(item.trajectory.prompt_ids) + len(item.trajectory.response_ids) for item in items]
     for indices in micro_batches(costs, run.cfg.micro_tokens):
-        loss, stats, old = policy_pass(run, [items[i] for i in indices], 1 / tokens)
+        chosen = [items[i] for i in indices]
+        loss, stats, old, own = policy_pass(run, chosen, 1 / tokens)
         loss.backward()
-        log_ratio = stats["logprob"] - old
         sums["policy_loss"] += loss.item()
-        sums["entropy"] += stats["entropy"].sum().item()
-        sums["clipped"] += stats["clipped"].sum().item()
+        sums["solutions"] += sum(item.demonstration for item in chosen)
+        if not own.any():
+            continue
+        log_ratio, ratio = (stats["logprob"] - old)[own], stats["ratio"][own]
+        sums["own_tokens"] += own.sum().item()
+        sums["entropy"] += stats["entropy"][own].sum().item()
+        sums["clipped"] += stats["clipped"][own].sum().item()
         # an estimate of KL(old || new) from the sampled tokens that is unbiased and never negative
-        sums["policy_kl"] += (stats["ratio"] - 1 - log_ratio).sum().item()
-        worst["ratio_error"] = max(worst["ratio_error"], (stats["ratio"] - 1).abs().max().item())
+        sums["policy_kl"] += (ratio - 1 - log_ratio).sum().item()
+        worst["ratio_error"] = max(worst["ratio_error"], (ratio - 1).abs().max().item())
         worst["logprob_error"] = max(worst["logprob_error"], log_ratio.abs().max().item())
     return sums, worst
 
@@ -493,21 +575,36 @@ def head_pass(run: Run, packed: Packed, terms: Any, inputs: Sequence[Tensor]) ->
         return run.model(packed.input_ids, lengths=packed.lengths, head=head)
 
 
-def policy_pass(run: Run, items: list[PolicyItem], token_weight: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The policy loss of one micro-batch of autonomous trajectories: (loss, per-token stats, the sampler's log-probs).
+def policy_pass(
+    run: Run, items: list[PolicyItem], token_weight: float
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """The policy loss of one micro-batch: (loss, per-token stats, the sampler's log-probs, which tokens are the policy's own).
 
     The old policy is the sampler: at temperature 1 and top_p 1 its log-probs are the behaviour's, and no second pass over the
     trajectories is needed (ours). What the two computations differ by is logged as logprob_error.
     """
-    cfg, device = run.cfg, run.device
+    device = run.device
     rows = [item.trajectory for item in items]
     packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
     old = torch.tensor([value for row in rows for value in row.logprobs], device=device)  # (M,)
     advantages = torch.tensor([item.advantage for item in items], device=device)[packed.sequence]  # (M,)
-    weight = torch.full_like(old, token_weight)
-    terms = partial(grpo_terms, clip_low=cfg.clip_low, clip_high=cfg.clip_high, temperature=cfg.temperature)
-    loss, stats = head_pass(run, packed, terms, (packed.targets, old, advantages, weight))
-    return loss, stats, old
+    demonstration = torch.tensor([item.demonstration for item in items], device=device)[packed.sequence]  # (M,)
+    inputs = (packed.targets, old, advantages, torch.full_like(old, token_weight))
+    if run.cfg.method in ("luffy", "hpt"):
+        inputs += (demonstration,)
+    loss, stats = head_pass(run, packed, policy_terms(run.cfg), inputs)
+    return loss, stats, old, ~demonstration
+
+
+def policy_terms(cfg: Config) -> Callable[..., dict[str, Tensor]]:
+    """The method's per-token policy loss, with its settings."""
+    if cfg.method == "luffy":
+        return partial(
+            luffy_terms, shaping=cfg.luffy_shaping, entropy_bonus=cfg.luffy_entropy, temperature=cfg.temperature
+        )
+    if cfg.method == "hpt":
+        return partial(hpt_terms, sft_weight=cfg.hpt_sft_weight, temperature=cfg.temperature)
+    return partial(grpo_terms, clip_low=cfg.clip_low, clip_high=cfg.clip_high, temperature=cfg.temperature)
 
 
 def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -523,21 +620,22 @@ def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tup
     with torch.no_grad(), run.autocast():
         guided_hidden = run.model(guided.input_ids, lengths=guided.lengths, head=lambda h, _: h[0, guided.predict])  # (M, D)
     per_token = torch.tensor([item.alpha / (problems * len(item.response_ids)) for item in items], device=device)
-    inputs = (guided_hidden, per_token[unguided.sequence])
+    inputs = (guided_hidden, unguided.targets, per_token[unguided.sequence])
+    settings = dict(delta=cfg.delta, temperature=cfg.temperature, objective=cfg.distill)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = partial(distillation_terms, head_weight=weight, delta=cfg.delta, temperature=cfg.temperature)
+        terms = partial(distillation_terms, head_weight=weight, **settings)
         return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=cfg.chunk_tokens)
 
     with run.autocast():
         return run.model(unguided.input_ids, lengths=unguided.lengths, head=head)
 
 
-def apply_gradients(run: Run, learning_rate: float) -> float:
+def apply_gradients(run: Run, learning_rate: float, skip_above: float = math.inf) -> float:
     """Sum the gradients over ranks, clip them by their global norm, step; the norm before clipping.
 
     Every rank takes part, also one that had no token: its gradient is zero. The losses are already divided by global counts,
-    so the sum over ranks is the gradient.
+    so the sum over ranks is the gradient. Where its norm exceeds `skip_above` there is no step (HPT's safeguard [code]).
     """
     parameters = list(run.model.parameters())
     for parameter in parameters:
@@ -550,7 +648,8 @@ def apply_gradients(run: Run, learning_rate: float) -> float:
         raise RuntimeError(f"the gradient norm is {norm}: stopped before the weights are lost")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    run.optimizer.step()
+    if norm <= skip_above:
+        run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
 
@@ -567,6 +666,7 @@ def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: flo
         "reward_guided": sum(sum(sample.guided_rewards) for sample in samples),
         "alpha": sum(sample.alpha for sample in samples),
         "with_target": sum(sample.target is not None for sample in samples),
+        "reach_gap": sum(reach_gap(sample) for sample in samples),
         "all_right": sum(min(sample.auto_rewards) > 0 for sample in samples),
         "all_wrong": sum(max(sample.auto_rewards) == 0 for sample in samples),
         "truncated": sum(not row.finished for row in auto),
@@ -583,6 +683,7 @@ def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: flo
         "reward_guided": total["reward_guided"] / max(total["guided"], 1),
         "alpha": total["alpha"] / problems,
         "with_target": total["with_target"] / problems,
+        "reach_gap": total["reach_gap"] / max(total["with_target"], 1),
         "all_right": total["all_right"] / problems,
         "all_wrong": total["all_wrong"] / problems,
         "truncated": total["truncated"] / total["auto"],
@@ -594,6 +695,12 @@ def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: flo
         "step_s": total_s,
         "tokens_per_s": tokens / total_s,
     }
+
+
+def reach_gap(sample: ProblemSamples) -> float:
+    """Nats by which the target is more reachable than the correct guided trajectories are on average; 0 without a target."""
+    correct = [reach for reach, reward in zip(sample.reach, sample.guided_rewards, strict=True) if reward > 0]
+    return 0.0 if sample.target is None else sample.reach[sample.target] - sum(correct) / len(correct)
 
 
 def write_samples(run: Run, sample: ProblemSamples, step: int) -> None:
@@ -623,7 +730,7 @@ def sft_stage(run: Run, examples: Sequence[Example], log: Callable[[dict[str, An
     rank, ranks = world()
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
     for step in tqdm(range(steps), desc="sft", disable=rank > 0):
-        batch = data_order(examples, step, cfg.sft_batch, cfg.seed, "sft")[rank::ranks]
+        batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")[rank::ranks]
         pairs = [sft_pair(example, step, place, cfg) for place, example in batch]
         costs = [len(context) + len(response) for context, response in pairs]
         tokens = over_ranks({"tokens": sum(len(response) for _, response in pairs)}, run.device)["tokens"]
@@ -644,7 +751,7 @@ def sft_stage(run: Run, examples: Sequence[Example], log: Callable[[dict[str, An
 
 def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
     """(context, response) of one SFT example; a share sft_guided of them, drawn anew each time, has the strategy in view."""
-    draw = stream_seed(cfg.seed, "sft guided", step, place) / 2**63
+    draw = stream_seed(cfg.data_seed, "sft guided", step, place) / 2**63
     return (example.guided_ids if draw < cfg.sft_guided else example.auto_ids), example.solution_ids
 
 
@@ -654,7 +761,7 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem],
     rank, ranks = world()
     steps = rl_steps(cfg, len(examples))
     for step in tqdm(range(steps), desc=cfg.method, disable=rank > 0):
-        batch = data_order(examples, step, cfg.problems_per_step, cfg.seed, "rl")[rank::ranks]
+        batch = data_order(examples, step, cfg.problems_per_step, cfg.data_seed, "rl")[rank::ranks]
         metrics = sgpo_step(run, batch, step + 1, learning_rate_at(cfg, step, steps))
         log({"stage": cfg.method, **metrics})
         if rank == 0:
@@ -814,7 +921,7 @@ def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example],
     """(for SFT, for RL): a seeded split without overlap; --method sft takes all."""
     if cfg.method == "sft":
         return examples, []
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(stream_seed(cfg.seed, "split")))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(stream_seed(cfg.data_seed, "split")))
     shuffled = [examples[i] for i in order.tolist()]
     cut = round(cfg.sft_fraction * len(examples))
     if cut == len(examples):
