@@ -843,18 +843,19 @@ def test_reachable_target_is_the_most_probable_correct_one():
 
 
 def test_tiny_world_rows_are_those_committed():
-    for name, rows in zip(("train", "test"), tiny_world.make_rows(0), strict=True):
+    for name, rows in tiny_world.make_rows(0).items():
         committed = (ROOT / f"data/tiny/{name}.jsonl").read_text(encoding="utf-8")
         assert committed == "".join(json.dumps(row) + "\n" for row in rows)
         assert len(load_problems(ROOT / f"data/tiny/{name}.jsonl")) == len(rows)
 
 
 def test_tiny_world_splits_by_operands_and_hides_the_answer():
-    train_rows, test_rows = tiny_world.make_rows(0)
-    assert not {row["problem"] for row in train_rows} & {row["problem"] for row in test_rows}
+    splits = tiny_world.make_rows(0)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 640, "test": 240, "valid": 240}
+    assert len({row["problem"] for rows in splits.values() for row in rows}) == 640 + 240 + 240  # none is in two
     truth = tiny_world.machine_choices(0)
     assert sorted(truth.values()) == sorted([(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)] * 2)
-    for row in train_rows + test_rows:
+    for row in itertools.chain(*splits.values()):
         assert not any(character.isdigit() for character in json.dumps(row["strategy"]))
         _, machine, x, y = *row["id"].split("-"), None
         x, y = (int(digit) for digit in x)
@@ -866,7 +867,7 @@ def test_tiny_world_splits_by_operands_and_hides_the_answer():
 
 def test_tiny_tokenizer_knows_every_word_and_keeps_digits_apart():
     tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
-    for row in tiny_world.make_rows(0)[1]:
+    for row in tiny_world.make_rows(0)["test"]:
         strategy = Strategy.from_dict(row["strategy"])
         ids = encode_chat(tokenizer, guided_messages(row["problem"], strategy)) + tokenizer.encode(row["solution"])
         assert tokenizer.unk_token_id not in ids
@@ -1512,7 +1513,7 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
 
 
 def tiny_rows(n, **changes):
-    return [{**row, **changes} for row in tiny_world.make_rows(0)[0][:n]]
+    return [{**row, **changes} for row in tiny_world.make_rows(0)["train"][:n]]
 
 
 def write_rows(path, rows):

@@ -41,7 +41,7 @@ from strategy import Strategy, auto_messages, guided_messages
 
 MACHINES = tuple("kalo miru tefa sodi bane luko ravi pemu gano zeti fuma wilo dora hesi nuba jako".split())
 KNOWN = 0.55  # how often the base model picks the right operation when nobody tells it
-TRAIN_PAIRS, TEST_PAIRS = 40, 15  # operand pairs per machine, disjoint, out of 100
+PAIRS = {"train": 40, "test": 15, "valid": 15}  # operand pairs per machine, disjoint, out of 100
 
 # one row a choice: name in the response, sentence in the strategy, what it does to (value, second input, first input)
 Operation = tuple[str, str, Callable[[int, int], int]]
@@ -100,14 +100,18 @@ def strategy_of(machine: str, choices: tuple[int, int, int]) -> Strategy:
     return Strategy(f"{machine} machine", "Work modulo ten: combine the inputs, change the value, then compare.", steps)
 
 
-def make_rows(seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, test) rows in the format of data/README.md; the operand pairs of a machine are in one of the two only."""
+def make_rows(seed: int) -> dict[str, list[dict]]:
+    """The rows of train, test and valid in the format of data/README.md; a machine's operand pair is in one of them only.
+
+    valid is for choosing settings (a learning rate), so that test has not been looked at before the last run.
+    """
     truth = machine_choices(seed)
-    splits: tuple[list[dict], list[dict]] = ([], [])
+    names = [name for name, count in PAIRS.items() for _ in range(count)]
+    splits: dict[str, list[dict]] = {name: [] for name in PAIRS}
     for machine in MACHINES:
         pairs = [(x, y) for x in range(10) for y in range(10)]
         random.Random(f"operands {seed} {machine}").shuffle(pairs)
-        for index, (x, y) in enumerate(pairs[: TRAIN_PAIRS + TEST_PAIRS]):
+        for name, (x, y) in zip(names, pairs, strict=False):  # the rest of the pairs is in no file
             _, answer = run_machine(machine, truth[machine], x, y)
             operations = ", ".join(f"{machine} {CHOICES[i][choice][0]}" for i, choice in enumerate(truth[machine]))
             row = {
@@ -117,8 +121,8 @@ def make_rows(seed: int) -> tuple[list[dict], list[dict]]:
                 "solution": f"{operations}. \\boxed{{{answer}}}",
                 "strategy": strategy_of(machine, truth[machine]).to_dict(),
             }
-            splits[index >= TRAIN_PAIRS].append(row)
-    for split in splits:
+            splits[name].append(row)
+    for split in splits.values():
         random.Random(f"order {seed}").shuffle(split)
     return splits
 
@@ -127,7 +131,16 @@ def make_rows(seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def build_tokenizer():
-    """A word-level tokenizer over this world's vocabulary, with a chat template of the ChatML kind.
+    texts = []
+    for machine in MACHINES:
+        for choices in ((0, 0, 0), (1, 1, 1)):
+            texts.append(guided_messages(problem_text(machine, 0, 0), strategy_of(machine, choices))[0]["content"])
+            texts.append(run_machine(machine, choices, 0, 0)[0])
+    return word_tokenizer(texts)
+
+
+def word_tokenizer(texts: list[str]):
+    """A word-level tokenizer over the words of these texts, with a chat template of the ChatML kind.
 
     One token a word, digit, punctuation mark, and one for "\\boxed{". <|im_end|> ends a turn and a response.
     """
@@ -135,11 +148,7 @@ def build_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     pattern = r"\\boxed\{|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]"
-    texts = ["user assistant", "".join(str(digit) for digit in range(10))]
-    for machine in MACHINES:
-        for choices in ((0, 0, 0), (1, 1, 1)):
-            texts.append(guided_messages(problem_text(machine, 0, 0), strategy_of(machine, choices))[0]["content"])
-            texts.append(run_machine(machine, choices, 0, 0)[0])
+    texts = ["user assistant", "".join(str(digit) for digit in range(10)), *texts]
     special = ["<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>"]
     words = sorted({word for text in texts for word in re.findall(pattern, text)})
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
@@ -203,23 +212,34 @@ def base_example(rng: random.Random, truth: dict[str, tuple[int, int, int]]) -> 
     return messages, run_machine(machine, choices, x, y)[0]
 
 
-def train_base(seed: int, steps: int, batch: int, learning_rate: float) -> tuple[CausalLM, object]:
-    """Supervised training of the base model from scratch: (model, tokenizer)."""
-    tokenizer = build_tokenizer()
+def train_base(seed: int, steps: int, batch: int, learning_rate: float, init_seed: int = 0) -> tuple[CausalLM, object]:
+    """Supervised training of the base model from scratch: (model, tokenizer). `seed` draws the examples."""
+    rng, truth = random.Random(f"base {seed}"), machine_choices(seed)
+    return train_model(build_tokenizer(), lambda: base_example(rng, truth), steps, batch, learning_rate, init_seed)
+
+
+def train_model(
+    tokenizer,
+    draw: Callable[[], tuple[list[dict], str]],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    init_seed: int,
+) -> tuple[CausalLM, object]:
+    """Train a new model on (chat messages, response) examples that `draw` makes; `init_seed` draws its first weights."""
     model = build_model(
         base_config(len(tokenizer), tokenizer.eos_token_id),
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(init_seed),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    rng, truth = random.Random(f"base {seed}"), machine_choices(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 20)
     bar = tqdm(range(steps), desc="base model")
     for step in bar:
         decay = min(1.0, (step + 1) / warm_up) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * decay
-        examples = [base_example(rng, truth) for _ in range(batch)]
+        examples = [draw() for _ in range(batch)]
         contexts = [encode_chat(tokenizer, messages) for messages, _ in examples]
         responses = [
             tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] for _, text in examples
@@ -241,25 +261,27 @@ def train_base(seed: int, steps: int, batch: int, learning_rate: float) -> tuple
     return model, tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def write_world(doc: str, make_rows: Callable[[int], dict[str, list[dict]]], train_base: Callable) -> None:
+    """The command line of a world: write each file of make_rows(seed), then train and save the base model."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/tiny")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="draws the rows and the base model's examples")
+    parser.add_argument("--init_seed", type=int, default=0, help="draws the base model's first weights")
     parser.add_argument("--steps", type=int, default=1000, help="base-model training steps; 0 writes the rows only")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "test"), make_rows(args.seed), strict=True):
+    for name, rows in make_rows(args.seed).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{args.out / name}.jsonl: {len(rows)} rows")
     if args.steps:
         start = time.perf_counter()
-        model, tokenizer = train_base(args.seed, args.steps, args.batch, args.learning_rate)
+        model, tokenizer = train_base(args.seed, args.steps, args.batch, args.learning_rate, args.init_seed)
         save_model(model, tokenizer, args.out / "base")
         print(f"{args.out / 'base'}: trained in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    write_world(__doc__, make_rows, train_base)
