@@ -192,9 +192,9 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
     return {
         "row": job.row,
         "seed": job.seed,
-        "base": alone[0],
-        "accuracy": alone[-1],
-        "guided": guided[-1] if guided else "",
+        "base": round(alone[0], 6),
+        "accuracy": round(alone[-1], 6),
+        "guided": round(guided[-1], 6) if guided else "",
         "reward_last10": mean_of(last, "reward_auto"),
         "entropy_last10": mean_of(last, "entropy"),
         "length_last10": mean_of(last, "length_auto"),

@@ -1,7 +1,7 @@
 """The tests of SGPO: python -m pytest -q, no network, no GPU.
 
 Everything is checked against something we did not write (transformers' logits, autograd, slow loops) or worked out by hand.
-Sections: model, rollout, loss, weighting, tiny world, training, two ranks, strategy, grader, starter set.
+Sections: model, rollout, loss, weighting, tiny world, training, two ranks, strategy, grader, starter set, bench, sweep.
 """
 
 import ast
@@ -36,6 +36,7 @@ import loss as losses
 import model as models
 import rollout
 import strategy as strategy_module
+import sweep
 import train
 import weighting
 from data import tiny_world
@@ -1558,12 +1559,13 @@ def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "eval.py", "bench.py", "-m data.tiny_world", "data/starter.py", "data/smollm2.py"]
+    "script", ["train.py", "eval.py", "bench.py", "sweep.py", "-m data.tiny_world", "data/starter.py", "data/smollm2.py"]
 )
 def test_every_script_has_help(script):
     done = run_script(*script.split(), "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
     needed = {"eval.py": "--model x --data x", "-m data.tiny_world": "--out x", "data/starter.py": "--out x"}.get(script, "")
+    needed = {"sweep.py": "table --results x"}.get(script, needed)
     needed = {"bench.py": "--out x", "data/smollm2.py": "--out x"}.get(script, needed)
     done = run_script(*script.split(), *needed.split(), "--no_such_flag")
     assert done.returncode == 2 and "unrecognized arguments: --no_such_flag" in done.stderr
@@ -3099,3 +3101,148 @@ def test_bench_memory_counter_sees_a_large_tensor_and_restarts():
     assert done.returncode == 0, done.stderr
     for megabytes, peak in zip((200, 50), map(float, done.stdout.split()), strict=True):
         assert 0.9 * megabytes < peak < 1.5 * megabytes + 20
+
+
+# ---------------------------------------------------------------------------------------------------- sweep
+
+
+FAKE_TRAIN = """
+import json, pathlib, sys
+flags = sys.argv[1:]
+out, seed = pathlib.Path(flags[flags.index("--out") + 1]), int(flags[flags.index("--seed") + 1])
+with open(pathlib.Path(__file__).parent / "calls.txt", "a") as file:
+    file.write(f"{out.parent.name} {seed}\\n")
+if "--fail" in flags:
+    sys.exit("out of luck")
+(out / "model").mkdir(parents=True)
+rows = [{"config": {}, "commit": "abc"}, {"stage": "eval", "guided": False, "accuracy": 0.4}]
+names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
+step = {"stage": "sgpo", "step_s": 0.5, "sampled_tokens": 10}
+rows += [{**step, "step": k + 1, **dict.fromkeys(names, k + seed)} for k in range(12)]
+rows += [{"stage": "eval", "guided": False, "accuracy": 0.7 + seed / 10}, {"stage": "eval", "guided": True, "accuracy": 0.9}]
+(out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+@pytest.fixture
+def fake_train(tmp_path, monkeypatch):
+    """sweep with a train.py that writes a log at once; gives back the list of (row, seed) that it was called for."""
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
+    monkeypatch.setattr(sweep, "HERE", tmp_path)
+
+    def calls():
+        path = tmp_path / "calls.txt"
+        return sorted(path.read_text().split("\n")[:-1]) if path.exists() else []
+
+    return calls
+
+
+def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
+    for build, seeds in sweep.SUITES.values():
+        jobs = build(seeds, tmp_path)
+        assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and all("/" not in job.row for job in jobs)
+        for job in jobs:
+            train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"])
+    rows = {job.row: train.parse_config(job.flags) for job in sweep.table_suite(5, tmp_path)}
+    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS} and len(sweep.table_suite(5, tmp_path)) == 5 * len(rows)
+    for name in ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"):  # the same number of responses; LUFFY's solution counts as one
+        cfg = rows[name]
+        responses = cfg.group_auto + (cfg.group_guided if cfg.method == "sgpo" else 0)
+        assert cfg.steps * cfg.problems_per_step * responses == 11_520, name
+    for name in sweep.ABLATIONS:  # an ablation is SGPO but for its own flags
+        differs = {key for key, value in vars(rows[name]).items() if value != getattr(rows["sgpo"], key)} - {"out"}
+        assert differs == {
+            flag.removeprefix("--").removeprefix("no-") for flag in sweep.ABLATIONS[name].split() if "--" in flag
+        }
+    assert {len(values) for values in sweep.RATES.values()} == {4}  # no method is searched more than another
+
+
+def test_a_sweep_resumes_and_runs_nothing_twice(tmp_path, fake_train):
+    jobs = [sweep.Job(row, seed, ("--x", row)) for row in ("a", "b") for seed in (0, 1)]
+    sweep.run_suite(jobs[:3], tmp_path / "runs", 2)
+    (tmp_path / "runs/a/1/done.json").unlink()  # as if it had been cut off
+    sweep.run_suite(jobs, tmp_path / "runs", 2)
+    assert fake_train() == ["a 0", "a 1", "a 1", "b 0", "b 1"]
+    assert not (tmp_path / "runs/a/0/model").exists()
+    with pytest.raises(ValueError, match="holds a run with other flags"):
+        sweep.run_suite([sweep.Job("a", 0, ("--x", "other"))], tmp_path / "runs", 2)
+
+
+def test_a_failed_run_is_reported_after_the_others_and_tried_again(tmp_path, fake_train):
+    jobs = [sweep.Job("bad", 0, ("--fail",)), sweep.Job("good", 0, ())]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="(?s)1 of 2 runs failed.*bad, seed 0: exit 1.*out of luck"):
+            sweep.run_suite(jobs, tmp_path / "runs", 1)
+    assert fake_train() == ["bad 0", "bad 0", "good 0"]
+
+
+def test_a_suite_writes_a_line_a_run_and_a_line_a_step(tmp_path, fake_train):
+    jobs = [sweep.Job("a", seed, ("--x", "1")) for seed in (0, 1)]
+    sweep.run_suite(jobs, tmp_path / "runs", 2)
+    sweep.write_csv(tmp_path / "x.csv", [sweep.summarise_run(job, tmp_path / f"runs/a/{job.seed}") for job in jobs])
+    first, second = sweep.read_csv(tmp_path / "x.csv")
+    want = {"row": "a", "seed": "1", "base": "0.4", "accuracy": "0.8", "guided": "0.9", "steps": "12", "sampled_tokens": "120"}
+    want |= {"step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5", "commit": "abc", "flags": "--x 1"}
+    assert {key: second[key] for key in want} == want and first["accuracy"] == "0.7"
+    lines = sweep.step_lines(jobs, tmp_path / "runs")
+    assert [line["step"] for line in lines] == list(range(1, 13)) and lines[3]["entropy"] == 3.5 and lines[0]["seeds"] == 2
+
+
+def test_paired_difference_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t with two degrees of freedom 4.303."""
+    mean, low, high = sweep.paired_difference({"0": 2.0, "1": 4.0, "2": 6.0, "9": 1.0}, {"2": 3.0, "1": 2.0, "0": 1.0})
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-9)
+    with pytest.raises(ValueError, match="2 to 17 seeds"):
+        sweep.paired_difference({"0": 1.0}, {"0": 2.0})
+    assert [sweep.verdict(d) for d in ((1, 0.1, 2), (1, -0.1, 2), (-1, -2, -0.1))] == [
+        "reproduced",
+        "not reproduced",
+        "the opposite",
+    ]
+
+
+def test_quantiles_of_student_t():
+    mpmath = pytest.importorskip("mpmath")  # comes with math-verify's sympy
+    for freedom, t in enumerate(sweep.T95, start=1):
+        tail = mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True)
+        assert float(tail) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_best_rate_is_the_one_of_highest_mean(tmp_path):
+    lines = [
+        {
+            "row": f"{method}@{rate}",
+            "accuracy": 0.5 + 0.1 * (k == 2) + 0.3 * (k == 1) * (seed == 0) - 0.3 * (k == 1) * (seed == 1),
+        }
+        for method, rates in sweep.RATES.items()
+        for k, rate in enumerate(rates)
+        for seed in (0, 1)
+    ]
+    sweep.write_csv(tmp_path / "rates.csv", lines)
+    assert sweep.best_rates(tmp_path / "rates.csv") == {method: rates[2] for method, rates in sweep.RATES.items()}
+    sweep.write_csv(tmp_path / "rates.csv", lines[:-2])
+    with pytest.raises(ValueError, match="no run of .* at"):
+        sweep.best_rates(tmp_path / "rates.csv")
+    with pytest.raises(ValueError, match="run `python sweep.py rates` first"):
+        sweep.best_rates(tmp_path / "none.csv")
+
+
+def test_the_page_says_what_the_csv_says():
+    """Two seeds; every row 0.1 under SGPO but one, which is above, and one whose difference changes its sign."""
+    lines = []
+    for row in (*sweep.METHODS, *sweep.ABLATIONS):
+        for seed in ("0", "1"):
+            accuracy = {"sgpo": 0.8, "reverse-kl": 0.9, "hpt": 0.7 if seed == "0" else 0.9}.get(row, 0.7) + int(seed) / 100
+            line = {"row": row, "seed": seed, "base": "0.4", "accuracy": f"{accuracy}", "guided": "", "entropy_last10": "0.1"}
+            line |= {"alpha_first10": f"0.5{seed}", "alpha_last10": "0.2", "steps": "60", "sampled_tokens": "1000"}
+            lines.append(line | {"step_s": "70.0", "commit": "abc", "flags": f"--row {row}"})
+    page = sweep.table_page(lines, {method: "1e-4" for method in sweep.METHODS})
+    assert "| luffy | 0.705 ± 0.005 | -0.100 [-0.100, -0.100] |" in page and "| base | 0.400 |" in page
+    assert "| SGPO beats LUFFY | +0.100 [+0.100, +0.100] | reproduced |" in page
+    assert re.search(r"SGPO beats HPT \| \+0\.000 .*\| not reproduced", page)
+    assert re.search(r"reverse KL .*\| the opposite", page)
+    assert re.search(r"alpha starts high .*\| \+0\.305 .* reproduced", page)
+    assert page.count("| not testable here |") == len(sweep.NOT_TESTABLE) and "--row luffy" in page
+    rows = {line["row"] for line in lines}
+    assert all(row in rows for claim in sweep.CLAIMS for row, _ in (claim.more, claim.less))
