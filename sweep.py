@@ -3,6 +3,7 @@
     python sweep.py rates --results results/tiny    which learning rate suits each method; data/tiny/valid.jsonl, seeds 100, 101
     python sweep.py table --results results/tiny    every method and ablation, 5 seeds, at the rates found above
     python sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
+    python sweep.py hard --results results/tiny     what the proximal constraints do in data/hard, and strategies of low quality
 
 A row of a table is a list of train.py flags (METHODS, ABLATIONS, KNOBS below): to try an idea of yours, add a line. The runs of
 a suite go to runs/<suite>/<row>/<seed>/, as many side by side as there are cores, one thread each. A finished run is not run
@@ -59,6 +60,20 @@ KNOBS = {
     "alpha_0": ("0.05", "0.1", "0.25", "0.5", "1.0", "2.0"),
     "gamma": ("0.01", "0.03", "0.1", "0.3", "1.0"),
 }
+# The hard world is not the default data, so what train.py presets for the tiny world is spelt out.
+HARD = (
+    "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 "
+    "--max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0 --sft_fraction 0"
+)
+HARD_ROWS = {
+    "sgpo": "",
+    "grpo": f"--method grpo --steps {EQUAL_SAMPLES}",
+    "random-target": "--target random",
+    "no-kl-clip": "--delta inf",
+    "random-target-no-kl-clip": "--target random --delta inf",
+    "no-proximal-constraints": "--delta inf --target random --weight fixed",
+}
+LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
 RATES |= {name: ("5e-5", "1e-4", "2e-4", "4e-4") for name in METHODS if name != "sft"}
 
@@ -73,6 +88,7 @@ class Job:
     row: str
     seed: int
     flags: tuple[str, ...]
+    also_eval: str = ""  # a second file of held-out problems for the trained model; the csv gets a column "accuracy_also"
 
 
 def rate_flag(method: str, rate: str) -> list[str]:
@@ -81,7 +97,7 @@ def rate_flag(method: str, rate: str) -> list[str]:
 
 def rates_suite(seeds: int, results: Path) -> list[Job]:
     """Every method at every rate, evaluated on the validation problems with seeds that no table uses."""
-    valid = ["--eval_data", str(HERE / "data/tiny/valid.jsonl"), "--eval_every", "0", "--no-eval_guided"]
+    valid = ["--eval_data", "data/tiny/valid.jsonl", "--eval_every", "0", "--no-eval_guided"]
     return [
         Job(f"{method}@{rate}", 100 + seed, (*METHODS[method].split(), *rate_flag(method, rate), *valid))
         for seed in range(seeds)
@@ -109,7 +125,35 @@ def knobs_suite(seeds: int, results: Path) -> list[Job]:
     ]
 
 
-SUITES = {"rates": (rates_suite, 2), "table": (table_suite, 5), "knobs": (knobs_suite, 3)}  # with the default number of seeds
+def hard_suite(seeds: int, results: Path) -> list[Job]:
+    """The hard world with good strategies, then with 6 % and 30 % of low quality; families held out whole are evaluated too."""
+    best = best_rates(results / "rates.csv")
+    rows = {name: (flags, "train") for name, flags in HARD_ROWS.items()}
+    for share in ("low06", "low30"):
+        for name in LOW_QUALITY_ROWS:
+            rows[f"{name}@{share}"] = ({**HARD_ROWS, **ABLATIONS}[name], f"train-{share}")
+    return [
+        Job(
+            row,
+            seed,
+            (*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags.split(), "--learning_rate", rate_of(row, best)),
+            "data/hard/mixes.jsonl",
+        )
+        for seed in range(seeds)
+        for row, (flags, data) in rows.items()
+    ]
+
+
+def rate_of(row: str, best: dict[str, str]) -> str:
+    return best["grpo" if row.startswith("grpo") else "sgpo"]
+
+
+SUITES = {  # with the default number of seeds
+    "rates": (rates_suite, 2),
+    "table": (table_suite, 5),
+    "knobs": (knobs_suite, 3),
+    "hard": (hard_suite, 3),
+}
 
 
 def best_rates(path: Path) -> dict[str, str]:
@@ -144,12 +188,17 @@ def run_job(job: Job, folder: Path) -> str | None:
     """Run train.py into a fresh folder; None, or what went wrong. done.json is written last and makes a run complete."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "train.py"), *job.flags, "--seed", str(job.seed), "--out", str(folder)]
-    start = time.perf_counter()
+    folder = folder.resolve()  # the commands run in the repository's root, where the data's paths begin
+    commands = [["train.py", *job.flags, "--seed", str(job.seed), "--out", str(folder)]]
+    if job.also_eval:
+        settings = ["--n", "4", "--max_new_tokens", "32", "--batch_size", "256", "--out", str(folder / "also.json")]
+        commands.append(["eval.py", "--model", str(folder / "model"), "--data", job.also_eval, *settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs of two threads each fight over two cores
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return f"{job.row}, seed {job.seed}: exit {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-5:])
+    start = time.perf_counter()
+    for command in commands:
+        done = subprocess.run([sys.executable, *command], cwd=HERE, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            return f"{job.row}, seed {job.seed}: exit {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-5:])
     shutil.rmtree(folder / "model")  # 3 MB a run; the log is what the table needs
     record = {"flags": list(job.flags), "wall_s": round(time.perf_counter() - start, 1)}
     (folder / "done.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -189,11 +238,16 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
     alone = [r["accuracy"] for r in evals if not r["guided"]]
     guided = [r["accuracy"] for r in evals if r["guided"]]
     last = steps[-10:]
+    also = {}
+    if job.also_eval:
+        files = json.loads((folder / "also.json").read_text(encoding="utf-8"))["files"]
+        also = {"accuracy_also": round(files[job.also_eval]["accuracy"], 6)}
     return {
         "row": job.row,
         "seed": job.seed,
         "base": round(alone[0], 6),
         "accuracy": round(alone[-1], 6),
+        **also,
         "guided": round(guided[-1], 6) if guided else "",
         "reward_last10": mean_of(last, "reward_auto"),
         "entropy_last10": mean_of(last, "entropy"),
@@ -201,18 +255,25 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
         "alpha_first10": mean_of(steps[:10], "alpha"),
         "alpha_last10": mean_of(last, "alpha"),
         "kept": mean_of(steps, "kept"),
+        "reach_gap": mean_of(steps, "reach_gap"),
         "steps": len(steps),
         "sampled_tokens": int(sum(r["sampled_tokens"] for r in steps)),
         "step_s": round(sum(r["step_s"] for r in steps), 1),
         "wall_s": json.loads((folder / "done.json").read_text(encoding="utf-8"))["wall_s"],
         "commit": head["commit"],
-        "flags": " ".join(job.flags).replace(f"{HERE}/", ""),
+        "flags": " ".join(job.flags),
     }
 
 
+# a metric that is logged as 0 where there is nothing to measure -> the metric that says whether there is
+MEASURED_WHERE = dict.fromkeys(("kl", "kept", "reach_gap"), "target_tokens")
+MEASURED_WHERE |= dict.fromkeys(("alpha", "reward_guided", "with_target"), "length_guided")
+
+
 def mean_of(records: Sequence[dict[str, Any]], name: str) -> float | str:
-    """The mean of a metric over records, six digits; empty for a method that has no such records."""
-    return round(statistics.fmean(r[name] for r in records), 6) if records else ""
+    """The mean of a metric over the records that measured it, six digits; empty where none did (GRPO has no alpha)."""
+    values = [r[name] for r in records if r[MEASURED_WHERE.get(name, name)] or name not in MEASURED_WHERE]
+    return round(statistics.fmean(values), 6) if values else ""
 
 
 def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
@@ -335,34 +396,67 @@ def with_error(lines: Sequence[dict[str, str]], row: str, name: str, digits: int
     return f"{mean:,.{digits}f}" + ("" if math.isnan(stderr) else f" ± {stderr:,.{digits}f}")
 
 
-def table_page(lines: Sequence[dict[str, str]], rates: dict[str, str]) -> str:
-    """table.csv as a page: the table, the claims with their verdicts, and how to read both."""
-    rows = list(dict.fromkeys(line["row"] for line in lines))
+TITLES = {
+    "table": "Methods and ablations on the tiny world",
+    "knobs": "The effect of delta, alpha_0 and gamma on the tiny world",
+    "hard": "Several right ways, mixes never trained on, strategies of low quality: the hard world",
+}
+
+
+HOW_TO_READ = (
+    "Accuracy: held-out problems, 4 responses each at temperature 0.6; ± is the standard error over seeds. Differences are in "
+    "accuracy, against SGPO on the same data at the paper's settings, paired by seed, with their 95 % interval (Student's t, "
+    "not corrected for the number of rows). Kept: share of the target's tokens that the KL clip leaves in. Reach gap: nats by "
+    "which the target is more probable under the unguided policy than the correct guided trajectories are on average. Seconds: "
+    "the training steps of a run, on one thread."
+)
+
+
+def reference_of(row: str) -> str:
+    """The row that a row is compared with: SGPO on the same data, with a knob at the paper's value."""
+    if "=" in row:
+        return {"delta": "delta=1.0", "alpha_0": "alpha_0=0.5", "gamma": "gamma=0.1"}[row.split("=")[0]]
+    return "sgpo" + row[row.index("@") :] if "@" in row else "sgpo"
+
+
+def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
+    """One line of markdown a row of the csv: mean and standard error over seeds, the paired difference, and the cost."""
+    names = {"accuracy": "accuracy", "accuracy_also": "on mixes", "guided": "guided", "kept": "kept"}
+    names |= {"reach_gap": "reach gap", "entropy_last10": "entropy, last 10 steps"}
+    names = {name: title for name, title in names.items() if name in lines[0]}
+    costs = {"sampled_tokens": "sampled tokens", "step_s": "seconds"}
+    titles = ["row", "minus the reference", *names.values(), "steps", *costs.values(), "flags"]
+    page = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    base = statistics.fmean(float(line["base"]) for line in lines)
+    page.append(f"| base | | {base:.3f} |" + " |" * (len(titles) - 3))
+    for row in dict.fromkeys(line["row"] for line in lines):
+        reference = reference_of(row)
+        difference = "(reference)"
+        if row != reference:
+            first, second = (column(lines, name, "accuracy") for name in (row, reference))
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_difference(first, second))
+        cells = [with_error(lines, row, name) for name in names] + [with_error(lines, row, "steps", 0).split(" ")[0]]
+        cells += [with_error(lines, row, name, 0) for name in costs]
+        flags = next(line["flags"] for line in lines if line["row"] == row).replace(HARD, "").strip()
+        page.append(f"| {row} | {difference} | {' | '.join(cells)} | `{flags}` |")
+    return page
+
+
+def suite_page(suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str]) -> str:
+    """<suite>.csv as a page: what was run, the table, and for `table` the claims with their verdicts."""
     seeds = sorted({line["seed"] for line in lines}, key=int)
-    page = ["# Methods and ablations on the tiny world", ""]
-    page += [
-        f"Written by `python sweep.py table` from table.csv: {len(lines)} runs, seeds {', '.join(seeds)}, code at "
-        f"{', '.join(sorted({line['commit'] for line in lines}))}. Accuracy: 240 held-out problems, 4 responses each at "
-        "temperature 0.6; ± is the standard error over seeds. The difference to SGPO is paired by seed, with its 95 % interval "
-        "(Student's t, not corrected for the number of rows). Seconds are those of the training steps, on one thread.",
-        "",
-        "| row | accuracy | minus SGPO | guided | entropy, last 10 steps | steps | sampled tokens | seconds | flags |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    sgpo = column(lines, "sgpo", "accuracy")
-    base = statistics.fmean(column(lines, "sgpo", "base").values())
-    page.append(f"| base | {base:.3f} | | | | 0 | 0 | 0 | |")
-    for row in rows:
-        mean, low, high = paired_difference(column(lines, row, "accuracy"), sgpo)
-        difference = "" if row == "sgpo" else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells = [with_error(lines, row, name) for name in ("accuracy", "guided", "entropy_last10")]
-        cost = [with_error(lines, row, name, 0) for name in ("steps", "sampled_tokens", "step_s")]
-        cost[0] = cost[0].split()[0]
-        flags = next(line["flags"] for line in lines if line["row"] == row)
-        page.append(f"| {row} | {cells[0]} | {difference} | {cells[1]} | {cells[2]} | {' | '.join(cost)} | `{flags}` |")
     tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
+    page = [f"# {TITLES[suite]}", ""]
+    page += [
+        f"Written by `python sweep.py {suite}` from {suite}.csv: {len(lines)} runs, seeds {', '.join(seeds)}, code at "
+        f"{', '.join(sorted({line['commit'] for line in lines}))}. {HOW_TO_READ}",
+        "",
+    ]
+    page += rows_table(lines)
+    if suite == "hard":
+        page += ["", f"All rows: `{HARD}`. low06, low30: 6 % and 30 % of the training strategies are of low quality.", ""]
     page += ["", f"Learning rates tried, by accuracy on 240 validation problems over two other seeds (rates.csv): {tried}.", ""]
-    return "\n".join(page + claims_section(lines))
+    return "\n".join(page + (claims_section(lines) if suite == "table" else []))
 
 
 def claims_section(lines: Sequence[dict[str, str]]) -> list[str]:
@@ -407,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
-    """<suite>.csv, <suite>_steps.csv, the pictures, and for `table` its page."""
+    """<suite>.csv, <suite>_steps.csv and the page made from them."""
     results.mkdir(parents=True, exist_ok=True)
     write_csv(results / f"{suite}.csv", [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs])
     if suite == "rates":
@@ -415,10 +509,9 @@ def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) ->
             print(f"{method}: {rate}")
         return
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
-    if suite == "table":
-        page = table_page(read_csv(results / "table.csv"), best_rates(results / "rates.csv"))
-        (results / "table.md").write_text(page, encoding="utf-8")
-        print(page)
+    page = suite_page(suite, read_csv(results / f"{suite}.csv"), best_rates(results / "rates.csv"))
+    (results / f"{suite}.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

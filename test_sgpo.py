@@ -3117,8 +3117,8 @@ if "--fail" in flags:
 (out / "model").mkdir(parents=True)
 rows = [{"config": {}, "commit": "abc"}, {"stage": "eval", "guided": False, "accuracy": 0.4}]
 names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
-step = {"stage": "sgpo", "step_s": 0.5, "sampled_tokens": 10}
-rows += [{**step, "step": k + 1, **dict.fromkeys(names, k + seed)} for k in range(12)]
+step = {"stage": "sgpo", "step_s": 0.5, "sampled_tokens": 10, "length_guided": 7.0}
+rows += [{**step, "step": k + 1, "target_tokens": 5 * (k > 5), **dict.fromkeys(names, k + seed)} for k in range(12)]
 rows += [{"stage": "eval", "guided": False, "accuracy": 0.7 + seed / 10}, {"stage": "eval", "guided": True, "accuracy": 0.9}]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 """
@@ -3183,10 +3183,11 @@ def test_a_suite_writes_a_line_a_run_and_a_line_a_step(tmp_path, fake_train):
     sweep.write_csv(tmp_path / "x.csv", [sweep.summarise_run(job, tmp_path / f"runs/a/{job.seed}") for job in jobs])
     first, second = sweep.read_csv(tmp_path / "x.csv")
     want = {"row": "a", "seed": "1", "base": "0.4", "accuracy": "0.8", "guided": "0.9", "steps": "12", "sampled_tokens": "120"}
-    want |= {"step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5", "commit": "abc", "flags": "--x 1"}
+    want |= {"step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5", "kept": "9.5", "commit": "abc", "flags": "--x 1"}
     assert {key: second[key] for key in want} == want and first["accuracy"] == "0.7"
     lines = sweep.step_lines(jobs, tmp_path / "runs")
     assert [line["step"] for line in lines] == list(range(1, 13)) and lines[3]["entropy"] == 3.5 and lines[0]["seeds"] == 2
+    assert lines[5]["kept"] == "" and lines[6]["kept"] == 6.5  # steps without any target have no share of kept tokens
 
 
 def test_paired_difference_by_hand():
@@ -3237,8 +3238,8 @@ def test_the_page_says_what_the_csv_says():
             line = {"row": row, "seed": seed, "base": "0.4", "accuracy": f"{accuracy}", "guided": "", "entropy_last10": "0.1"}
             line |= {"alpha_first10": f"0.5{seed}", "alpha_last10": "0.2", "steps": "60", "sampled_tokens": "1000"}
             lines.append(line | {"step_s": "70.0", "commit": "abc", "flags": f"--row {row}"})
-    page = sweep.table_page(lines, {method: "1e-4" for method in sweep.METHODS})
-    assert "| luffy | 0.705 ± 0.005 | -0.100 [-0.100, -0.100] |" in page and "| base | 0.400 |" in page
+    page = sweep.suite_page("table", lines, {method: "1e-4" for method in sweep.METHODS})
+    assert "| luffy | -0.100 [-0.100, -0.100] | 0.705 ± 0.005 |" in page and "| base | | 0.400 |" in page
     assert "| SGPO beats LUFFY | +0.100 [+0.100, +0.100] | reproduced |" in page
     assert re.search(r"SGPO beats HPT \| \+0\.000 .*\| not reproduced", page)
     assert re.search(r"reverse KL .*\| the opposite", page)
