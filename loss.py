@@ -75,7 +75,7 @@ def luffy_loss(
 def hpt_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, demonstration: Tensor, sft_weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """HPT's loss per token (Hybrid Post-Training, as its public code computes it), all of one shape, e.g. (M,):
+    """HPT's loss per token (Hybrid Post-Training, arXiv 2509.04419, as its public code computes it), all of one shape:
 
         the policy's own tokens    loss_t = -A_t exp(logprobs_t - old_logprobs_t),  no clip
         a demonstration's tokens   loss_t = -sft_weight logprobs_t
