@@ -157,7 +157,7 @@ SUITES = {  # with the default number of seeds
 
 
 def best_rates(path: Path) -> dict[str, str]:
-    """The rate of highest mean accuracy per method, read from rates.csv; ValueError where the file or a method is missing."""
+    """The rate of highest mean accuracy per method, the larger of two equal ones; ValueError where a run of one is missing."""
     if not path.exists():
         raise ValueError(f"{path}: not there; run `python sweep.py rates` first")
     runs = read_csv(path)
@@ -167,7 +167,8 @@ def best_rates(path: Path) -> dict[str, str]:
         missing = [rate for rate, values in scores.items() if not values]
         if missing:
             raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python sweep.py rates`")
-        best[method] = max(rates, key=lambda rate, scores=scores: statistics.mean(scores[rate]))
+        means = {rate: round(statistics.fmean(values), 6) for rate, values in scores.items()}
+        best[method] = max(rates, key=lambda rate, means=means: (means[rate], float(rate)))
     return best
 
 

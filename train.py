@@ -497,6 +497,7 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
         "policy_kl": sums["policy_kl"] / tokens,
         "kl": sums["kl"] / target_tokens,
         "kept": sums["kept"] / target_tokens,
+        "own_tokens": sums["own_tokens"],
         "target_tokens": sums["target_tokens"],
         "solutions": sums["solutions"],
         "grad_norm": grad_norm,

@@ -1,0 +1,802 @@
+"""Pictures of runs: training curves over seeds, and a token map that shows where along a response the strategy speaks.
+
+    python report.py curves runs/sgpo runs/grpo --out pictures      one folder a method, in it one run a seed
+    python report.py rows results/tiny/table.csv --out pictures/table
+    python report.py tokens --data data/tiny/test.jsonl --model data/tiny/base --after runs/x/model --out map.html
+
+`curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics as PNG and SVG.
+`rows` draws one column of a csv that sweep.py wrote: every row with its seeds, or the effect of a knob.
+`tokens` writes one HTML page without any outside resource: every token of the reachable target coloured by its divergence d_t,
+computed by the functions that training uses, before training and (--after) after it, for the same token ids. Both pictures are
+the paper's (arXiv 2606.24064) in kind; the layout is ours.
+
+What it is not: a live monitor, and not a judge: one seed has no band, one problem is one problem. Both commands write over what
+an earlier call left at --out.
+
+Axes: M response tokens, D width, V vocabulary, K next tokens shown (--top).
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+# torch, the sibling files that need it, and matplotlib (requirements-dev.txt) are imported inside the functions that use them:
+# curves need no torch, which takes seconds to load, and the token map no matplotlib.
+
+# Okabe and Ito's colour-blind-safe colours without yellow, which is lost on white, in a fixed order: first group, first colour
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # the same distinction without colour
+# file name -> title, y axis, and the records' keys with their line styles
+PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "reward": ("Reward", "mean reward alone", {"reward_auto": "-"}),
+    "entropy": ("Entropy", "nats per token", {"entropy": "-"}),
+    "length": ("Response length", "tokens per response", {"length_auto": "-"}),
+    "pass_rates": ("Pass rates", "p_auto (solid), p_guide (dashed)", {"reward_auto": "-", "reward_guided": "--"}),
+    "alpha": ("Adaptive weight", "mean α(q)", {"alpha": "-"}),
+    "accuracy": ("Held-out accuracy", "accuracy alone", {"accuracy": "-"}),
+}
+ALWAYS = ("step", "reward_auto", "entropy", "length_auto", "length_guided")
+GUIDED = ("reward_guided", "alpha")  # logged as 0 by methods without a guided group: there they are no measurement
+SEEDS = ("seed", "data_seed", "sampling_seed")
+MAY_DIFFER = {*SEEDS, "out", "model", "data", "eval_data", "max_rows", "micro_tokens", "chunk_tokens", "device"}
+CHUNK_TOKENS = 256  # tokens whose logits exist at once
+
+
+# ---------------------------------------------------------------------------------------------------- reading runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One metrics.jsonl: the run's settings, its RL steps in order, and its evaluations without the strategy."""
+
+    path: Path
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the method samples a guided group. Every response has a token, so a mean length of 0 means there was none."""
+        return any(record["length_guided"] > 0 for record in self.steps)
+
+
+def read_run(path: Path) -> Run:
+    """Read and check a metrics.jsonl; ValueError "file:line: what" for a broken line, a missing key, a value that is no number.
+
+    Only a last line without its line end may be broken: a run that is still going is writing it. It is left out, and said so.
+    """
+    run = None
+    lines = path.read_bytes().split(b"\n")  # not splitlines: what follows the last line end is a line that was not ended
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line:
+            break
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # JSONDecodeError, and UnicodeDecodeError for bytes that are no text
+            if number == len(lines):
+                print(f"{path}:{number}: the last line is unfinished (is the run still going?), left out")
+                break
+            raise ValueError(f"{path}:{number}: not valid JSON ({error}): {line[:80]!r}") from error
+        try:
+            run = _take(run, record, path)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if run is None:
+        raise ValueError(f"{path}: empty")
+    return run
+
+
+def _take(run: Run | None, record: Any, path: Path) -> Run:
+    """Add one line's record to its run (None: the first line, which holds the settings)."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {record!r}")
+    if run is None:
+        config = record.get("config")
+        if not isinstance(config, dict) or not {"method", "seed"} <= set(config):
+            raise ValueError("the first line must hold the run's config with its method and seed")
+        return Run(path, config, [], [])
+    stage, method = record.get("stage"), run.config["method"]
+    if stage not in ("eval", "sft", method):
+        raise ValueError(f"stage is {stage!r}, expected eval, sft or the run's method {method}")
+    if stage == "eval":
+        _check_numbers(record, ("step", "accuracy"))
+        if not isinstance(record.get("guided"), bool):
+            raise ValueError(f"guided is {record.get('guided')!r}, expected true or false")
+        if not record["guided"]:
+            run.evals.append(record)
+    elif stage != "sft":  # the steps of a supervised stage sample nothing: no curve has them
+        _check_numbers(record, ALWAYS)
+        if record["length_guided"] > 0:
+            _check_numbers(record, GUIDED)
+        if run.steps and record["step"] <= run.steps[-1]["step"]:
+            raise ValueError(f"step {record['step']} after step {run.steps[-1]['step']}")
+        run.steps.append(record)
+    return run
+
+
+def _check_numbers(record: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in record:
+            raise ValueError(f"no {name}")
+        value = record[name]
+        kind = int if name == "step" else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, expected {'a whole' if kind is int else 'a finite'} number")
+
+
+def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
+    """FOLDER or LABEL=FOLDER -> {label: its runs}, in the order given.
+
+    ValueError for a folder without any run, two groups of one label, and runs that are not one method under several seeds: a
+    band over different settings would say nothing about seeds. Settings of the machine and paths may differ.
+    """
+    groups: dict[str, list[Run]] = {}
+    for argument in arguments:
+        label, split, folder = argument.partition("=")
+        if not split or Path(argument).is_dir():  # a folder's own name may hold a "="
+            label, folder = Path(argument).resolve().name, argument
+        paths = sorted(Path(folder).rglob("metrics.jsonl"))
+        if not paths:
+            raise ValueError(f"{folder}: no metrics.jsonl in it or below, so this group has no run")
+        if label in groups:
+            raise ValueError(f"two groups are called {label!r}; name one of them LABEL=FOLDER")
+        groups[label] = [read_run(path) for path in paths]
+        _check_group(groups[label])
+    if len(groups) > len(COLOURS):
+        raise ValueError(f"{len(groups)} groups: more than {len(COLOURS)} lines in one picture cannot be told apart")
+    return groups
+
+
+def _check_group(runs: Sequence[Run]) -> None:
+    first, seeds = runs[0], {}
+    for run in runs:
+        for name in sorted(set(run.config) & set(first.config) - MAY_DIFFER):
+            if run.config[name] != first.config[name]:
+                values = f"{first.config[name]!r} in {first.path} but {run.config[name]!r} in {run.path}"
+                raise ValueError(f"one group must be one method under several seeds, but {name} is {values}")
+        seed = ", ".join(f"{name} {run.config[name]}" for name in SEEDS if name in run.config)
+        if seed in seeds:
+            raise ValueError(f"{seeds[seed]} and {run.path} are of one group and both have {seed}")
+        seeds[seed] = run.path
+    if not any(run.steps or run.evals for run in runs):
+        raise ValueError(f"{first.path}: neither an RL step nor an evaluation in this group yet")
+
+
+# ---------------------------------------------------------------------------------------------------- curves as data
+
+
+def trailing_mean(series: Mapping[int, float], window: int) -> dict[int, float]:
+    """{step: mean of the values of the last `window` steps up to and including it}; fewer where the run begins.
+
+    Trailing and not centred: what is drawn for a step does not change when the run goes on.
+    """
+    return {step: statistics.fmean(series[s] for s in range(step - window + 1, step + 1) if s in series) for step in series}
+
+
+def over_seeds(series: Sequence[Mapping[int, float]]) -> dict[str, list]:
+    """One {step: value} a seed -> {"step", "mean", "stderr", "seeds"}: parallel lists over all steps that any seed reached.
+
+    stderr is the standard error over seeds, unbiased standard deviation / sqrt(seeds); None where only one seed got that far.
+    """
+    curve: dict[str, list] = {"step": [], "mean": [], "stderr": [], "seeds": []}
+    for step in sorted(set().union(*series)):
+        values = [one[step] for one in series if step in one]
+        curve["step"].append(step)
+        curve["mean"].append(statistics.fmean(values))
+        curve["stderr"].append(statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
+        curve["seeds"].append(len(values))
+    return curve
+
+
+def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, dict[str, dict[str, dict[str, list]]]]:
+    """{panel: {label: {key: curve}}}, smoothed seed by seed before the mean over seeds is taken.
+
+    A group without a quantity is not in that panel: a method that samples no guided group has neither p_guide nor alpha, SFT
+    has accuracy alone. Accuracy is not smoothed; of two evaluations at one step the later counts, so that a run with an SFT
+    warm-up starts from the accuracy after it.
+    """
+    panels: dict[str, dict[str, dict[str, dict[str, list]]]] = {name: {} for name in PANELS}
+    for label, runs in groups.items():
+        for name, (_, _, keys) in PANELS.items():
+            for key in keys:
+                if name == "accuracy":
+                    series = [{record["step"]: record[key] for record in run.evals} for run in runs]
+                else:
+                    usable = [run for run in runs if run.guided or not set(keys) & set(GUIDED)]
+                    series = [trailing_mean({r["step"]: r[key] for r in run.steps}, smooth) for run in usable]
+                if any(series):
+                    panels[name].setdefault(label, {})[key] = over_seeds([one for one in series if one])
+    return panels
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str], labels: Sequence[str], smooth: int) -> Any:
+    """A matplotlib Figure of the named panels, at most three in a row; a group keeps its colour and marker in all of them."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display, and saving takes Agg
+
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.6 * columns if columns > 1 else 6.4, 3.2 * rows + 0.9), layout="constrained")
+    counts: dict[str, set[int]] = {label: set() for label in labels}
+    for place, name in enumerate(names):
+        title, y_label, keys = PANELS[name]
+        axes = figure.add_subplot(rows, columns, place + 1, title=title, xlabel="RL step", ylabel=y_label)
+        if name != "accuracy" and smooth > 1:
+            axes.set_xlabel(f"RL step (trailing mean of {smooth} steps)")
+        for label, curves in panels[name].items():
+            for key, line in keys.items():
+                _draw_curve(axes, curves[key], labels.index(label), line, every_point=name == "accuracy")
+                counts[label] |= set(curves[key]["seeds"])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(useOffset=False)
+    _legend(figure, labels, counts)
+    return figure
+
+
+def _draw_curve(axes: Any, curve: Mapping[str, list], index: int, line: str, every_point: bool) -> None:
+    """Line, markers and band of one curve; thin where fewer seeds are in the mean than elsewhere, because it may jump there."""
+    steps, mean, colour = curve["step"], curve["mean"], COLOURS[index]
+    fewer = [count < max(curve["seeds"]) for count in curve["seeds"]]
+    thick = [math.nan if fewer[i] else m for i, m in enumerate(mean)]
+    thin = [m if any(fewer[max(i - 1, 0) : i + 2]) else math.nan for i, m in enumerate(mean)]  # from the last thick point on
+    for values, width in ((thick, 1.7), (thin, 0.7)):
+        axes.plot(steps, values, line, color=colour, linewidth=width)
+    stride = 1 if every_point else max(len(steps) // 6, 1)
+    start = index % min(stride, len(steps))  # differs by group: on lines that run together no marker covers another
+    axes.plot(steps[start::stride], mean[start::stride], MARKERS[index], color=colour, markersize=4.5)
+    error = [math.nan if e is None else e for e in curve["stderr"]]  # nan: no band there
+    low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    if len(steps) == 1:  # a band without width cannot be seen: SFT has one accuracy
+        axes.vlines(steps, low, high, color=colour, linewidth=1.7)
+
+
+def _legend(figure: Any, labels: Sequence[str], counts: Mapping[str, set[int]]) -> None:
+    """Below the axes, where it hides nothing: the groups with their seeds, and what line and band are for just these seeds."""
+    from matplotlib.lines import Line2D
+
+    handles, texts = [], []
+    for index, label in enumerate(labels):
+        if counts[label]:
+            low, high = min(counts[label]), max(counts[label])
+            texts.append(f"{label} ({f'{low} to ' if low < high else ''}{high} seed{'s' if high > 1 else ''})")
+            handles.append(Line2D([], [], color=COLOURS[index], marker=MARKERS[index], markersize=5))
+    several = [max(one) > 1 for one in counts.values() if one]
+    caption = "mean over seeds, band ± 1 standard error over seeds" if any(several) else "one seed a line, so no band"
+    if any(several) and not all(several):
+        caption += " (one seed: no band)"
+    if any(len(one) > 1 for one in counts.values()):
+        caption += "; thin line: not all seeds got there"
+    legend = figure.legend(handles, texts, loc="outside lower center", ncols=min(len(texts), 4), frameon=False)
+    legend.get_title().set_multialignment("center")
+    legend.set_title(fill(caption, 60 if len(figure.axes) == 1 else 120), prop={"size": "small"})
+
+
+def save(figure: Any, path: Path, dpi: int) -> list[Path]:
+    """Write the figure as path.png and path.svg: the two paths.
+
+    Text as paths: an SVG in a README is shown as an image, which loads no font, and another one would run out of its place. The
+    salt and the missing date make the same data the same bytes, so that a picture under version control changes with it.
+    """
+    import matplotlib
+
+    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report.py"}):
+        for file, metadata in zip(files, ({}, {"Date": None}), strict=True):
+            figure.savefig(file, dpi=dpi, metadata=metadata)
+    return files
+
+
+def write_curves(args: argparse.Namespace) -> list[Path]:
+    """Draw every panel that any group has, and all of them in one overview: the files written."""
+    for name in ("smooth", "dpi"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    groups = read_groups(args.groups)
+    panels = panel_curves(groups, args.smooth)
+    drawn = [name for name in PANELS if panels[name]]
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file, names in {**{name: [name] for name in drawn}, "overview": drawn}.items():
+        written += save(draw(panels, names, list(groups), args.smooth), args.out / file, args.dpi)
+    for name in PANELS:
+        without = [label for label in groups if label not in panels[name]]
+        print(f"{name}: " + (", ".join(panels[name]) or "not drawn") + (f"; without {', '.join(without)}" if without else ""))
+    print(f"{len(written)} pictures in {args.out}")
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------- rows of a sweep
+
+
+def read_rows(path: Path, column: str) -> dict[str, list[float]]:
+    """Row -> one value a seed, from a csv of sweep.py, in the file's order; ValueError "file:line: what" for any other file."""
+    rows: dict[str, list[float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, line in enumerate(csv.DictReader(file), start=2):
+            try:
+                rows.setdefault(line["row"], []).append(float(line[column]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: no row with a number in {column!r}: {line}") from error
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
+    """A Figure of every row: a dot a seed, and the mean with its standard error. Rows named knob=value get one panel a knob."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, Sequence[float]]] = {}
+    for row, values in rows.items():
+        knob, _, value = row.partition("=")
+        panels.setdefault(knob if value else "", {})[value or row] = values
+    if set(panels) != {""}:
+        figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
+            _draw_points(axes, points, across=True)
+            axes.set_xlabel(knob)
+        all_axes[0].set_ylabel(y_label)
+    else:
+        figure = Figure(figsize=(7.5, 0.32 * len(rows) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_points(axes, rows, across=False)
+        axes.invert_yaxis()
+        axes.set_xlabel(y_label)
+    figure.supxlabel("small: one seed; large: the mean with ± 1 standard error over seeds", fontsize="small")
+    return figure
+
+
+def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], across: bool) -> None:
+    """Each name at its place along one axis, its seeds and their mean along the other."""
+    for place, values in enumerate(points.values()):
+        mean = statistics.fmean(values)
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        seeds = ([place] * len(values), values) if across else (values, [place] * len(values))
+        axes.plot(*seeds, "o", color=COLOURS[5], markersize=3.5, alpha=0.8, zorder=1)
+        where = (place, mean) if across else (mean, place)
+        axes.errorbar(*where, **{"yerr" if across else "xerr": error}, fmt="o", color=COLOURS[0], capsize=3, zorder=2)
+    ticks = axes.set_xticks if across else axes.set_yticks
+    ticks(range(len(points)), list(points))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def write_rows(args: argparse.Namespace) -> list[Path]:
+    """Draw one column of a sweep's csv as PNG and SVG beside each other: the files written."""
+    figure = draw_rows(read_rows(args.csv, args.column), args.column)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return save(figure, args.out, args.dpi)
+
+
+# ---------------------------------------------------------------------------------------------------- the token map as data
+
+
+def contexts(tokenizer: Any, problem: Any) -> tuple[list[int], list[int]]:
+    """The ids of a problem's two prompts: (without the strategy, with it)."""
+    from model import encode_chat
+    from strategy import auto_messages, guided_messages
+
+    guided = guided_messages(problem.problem, problem.strategy)
+    return encode_chat(tokenizer, auto_messages(problem.problem)), encode_chat(tokenizer, guided)
+
+
+def sample_group(
+    model: Any, tokenizer: Any, worker: Any, problem: Any, args: argparse.Namespace, *, guided: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """One group of responses, sampled as in training (temperature 1, top_p 1): (their ids, which of them are correct)."""
+    from eval import is_correct
+    from rollout import generate
+    from train import stream_seed
+
+    (group,) = generate(
+        model,
+        [contexts(tokenizer, problem)[guided]],
+        n=args.group_guided if guided else args.group_auto,
+        max_new_tokens=args.max_new_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        eos_ids=model.config.eos_ids,
+        seed=[stream_seed(args.seed, "report", guided, problem.id)],
+    )
+    texts = [tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in group]
+    return [row.response_ids for row in group], [is_correct(text, problem.answer, worker) for text in texts]
+
+
+def _map_terms(unguided_logits, guided_hidden, targets, *, head_weight, delta, top):
+    """For the chunked head: what the map shows of m tokens. Of the vocabulary only the K most probable of each side leave."""
+    import torch.nn.functional as F
+
+    from loss import forward_kl, kl_clip_mask, token_logprobs
+
+    guided_logits = F.linear(guided_hidden, head_weight)  # (m, V)
+    divergence = forward_kl(guided_logits, unguided_logits)  # d_t (m,)
+    # the head sums a "loss", and there is none here
+    values = {"loss": 0 * divergence, "divergence": divergence, "kept": kl_clip_mask(divergence, delta)}
+    for side, logits in (("guided", guided_logits), ("auto", unguided_logits)):
+        best = logits.float().log_softmax(-1).topk(top)  # (m, K)
+        values |= {f"logp_{side}": token_logprobs(logits, targets), f"top_{side}": best.values, f"ids_{side}": best.indices}
+    return values
+
+
+def token_map(
+    model: Any, tokenizer: Any, problem: Any, response_ids: list[int], *, delta: float, top: int
+) -> list[dict[str, Any]]:
+    """One dict per response token: what the policy thinks of it with and without the strategy in its prompt.
+
+    id, text, blank         the token; blank is the white space that decoding the whole response puts before it
+    divergence, kept        d_t in nats [paper], and whether the KL clip keeps it: d_t <= delta
+    logp_auto, logp_guided  log-probability of the token without and with the strategy, natural log
+    top_auto, top_guided    the K = `top` most probable next tokens as (id, text, probability), best first
+
+    The same functions as in training, in the weights' dtype, at temperature 1. Logits exist for CHUNK_TOKENS tokens at a time.
+    """
+    import torch
+
+    from loss import chunked_head
+    from rollout import pack
+
+    auto_ids, guided_ids = contexts(tokenizer, problem)
+    guided = pack([guided_ids], [response_ids], device=model.device)
+    unguided = pack([auto_ids], [response_ids], device=model.device)  # row m of both predicts the same token
+
+    def head(hidden, weight):
+        terms = partial(_map_terms, head_weight=weight, delta=delta, top=top)
+        inputs = (guided_hidden, unguided.targets)
+        return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=CHUNK_TOKENS)
+
+    with torch.no_grad():
+        guided_hidden = model(guided.input_ids, lengths=guided.lengths, head=lambda h, _: h[0, guided.predict])  # (M, D)
+        _, stats = model(unguided.input_ids, lengths=unguided.lengths, head=head)
+    rows = {name: value.tolist() for name, value in stats.items()}
+    tokens = []
+    for m, (blank, text) in enumerate(token_texts(tokenizer, response_ids)):
+        token = {"id": response_ids[m], "text": text, "blank": blank}
+        token |= {"divergence": rows["divergence"][m], "kept": bool(rows["kept"][m])}
+        for side in ("auto", "guided"):
+            best = zip(rows[f"ids_{side}"][m], rows[f"top_{side}"][m], strict=True)
+            token[f"logp_{side}"] = rows[f"logp_{side}"][m]
+            token[f"top_{side}"] = [(one, token_text(tokenizer, one), math.exp(logp)) for one, logp in best]
+        tokens.append(token)
+    return tokens
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as text; its name in the vocabulary where it is no text alone (part of a character, nothing at all)."""
+    text = tokenizer.decode([token_id])
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, str]]:
+    """[(white space before it, text)] of every token. Word-level vocabularies put blanks between tokens that are in none."""
+    whole, at, texts = tokenizer.decode(ids), 0, []
+    for token_id in ids:
+        text = token_text(tokenizer, token_id)
+        found = whole.find(text, at, at + len(text) + 8)  # near: what is not decoded alike must not match far behind
+        blank = whole[at:found] if found >= 0 else ""
+        at = found + len(text) if found >= 0 else at
+        texts.append((blank if blank.isspace() else "", text))
+    return texts
+
+
+def totals(tokens: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The map in numbers: |o+|, the sum and mean of d_t, the kept share, L_KD^clip, and log pi(o+) in both contexts."""
+    divergences = [token["divergence"] for token in tokens]
+    return {
+        "tokens": len(tokens),
+        "divergence_sum": sum(divergences),
+        "divergence_mean": statistics.fmean(divergences),
+        "kept": statistics.fmean(token["kept"] for token in tokens),
+        "loss": sum(token["divergence"] for token in tokens if token["kept"]) / len(tokens),
+        "logp_guided": sum(token["logp_guided"] for token in tokens),
+        "logp_auto": sum(token["logp_auto"] for token in tokens),
+    }
+
+
+def find_target(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespace) -> tuple[Any, list[int]]:
+    """(problem, ids of o+): of --id, else of the first problem with a correct guided response; ValueError without one.
+
+    o+ is the correct one most probable without the strategy, by the summed log-probability (--reach sum, training's default).
+    """
+    import torch
+
+    from eval import load_problems
+    from weighting import reachable_target
+
+    problems = [problem for problem in load_problems(args.data, worker) if args.id in (None, problem.id)]
+    if not problems:
+        raise ValueError(f"{args.data}: no row has the id {args.id!r}")
+    problems = [problem for problem in problems if problem.strategy is not None]
+    if not problems:
+        raise ValueError(f"{args.data}: no strategy in {'any row' if args.id is None else f'the row {args.id!r}'}")
+    for problem in problems:
+        responses, correct = sample_group(model, tokenizer, worker, problem, args, guided=True)
+        if any(correct):
+            maps = [token_map(model, tokenizer, problem, response, delta=args.delta, top=1) for response in responses]
+            alone = torch.tensor([totals(tokens)["logp_auto"] for tokens in maps])
+            return problem, responses[reachable_target(alone, torch.tensor(correct))]
+        print(f"{problem.id}: none of {args.group_guided} guided responses is correct")
+    raise ValueError(f"{args.data}: no correct guided response; another --seed or a larger --group_guided may find one")
+
+
+def model_view(
+    model: Any, tokenizer: Any, worker: Any, problem: Any, response_ids: list[int], args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the page shows of one model: the map of a trajectory, its totals, and both pass rates sampled from that model."""
+    tokens = token_map(model, tokenizer, problem, response_ids, delta=args.delta, top=args.top)
+    rates = {
+        name: statistics.fmean(sample_group(model, tokenizer, worker, problem, args, guided=guided)[1])
+        for name, guided in (("p_auto", False), ("p_guide", True))
+    }
+    return {"tokens": tokens, "totals": totals(tokens) | rates}
+
+
+def write_tokens(args: argparse.Namespace) -> dict[str, Any]:
+    """Sample, choose o+, map it under --model and under --after, write the page; its data."""
+    import torch
+
+    from eval import MathWorker
+    from model import load_model
+
+    for name in ("group_auto", "group_guided", "max_new_tokens", "top"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.delta < math.inf:
+        raise ValueError(f"--delta must be positive and finite, the colour scale ends there; got {args.delta}")
+    if not args.out.parent.is_dir():  # an hour of sampling must not end here
+        raise ValueError(f"{args.out}: its folder does not exist")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with MathWorker() as worker:
+        model, tokenizer = load_model(args.model, dtype=torch.float32, device=device)
+        if args.top > model.config.vocab_size:
+            raise ValueError(f"--top {args.top}: the vocabulary has {model.config.vocab_size} tokens")
+        problem, response_ids = find_target(model, tokenizer, worker, args)
+        views = [{"name": "before" if args.after else "model", "model": args.model}]
+        views[0] |= model_view(model, tokenizer, worker, problem, response_ids, args)
+        if args.after is not None:
+            vocabulary, model = tokenizer.get_vocab(), None  # the first model's memory, before the second one needs its own
+            model, tokenizer = load_model(args.after, dtype=torch.float32, device=device)
+            if tokenizer.get_vocab() != vocabulary:
+                raise ValueError(f"--after {args.after}: its vocabulary is not that of {args.model}, the ids would not match")
+            after = model_view(model, tokenizer, worker, problem, response_ids, args)
+            views.append({"name": "after", "model": args.after} | after)
+    names = ("data", "seed", "group_auto", "group_guided", "max_new_tokens")
+    settings = ", ".join(f"--{name} {getattr(args, name)}" for name in names)
+    page = {"problem": problem, "delta": args.delta, "views": views, "settings": settings}
+    args.out.write_text(page_html(page), encoding="utf-8")
+    print(f"{problem.id}: {len(response_ids)} tokens in {args.out}")
+    return page
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+# One hue, from the card's colour (d_t = 0) to orange, mixed in oklab: lightness falls (in the dark theme rises) evenly, so that
+# the order can be read with any colour vision, and ordinary text stays readable (at least 4.5:1) on every step of it.
+STYLE = """
+:root { color-scheme: light dark; --page: #f4f4f2; --card: #fff; --ink: #1b1b1b; --soft: #5b5b5b; --line: #dcdcd8;
+        --hot: #ef6c1a }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #101216; --card: #171a20; --ink: #eeeeec; --soft: #a6a9b0; --line: #333842; --hot: #b04a00 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 24px; max-width: 1080px; background: var(--page); color: var(--ink);
+       font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 22px; margin: 0 } h2 { font-size: 16px; margin: 0 0 8px } .soft { color: var(--soft); font-weight: 400 }
+p { margin: 4px 0 } sub { line-height: 0 } ol { margin: 4px 0; padding-left: 22px }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 18px; margin: 14px 0 }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 14px; margin: 14px 0 }
+.pair .card { margin: 0 }
+.text, .tokens { white-space: pre-wrap; overflow-wrap: anywhere }
+.tokens { font: 15px/2.1 ui-monospace, monospace }
+.t { background: color-mix(in oklab, var(--hot) calc(var(--t) * 100%), var(--card)); border-radius: 3px; padding: 3px 1px;
+     box-shadow: 0 0 0 1px var(--line); cursor: default }
+.masked { color: var(--ink); white-space: pre; box-shadow: none; outline: 2px dashed var(--ink) }
+.t:focus, .t.twin, .t:hover { box-shadow: 0 0 0 4px #0072b2 } .t:not(.masked):focus { outline: none }
+.scale { height: 14px; border: 1px solid var(--line); border-radius: 3px;
+         background: linear-gradient(to right in oklab, var(--card), var(--hot)) }
+.ticks { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft) }
+.scale, .ticks { max-width: 460px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: 2px 14px 2px 0; text-align: left }
+th { font-weight: 400; color: var(--soft) } .n { text-align: right }
+td.own { font-weight: 700; background: var(--line) } #tip td { padding: 1px 10px 1px 4px }
+#tip { position: absolute; top: 0; left: 0; z-index: 1; background: var(--card); border: 1px solid var(--soft);
+       border-radius: 6px; padding: 8px 12px; box-shadow: 0 4px 16px #0005; font-size: 13px; max-width: 480px }
+#tip td { font-family: ui-monospace, monospace }
+"""
+# The tooltip is filled with textContent only, so that no token can become markup. Left and right walk along the tokens.
+SCRIPT = """
+const data = JSON.parse(document.getElementById("data").textContent), tip = document.getElementById("tip");
+const make = (tag, text, kind) => Object.assign(document.createElement(tag), {textContent: text, className: kind || ""});
+const twins = token => document.querySelectorAll(`[data-m="${token.dataset.m}"]`);
+function fill(token) {
+  const [text, line, guided, alone] = data[token.dataset.view][token.dataset.m - 1], table = make("table", "");
+  tip.replaceChildren(make("b", text), make("div", line), table);
+  table.append(make("tr", ""));
+  for (const name of ["with strategy", "p", "alone", "p"]) table.rows[0].append(make("th", name));
+  guided.forEach((row, k) => {
+    table.append(make("tr", ""));
+    for (const [name, p, own] of [row, alone[k]])
+      table.rows[k + 1].append(make("td", name, own ? "own" : ""), make("td", p, own ? "n own" : "n"));
+  });
+}
+function show(token) {
+  hide(); fill(token); tip.hidden = false;
+  const box = token.getBoundingClientRect(), room = document.documentElement;
+  const left = Math.min(box.left, room.clientWidth - tip.offsetWidth - 8);
+  const below = box.bottom + 6 + tip.offsetHeight <= room.clientHeight || box.top < tip.offsetHeight + 6;
+  tip.style.left = Math.max(8, left) + scrollX + "px";
+  tip.style.top = (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + scrollY + "px";
+  token.setAttribute("aria-describedby", "tip");
+  for (const one of twins(token)) one.classList.add("twin");
+}
+function hide() {
+  tip.hidden = true;
+  for (const one of document.querySelectorAll(".twin")) one.classList.remove("twin"), one.removeAttribute("aria-describedby");
+}
+const tokens = [...document.querySelectorAll(".t[data-m]")];
+for (const [k, token] of tokens.entries()) {
+  for (const name of ["mouseenter", "focus"]) token.addEventListener(name, () => show(token));
+  for (const name of ["mouseleave", "blur"]) token.addEventListener(name, hide);
+  token.addEventListener("click", () => history.replaceState(null, "", "#" + token.id));
+  token.addEventListener("keydown", event => {
+    if (event.key === "Escape") hide();
+    const next = tokens[k + {ArrowRight: 1, ArrowLeft: -1}[event.key]];
+    if (next) { event.preventDefault(); next.focus(); }
+  });
+}
+const go = () => document.getElementById(location.hash.slice(1))?.focus();
+addEventListener("hashchange", go); go();
+"""
+
+
+def visible(text: str, blanks: bool) -> str:
+    """A token's text with line ends, tabs and what does not print made visible; blanks too, or where there is nothing else."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    if blanks or not text.strip(" ⏎⇥"):
+        text = text.replace(" ", "␣")
+    # isprintable is False for control and formatting characters: one that reverses the direction would garble the page
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+def token_html(token: Mapping[str, Any], view: int, m: int, delta: float) -> str:
+    """One token as a focusable span: --t in [0, 1] is sqrt(d_t / delta), its place on the colour scale."""
+    place = math.sqrt(min(max(token["divergence"], 0.0), delta) / delta)  # rounding can leave d_t a little below 0
+    name = "token" if view == 0 else "after"
+    attributes = f'class="t{"" if token["kept"] else " masked"}" style="--t:{place:.3f}" data-view="{view}" data-m="{m}"'
+    text = escape(visible(token["text"], blanks=False))
+    # the line ends themselves stand behind the span, so that the lines of the response stay lines
+    return f'{token["blank"]}<span {attributes} id="{name}-{m}" tabindex="0">{text}</span>' + "\n" * token["text"].count("\n")
+
+
+def tip_data(token: Mapping[str, Any], m: int, count: int, delta: float) -> list[Any]:
+    """The tooltip of one token: [heading, line, next tokens guided, next tokens alone], each (text, p, is it this)."""
+    verdict = f"kept (≤ {delta:g})" if token["kept"] else f"dropped by the KL clip (> {delta:g})"
+    guided, alone = (_probability(math.exp(token[name])) for name in ("logp_guided", "logp_auto"))
+    line = f"d = {token['divergence']:.4f} nats, {verdict}; p = {guided} with strategy, {alone} alone"
+    tops = [
+        [(visible(text, blanks=True), _probability(p), one == token["id"]) for one, text, p in token[side]]
+        for side in ("top_guided", "top_auto")
+    ]
+    return [f"token {m} of {count}: {visible(token['text'], blanks=True)}", line, *tops]
+
+
+def _probability(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else f"{p:.0e}"
+
+
+def totals_html(views: Sequence[Mapping[str, Any]]) -> str:
+    """The summary: a row a number, a column a model."""
+    rows = {
+        "length of o⁺, tokens": ("tokens", "d"),
+        "sum of d, nats": ("divergence_sum", ".4f"),
+        "mean of d": ("divergence_mean", ".4f"),
+        "kept by the KL clip": ("kept", ".1%"),
+        "clipped loss, (1/|o⁺|) Σ kept d": ("loss", ".4f"),
+        "log π(o⁺ | q, s), with strategy": ("logp_guided", ".3f"),
+        "log π(o⁺ | q), alone": ("logp_auto", ".3f"),
+        "p_guide, sampled": ("p_guide", ".3f"),
+        "p_auto, sampled": ("p_auto", ".3f"),
+    }
+    cells = ["<tr><th></th>" + "".join(f'<th class="n">{escape(view["name"])}</th>' for view in views) + "</tr>"]
+    for name, (key, form) in rows.items():
+        values = "".join(f'<td class="n">{view["totals"][key]:{form}}</td>' for view in views)
+        cells.append(f"<tr><th>{escape(name)}</th>{values}</tr>")
+    return "<table>" + "".join(cells) + "</table>"
+
+
+def page_html(page: Mapping[str, Any]) -> str:
+    """The whole page from plain data; a pure function. Every text that comes from outside is escaped.
+
+    page: "problem" (eval.Problem), "delta", "settings" (a text), and "views": one or two of {"name", "model",
+    "tokens" (token_map's), "totals" (those of `totals`, p_auto, p_guide)}, over the same token ids.
+    """
+    problem, delta, views = page["problem"], page["delta"], page["views"]
+    steps = "".join(f"<li>{escape(step)}</li>" for step in problem.strategy.steps)
+    ticks = "".join(f"<span>{delta * (k / 5) ** 2:.3g}</span>" for k in range(6))  # even steps of a square-root scale
+    tips = [[tip_data(token, m, len(v["tokens"]), delta) for m, token in enumerate(v["tokens"], 1)] for v in views]
+    maps = []
+    for index, view in enumerate(views):
+        spans = "".join(token_html(token, index, m, delta) for m, token in enumerate(view["tokens"], start=1))
+        head = f'<h2>{escape(view["name"])} <span class="soft">{escape(view["model"])}</span></h2>'
+        maps.append(f'<section class="card">{head}<div class="tokens">{spans}</div></section>')
+    data = json.dumps(tips, ensure_ascii=False).replace("<", "\\u003c")  # a token "</script>" must not end the script
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Token map: {escape(problem.id)}</title><style>{STYLE}</style></head><body>
+<h1>Token map <span class="soft">{escape(problem.id)}</span></h1>
+<p class="soft">d<sub>t</sub> = KL( π(·|q, s, o⁺<sub>&lt;t</sub>) ‖ π(·|q, o⁺<sub>&lt;t</sub>) ): how far the strategy s in the
+prompt moves the next token. Point at a token, or tab to it and walk with the arrow keys.</p>
+<div class="pair"><section class="card"><h2>Problem q</h2><div class="text">{escape(problem.problem)}</div>
+<p class="soft">reference answer: {escape(problem.answer)}</p></section>
+<section class="card"><h2>Strategy s <span class="soft">{escape(problem.strategy.type)}</span></h2>
+<p>{escape(problem.strategy.strategy)}</p><ol>{steps}</ol></section></div>
+<section class="card"><div class="scale"></div><div class="ticks">{ticks}</div>
+<p class="soft">d<sub>t</sub> in nats, square-root scale up to δ = {delta:g};
+<span class="t masked" style="--t:1">dashed outline</span> is above δ and dropped by the KL clip</p></section>
+{"".join(maps)}
+<section class="card">{totals_html(views)}</section>
+<p class="soft">o⁺: the correct guided response that is most probable alone, sampled at temperature 1 from the first model.
+{escape(page["settings"])}</p>
+<div id="tip" role="tooltip" hidden></div>
+<script type="application/json" id="data">{data}</script>
+<script>{SCRIPT}</script></body></html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    options = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    commands = parser.add_subparsers(dest="command", required=True)
+    curves = commands.add_parser("curves", help="training curves, one line a method, mean and band over seeds", **options)
+    curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
+    curves.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    curves.add_argument("--smooth", type=int, default=5, help="trailing mean over so many steps; 1: none")
+    curves.add_argument("--dpi", type=int, default=150, help="of the PNGs")
+    rows = commands.add_parser("rows", help="one column of a sweep's csv, every row with its seeds", **options)
+    rows.add_argument("csv", type=Path, help="table.csv, knobs.csv or hard.csv of sweep.py")
+    rows.add_argument("--column", default="accuracy", help="which column")
+    rows.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
+    rows.add_argument("--dpi", type=int, default=150, help="of the PNG")
+    tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
+    tokens.add_argument("--data", required=True, help="jsonl file of problems with strategies")
+    tokens.add_argument("--id", help="the problem; None: the first with a correct guided response")
+    tokens.add_argument("--model", required=True, help="model folder or hub name")
+    tokens.add_argument("--after", help="the trained model, to compare on the same tokens")
+    tokens.add_argument("--out", type=Path, required=True, help="the page")
+    tokens.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; the colours end there too")
+    tokens.add_argument("--seed", type=int, default=0, help="of the sampling")
+    tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto")
+    tokens.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
+    tokens.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
+    tokens.add_argument("--top", type=int, default=5, help="next tokens to list")
+    tokens.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    {"curves": write_curves, "rows": write_rows, "tokens": write_tokens}[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem_with_input:
+        sys.exit(f"report.py: {problem_with_input}")
