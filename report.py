@@ -6,6 +6,7 @@
 
 `curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics as PNG and SVG.
 `rows` draws one column of a csv that sweep.py wrote: every row with its seeds, or the effect of a knob.
+`divergence` says which tokens carry the strategy, by mean d_t over many problems.
 `tokens` writes one HTML page without any outside resource: every token of the reachable target coloured by its divergence d_t,
 computed by the functions that training uses, before training and (--after) after it, for the same token ids. Both pictures are
 the paper's (arXiv 2606.24064) in kind; the layout is ours.
@@ -22,10 +23,11 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from itertools import islice
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -308,9 +310,12 @@ def write_curves(args: argparse.Namespace) -> list[Path]:
     groups = read_groups(args.groups)
     panels = panel_curves(groups, args.smooth)
     drawn = [name for name in PANELS if panels[name]]
+    pictures = {name: [name] for name in drawn} | {"overview": drawn}
     args.out.mkdir(parents=True, exist_ok=True)
     written = []
-    for file, names in {**{name: [name] for name in drawn}, "overview": drawn}.items():
+    for file, names in pictures.items():
+        if args.only and file not in args.only:
+            continue
         written += save(draw(panels, names, list(groups), args.smooth), args.out / file, args.dpi)
     for name in PANELS:
         without = [label for label in groups if label not in panels[name]]
@@ -507,8 +512,8 @@ def totals(tokens: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def find_target(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespace) -> tuple[Any, list[int]]:
-    """(problem, ids of o+): of --id, else of the first problem with a correct guided response; ValueError without one.
+def find_targets(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespace) -> Iterator[tuple[Any, list[int]]]:
+    """(problem, ids of o+) of --id, else of every problem that has a correct guided response; ValueError without strategies.
 
     o+ is the correct one most probable without the strategy, by the summed log-probability (--reach sum, training's default).
     """
@@ -528,8 +533,15 @@ def find_target(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespac
         if any(correct):
             maps = [token_map(model, tokenizer, problem, response, delta=args.delta, top=1) for response in responses]
             alone = torch.tensor([totals(tokens)["logp_auto"] for tokens in maps])
-            return problem, responses[reachable_target(alone, torch.tensor(correct))]
-        print(f"{problem.id}: none of {args.group_guided} guided responses is correct")
+            yield problem, responses[reachable_target(alone, torch.tensor(correct))]
+        else:
+            print(f"{problem.id}: none of {args.group_guided} guided responses is correct")
+
+
+def find_target(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespace) -> tuple[Any, list[int]]:
+    """The first of find_targets; ValueError where there is none."""
+    for found in find_targets(model, tokenizer, worker, args):
+        return found
     raise ValueError(f"{args.data}: no correct guided response; another --seed or a larger --group_guided may find one")
 
 
@@ -580,6 +592,40 @@ def write_tokens(args: argparse.Namespace) -> dict[str, Any]:
     args.out.write_text(page_html(page), encoding="utf-8")
     print(f"{problem.id}: {len(response_ids)} tokens in {args.out}")
     return page
+
+
+def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Which tokens carry the strategy: mean d_t per token of the vocabulary, over the targets of many problems, as a csv."""
+    import torch
+
+    from eval import MathWorker
+    from model import load_model
+
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, list[dict[str, Any]]] = {}
+    with MathWorker() as worker:
+        model, tokenizer = load_model(args.model, dtype=torch.float32, device=device)
+        for problem, response_ids in islice(find_targets(model, tokenizer, worker, args), args.problems):
+            for token in token_map(model, tokenizer, problem, response_ids, delta=args.delta, top=1):
+                found.setdefault(token["text"], []).append(token)
+    if not found:
+        raise ValueError(f"{args.data}: no correct guided response in any problem")
+    lines = [
+        {
+            "token": text,
+            "count": len(tokens),
+            "mean_d": round(statistics.fmean(token["divergence"] for token in tokens), 6),
+            "dropped": round(1 - statistics.fmean(token["kept"] for token in tokens), 6),
+        }
+        for text, tokens in found.items()
+    ]
+    lines.sort(key=lambda line: -line["mean_d"])
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    print("\n".join(f"{line['token']!r:>16}  {line['count']:>6}  mean d_t {line['mean_d']:.4f}" for line in lines[:10]))
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -767,6 +813,7 @@ def build_parser() -> argparse.ArgumentParser:
     curves = commands.add_parser("curves", help="training curves, one line a method, mean and band over seeds", **options)
     curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
     curves.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    curves.add_argument("--only", nargs="+", choices=(*PANELS, "overview"), help="only these pictures; None: all")
     curves.add_argument("--smooth", type=int, default=5, help="trailing mean over so many steps; 1: none")
     curves.add_argument("--dpi", type=int, default=150, help="of the PNGs")
     rows = commands.add_parser("rows", help="one column of a sweep's csv, every row with its seeds", **options)
@@ -775,24 +822,28 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     rows.add_argument("--dpi", type=int, default=150, help="of the PNG")
     tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
-    tokens.add_argument("--data", required=True, help="jsonl file of problems with strategies")
-    tokens.add_argument("--id", help="the problem; None: the first with a correct guided response")
-    tokens.add_argument("--model", required=True, help="model folder or hub name")
+    divergence = commands.add_parser("divergence", help="mean d_t of every token over many problems, as a csv", **options)
+    for command in (tokens, divergence):
+        command.add_argument("--data", required=True, help="jsonl file of problems with strategies")
+        command.add_argument("--id", help="the problem; None: the first with a correct guided response, or all of them")
+        command.add_argument("--model", required=True, help="model folder or hub name")
+        command.add_argument("--out", type=Path, required=True, help="the file to write")
+        command.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; the colours end there too")
+        command.add_argument("--seed", type=int, default=0, help="of the sampling")
+        command.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
+        command.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
+        command.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
     tokens.add_argument("--after", help="the trained model, to compare on the same tokens")
-    tokens.add_argument("--out", type=Path, required=True, help="the page")
-    tokens.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; the colours end there too")
-    tokens.add_argument("--seed", type=int, default=0, help="of the sampling")
     tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto")
-    tokens.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
-    tokens.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
     tokens.add_argument("--top", type=int, default=5, help="next tokens to list")
-    tokens.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
+    divergence.add_argument("--problems", type=int, default=100, help="the first so many with a correct guided response")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> Any:
     args = build_parser().parse_args(arguments)
-    {"curves": write_curves, "rows": write_rows, "tokens": write_tokens}[args.command](args)
+    commands = {"curves": write_curves, "rows": write_rows, "tokens": write_tokens, "divergence": write_divergence}
+    return commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ The ablations keep SGPO's steps. Learning rates: as many values tried for one me
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -74,6 +75,11 @@ HARD_ROWS = {
     "no-proximal-constraints": "--delta inf --target random --weight fixed",
 }
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
+CURVES = {  # pictures of training curves: folder -> rows, at most as many as there are colours; sft takes no RL steps
+    "methods": ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"),
+    "ablations": ("sgpo", "no-distillation", "no-autonomous-grpo", "no-proximal-constraints", "reverse-kl", "sft-on-target"),
+    "proximal": ("sgpo", "no-kl-clip", "random-target", "fixed-weight", "group-advantage-weight", "no-proximal-constraints"),
+}
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
 RATES |= {name: ("5e-5", "1e-4", "2e-4", "4e-4") for name in METHODS if name != "sft"}
 
@@ -369,6 +375,7 @@ CLAIMS = (
     beaten_by_sgpo("sft-on-target", "with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)"),
     Claim("alpha starts high and falls", ("sgpo", "alpha_first10"), ("sgpo", "alpha_last10")),
 )
+OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
 NOT_TESTABLE = (
     "the benchmark accuracies (MATH500, AMC23, OlympiadBench, AIME24) of any method: needs the real models and a GPU",
     "that the gain holds across model sizes and families (1.5B, 7B, Llama 8B): one toy model here",
@@ -443,8 +450,13 @@ def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
     return page
 
 
-def suite_page(suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str]) -> str:
-    """<suite>.csv as a page: what was run, the table, and for `table` the claims with their verdicts."""
+def suite_page(
+    suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str], tokens: Sequence[dict[str, str]] = ()
+) -> str:
+    """<suite>.csv as a page: what was run, the table, and for `table` the claims with their verdicts.
+
+    tokens: the lines of divergence.csv, for the claim about single tokens.
+    """
     seeds = sorted({line["seed"] for line in lines}, key=int)
     tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
     page = [f"# {TITLES[suite]}", ""]
@@ -457,10 +469,10 @@ def suite_page(suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str
     if suite == "hard":
         page += ["", f"All rows: `{HARD}`. low06, low30: 6 % and 30 % of the training strategies are of low quality.", ""]
     page += ["", f"Learning rates tried, by accuracy on 240 validation problems over two other seeds (rates.csv): {tried}.", ""]
-    return "\n".join(page + (claims_section(lines) if suite == "table" else []))
+    return "\n".join(page + (claims_section(lines, tokens) if suite == "table" else []))
 
 
-def claims_section(lines: Sequence[dict[str, str]]) -> list[str]:
+def claims_section(lines: Sequence[dict[str, str]], tokens: Sequence[dict[str, str]]) -> list[str]:
     page = ["## The paper's claims", ""]
     page += ["A claim says that one figure is above another. Reproduced: the 95 % interval of the paired difference lies above"]
     page += ["zero. Not reproduced: it holds zero. The opposite: it lies below.", ""]
@@ -469,6 +481,16 @@ def claims_section(lines: Sequence[dict[str, str]]) -> list[str]:
         difference = paired_difference(column(lines, *claim.more), column(lines, *claim.less))
         mean, low, high = difference
         page.append(f"| {claim.text} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict(difference)} |")
+    if tokens:
+        high, low = (
+            sum(float(t["mean_d"]) * int(t["count"]) for t in part) / sum(int(t["count"]) for t in part)
+            for part in ([t for t in tokens if t["token"] in OPERATIONS], [t for t in tokens if t["token"] not in OPERATIONS])
+        )
+        page.append(
+            f"| d_t is large on the tokens that carry the strategy and near zero on routine ones | mean {high:.4f} nats on the "
+            f"six operations, {low:.5f} on all other tokens (base model, divergence.csv) | "
+            f"{'reproduced' if high > 10 * low else 'not reproduced'} (rule: tenfold) |"
+        )
     return page + [f"| {text} | | not testable here |" for text in NOT_TESTABLE] + [""]
 
 
@@ -510,9 +532,24 @@ def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) ->
             print(f"{method}: {rate}")
         return
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
-    page = suite_page(suite, read_csv(results / f"{suite}.csv"), best_rates(results / "rates.csv"))
+    divergence = results / "divergence.csv"  # of `report.py divergence`
+    tokens = read_csv(divergence) if divergence.exists() else []
+    page = suite_page(suite, read_csv(results / f"{suite}.csv"), best_rates(results / "rates.csv"), tokens)
     (results / f"{suite}.md").write_text(page, encoding="utf-8")
     print(page)
+    draw_results(suite, jobs, runs, results)
+
+
+def draw_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
+    """<suite>.png and .svg, every row with its seeds; for `table` the training curves of methods and ablations too."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return print("no pictures without matplotlib: pip install -r requirements-dev.txt, and the same command again")
+    import report
+
+    report.main(["rows", str(results / f"{suite}.csv"), "--out", str(results / suite)])
+    if suite == "table":
+        for name, rows in CURVES.items():
+            report.main(["curves", *(str(runs / row) for row in rows), "--only", "overview", "--out", str(results / name)])
 
 
 if __name__ == "__main__":

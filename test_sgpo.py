@@ -5,6 +5,7 @@ Sections: model, rollout, loss, weighting, tiny world, training, two ranks, stra
 """
 
 import ast
+import csv
 import importlib.util
 import itertools
 import json
@@ -3254,6 +3255,13 @@ def test_the_page_says_what_the_csv_says():
     assert re.search(r"SGPO beats HPT \| \+0\.000 .*\| not reproduced", page)
     assert re.search(r"reverse KL .*\| the opposite", page)
     assert re.search(r"alpha starts high .*\| \+0\.305 .* reproduced", page)
+    assert "routine" not in page  # without divergence.csv there is nothing to say
+    tokens = [
+        {"token": t, "count": c, "mean_d": d} for t, c, d in (("add", "3", "0.6"), ("min", "1", "0.2"), ("=", "9", "0.04"))
+    ]
+    for text, last in (("0.5000 nats", "0.04"), ("not reproduced (rule", "0.06")):
+        tokens[2]["mean_d"] = last
+        assert text in sweep.suite_page("table", lines, {method: "1e-4" for method in sweep.METHODS}, tokens)
     assert page.count("| not testable here |") == len(sweep.NOT_TESTABLE) and "--row luffy" in page
     rows = {line["row"] for line in lines}
     assert all(row in rows for claim in sweep.CLAIMS for row, _ in (claim.more, claim.less))
@@ -3486,6 +3494,27 @@ def test_report_pictures_are_written_and_reproducible(tmp_path, capsys):
     assert width == round(3 * 4.6 * 50)
     said = capsys.readouterr().out
     assert "alpha: sgpo; without grpo, sft\n" in said and "accuracy: sgpo, sft; without grpo\n" in said
+
+
+def test_report_only_the_pictures_asked_for(tmp_path):
+    report.main(["curves", report_two_seeds(tmp_path), "--only", "overview", "alpha", "--out", str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{name}.{suffix}" for name in ("overview", "alpha") for suffix in ("png", "svg")}
+
+
+def test_sweep_draws_what_it_ran(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(report, "main", calls.append)
+    jobs = [sweep.Job("sgpo", 0, ())]
+    sweep.draw_results("knobs", jobs, tmp_path / "runs", tmp_path)
+    sweep.draw_results("table", jobs, tmp_path / "runs", tmp_path)
+    assert [call[0] for call in calls] == ["rows", "rows", "curves", "curves", "curves"]
+    assert {row for rows in sweep.CURVES.values() for row in rows} == {*sweep.METHODS, *sweep.ABLATIONS} - {"sft"}
+    for call in calls:
+        report.build_parser().parse_args(call)
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    sweep.draw_results("table", jobs, tmp_path / "runs", tmp_path)
+    assert "no pictures without matplotlib" in capsys.readouterr().out and len(calls) == 5
 
 
 def test_report_a_panel_that_no_group_has_is_not_drawn(tmp_path, capsys):
@@ -3833,6 +3862,24 @@ def test_report_page_needs_nothing_from_outside(report_page):
     ids = [attrs["id"] for tag, attrs in parsed.tags if "tabindex" in attrs]
     assert ids == [f"token-{m}" for m in range(1, count + 1)] + [f"after-{m}" for m in range(1, count + 1)]
     assert page["problem"].problem in parsed.text["div"] and "gano add 5 4" in " ".join(parsed.text["div"].split())
+
+
+def test_report_divergence_is_the_mean_over_targets(tmp_path):
+    flags = ["--data", str(ROOT / "data/tiny/test.jsonl"), "--model", str(TINY_BASE), "--max_new_tokens", "32"]
+    lines = report.main(["divergence", *flags, "--problems", "3", "--out", str(tmp_path / "d.csv")])
+    want = {}
+    args = report.build_parser().parse_args(["divergence", *flags, "--out", "x"])
+    model, tokenizer = load_model(str(TINY_BASE), dtype=torch.float32, device="cpu")
+    with MathWorker() as worker:
+        for problem, response in itertools.islice(report.find_targets(model, tokenizer, worker, args), 3):
+            for token in report.token_map(model, tokenizer, problem, response, delta=1.0, top=1):
+                want.setdefault(token["text"], []).append(token["divergence"])
+    written = list(csv.DictReader((tmp_path / "d.csv").read_text().splitlines()))
+    assert {line["token"]: float(line["mean_d"]) for line in written} == pytest.approx(
+        {text: sum(values) / len(values) for text, values in want.items()}, abs=1e-6
+    )
+    assert sum(int(line["count"]) for line in written) == sum(map(len, want.values()))
+    assert lines[0]["token"] in sweep.OPERATIONS and lines[0]["mean_d"] > 0.4
 
 
 def test_report_rows_shows_every_seed_and_the_mean(tmp_path):
