@@ -75,6 +75,7 @@ HARD_ROWS = {
     "no-proximal-constraints": "--delta inf --target random --weight fixed",
 }
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
+DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
 CURVES = {  # pictures of training curves: folder -> rows, at most as many as there are colours; sft takes no RL steps
     "methods": ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"),
     "ablations": ("sgpo", "no-distillation", "no-autonomous-grpo", "no-proximal-constraints", "reverse-kl", "sft-on-target"),
@@ -121,13 +122,24 @@ def table_suite(seeds: int, results: Path) -> list[Job]:
 
 
 def knobs_suite(seeds: int, results: Path) -> list[Job]:
-    """SGPO at its rate with one of delta, alpha_0 and gamma at another value."""
-    rate = rate_flag("sgpo", best_rates(results / "rates.csv")["sgpo"])
+    """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
+    rate = tuple(rate_flag("sgpo", best_rates(results / "rates.csv")["sgpo"]))
+    others = [(name, value) for name, values in KNOBS.items() for value in values if value != DEFAULTS[name]]
+    jobs = []
+    for seed in range(seeds):
+        jobs.append(Job("default", seed, rate))
+        jobs += [Job(f"{name}={value}", seed, (f"--{name}", value, *rate)) for name, value in others]
+    return jobs
+
+
+def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The csv lines of `knobs` knob by knob, in the order of KNOBS; the default run takes its place in each of them."""
     return [
-        Job(f"{name}={value}", seed, (f"--{name}", value, *rate))
-        for seed in range(seeds)
+        line | {"row": f"{name}={value}"}
         for name, values in KNOBS.items()
         for value in values
+        for line in lines
+        if line["row"] == ("default" if value == DEFAULTS[name] else f"{name}={value}")
     ]
 
 
@@ -423,7 +435,8 @@ HOW_TO_READ = (
 def reference_of(row: str) -> str:
     """The row that a row is compared with: SGPO on the same data, with a knob at the paper's value."""
     if "=" in row:
-        return {"delta": "delta=1.0", "alpha_0": "alpha_0=0.5", "gamma": "gamma=0.1"}[row.split("=")[0]]
+        name = row.split("=")[0]
+        return f"{name}={DEFAULTS[name]}"
     return "sgpo" + row[row.index("@") :] if "@" in row else "sgpo"
 
 
@@ -526,7 +539,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
     """<suite>.csv, <suite>_steps.csv and the page made from them."""
     results.mkdir(parents=True, exist_ok=True)
-    write_csv(results / f"{suite}.csv", [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs])
+    lines = [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs]
+    write_csv(results / f"{suite}.csv", knob_lines(lines) if suite == "knobs" else lines)
     if suite == "rates":
         for method, rate in best_rates(results / "rates.csv").items():
             print(f"{method}: {rate}")

@@ -3166,6 +3166,20 @@ def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
     assert {len(values) for values in sweep.RATES.values()} == {4}  # no method is searched more than another
 
 
+def test_knobs_run_the_default_once_and_show_it_for_every_knob(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
+    jobs = sweep.knobs_suite(2, tmp_path)
+    lines = sweep.knob_lines([{"row": job.row, "seed": job.seed, "flags": " ".join(job.flags)} for job in jobs])
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        (f"{name}={value}", seed) for name, values in sweep.KNOBS.items() for value in values for seed in (0, 1)
+    ]
+    assert len({tuple(train.parse_config([*job.flags, "--out", "x"]).__dict__.items()) for job in jobs}) == len(jobs) / 2
+    for line in lines:  # the row says what the run was
+        name, value = line["row"].split("=")
+        assert getattr(train.parse_config(line["flags"].split()), name) == float(value)
+    assert {sweep.reference_of(line["row"]) for line in lines} == {f"{k}={v}" for k, v in sweep.DEFAULTS.items()}
+
+
 def test_a_sweep_resumes_and_runs_nothing_twice(tmp_path, fake_train):
     jobs = [sweep.Job(row, seed, ("--x", row)) for row in ("a", "b") for seed in (0, 1)]
     sweep.run_suite(jobs[:3], tmp_path / "runs", 2)
