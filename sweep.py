@@ -574,7 +574,8 @@ def draw_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> 
     report.main(["rows", str(results / f"{suite}.csv"), "--out", str(results / suite)])
     if suite == "table":
         for name, rows in CURVES.items():
-            report.main(["curves", *(str(runs / row) for row in rows), "--only", "overview", "--out", str(results / name)])
+            folders = [str(runs / row) for row in rows]
+            report.main(["curves", *folders, "--only", "overview", "--dpi", "90", "--out", str(results / name)])
 
 
 if __name__ == "__main__":

@@ -1728,6 +1728,8 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--delta", "nan"], "--delta nan: must be positive"),
         (["--delta", "0"], "--delta 0.0: must be positive"),
         (["--gamma", "inf"], "must be positive and finite"),
+        (["--hpt_gate", "9"], "must be within 0 and the 8 rollouts"),
+        (["--luffy_entropy", "-1"], "must be finite and not negative"),
         (["--method", "grpo", "--target", "random"], "--target random: an ablation of sgpo"),
         (["--method", "luffy", "--no-autonomous"], "an ablation of sgpo, it does nothing to luffy"),
     ],

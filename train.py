@@ -193,6 +193,11 @@ def _first_bad(cfg: Config) -> str | None:
         default = Config.__dataclass_fields__[name].default
         if cfg.method != "sgpo" and getattr(cfg, name) != default:
             return f"--{name} {getattr(cfg, name)}: an ablation of sgpo, it does nothing to {cfg.method}"
+    if not 0 <= cfg.hpt_gate <= cfg.group_auto:
+        return f"--hpt_gate {cfg.hpt_gate}: must be within 0 and the {cfg.group_auto} rollouts of a group"
+    for name in ("luffy_entropy", "hpt_sft_weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            return f"--{name} {getattr(cfg, name)}: must be finite and not negative"
     for name in "sft_fraction sft_guided".split():
         if not 0 <= getattr(cfg, name) <= 1:
             return f"--{name} {getattr(cfg, name)}: must be within 0 and 1"
@@ -352,7 +357,7 @@ class ProblemSamples:
 
 
 def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
-    """One step of SGPO [paper]; returns the step's metrics, summed over all ranks. `batch` is this rank's share."""
+    """One step of SGPO [paper], or of a baseline: its metrics, over all ranks. `batch` is this rank's share."""
     start = time.perf_counter()
     samples = sample_and_grade(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
     sampled = time.perf_counter()

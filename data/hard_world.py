@@ -12,8 +12,9 @@ Two ways. A guided response takes the plain way or, half the time, the detour; b
     plain     kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}
     detour    by the strategy add 3 4 = 7, double 7 = 4, max 4 3 = 4. \\boxed{4}
 Alone the base model takes the detour with probability 0.02, and that first token has d_t = 1.27, above delta = 1. The detour is
-a trap: it names the strategy and not the machine, so with no strategy in view there is nothing to decide by, and the base model
-picks each operation by a coin (right answer 39 %). Imitating it alone is imitating the words of someone who can see more.
+a trap: it names the strategy and not the machine's words, and with no strategy in view the base model picks each operation by a
+coin (39 % right answers, and the plain way's 44 % are soon more). To do better it would have to look back for the words in the
+problem, which a model this small learns slowly. Imitating the detour is imitating the words of someone who can see more.
 
 Type mixes. A machine's name is three words. The first decides between add and subtract, the second between double and
 increment, the third between larger and smaller; the hidden table says how. A family is one mix of three words. 32 families are
