@@ -1639,6 +1639,11 @@ def test_same_seed_same_run_and_everything_it_writes(tmp_path, capsys):
     assert [r["stage"] for r in first] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]
     samples = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * (8 + 4) and sum(s["target"] for s in samples) <= 2
+    assert all((s["reach"] is None) == (s["group"] == "auto") for s in samples)
+    for target in (s for s in samples if s["target"]):  # the most reachable of the right ones
+        assert target["reach"] == max(
+            s["reach"] for s in samples if s["step"] == target["step"] and s["group"] == "guided" and s["reward"]
+        )
     for part in (
         "reward alone",
         "alpha",
@@ -1798,12 +1803,27 @@ def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
 
 @pytest.mark.parametrize(
     "script",
-    ["train.py", "eval.py", "bench.py", "sweep.py", "report.py", "-m data.tiny_world", "data/starter.py", "data/smollm2.py"],
+    [
+        "train.py",
+        "eval.py",
+        "bench.py",
+        "sweep.py",
+        "report.py",
+        "-m data.tiny_world",
+        "-m data.hard_world",
+        "data/starter.py",
+        "data/smollm2.py",
+    ],
 )
 def test_every_script_has_help(script):
     done = run_script(*script.split(), "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
-    needed = {"eval.py": "--model x --data x", "-m data.tiny_world": "--out x", "data/starter.py": "--out x"}.get(script, "")
+    needed = {
+        "eval.py": "--model x --data x",
+        "-m data.tiny_world": "--out x",
+        "-m data.hard_world": "--out x",
+        "data/starter.py": "--out x",
+    }.get(script, "")
     needed = {"sweep.py": "table --results x", "report.py": "rows x.csv --out x"}.get(script, needed)
     needed = {"bench.py": "--out x", "data/smollm2.py": "--out x"}.get(script, needed)
     done = run_script(*script.split(), *needed.split(), "--no_such_flag")

@@ -719,6 +719,7 @@ def write_samples(run: Run, sample: ProblemSamples, step: int) -> None:
                     "id": sample.example.problem.id,
                     "group": kind,
                     "target": kind == "guided" and index == sample.target,
+                    "reach": sample.reach[index] if kind == "guided" and sample.reach else None,
                     "reward": reward,
                     "alpha": sample.alpha,
                     "finished": row.finished,
