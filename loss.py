@@ -133,6 +133,17 @@ def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, Tens
     return {"loss": -weight * logprob, "logprob": logprob.detach()}
 
 
+def _policy_values(loss: Tensor, logprob: Tensor, ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+    """What every policy loss hands back: the weighted loss, and the diagnostics without gradient."""
+    return {
+        "loss": loss,
+        "logprob": logprob.detach(),
+        "ratio": ratio,
+        "clipped": clipped,
+        "entropy": entropy.detach(),
+    }
+
+
 def grpo_terms(
     logits: Tensor,
     targets: Tensor,
@@ -149,13 +160,7 @@ def grpo_terms(
     loss, ratio, clipped = policy_loss(logprob, old_logprobs, advantages, clip_low, clip_high)
     with torch.no_grad():
         entropy = token_entropy(logits, temperature)
-    return {
-        "loss": weight * loss,
-        "logprob": logprob.detach(),
-        "ratio": ratio,
-        "clipped": clipped.float(),
-        "entropy": entropy,
-    }
+    return _policy_values(weight * loss, logprob, ratio, clipped.float(), entropy)
 
 
 def luffy_terms(
@@ -174,13 +179,7 @@ def luffy_terms(
     logprob = token_logprobs(logits, targets, temperature)
     entropy = token_entropy(logits, temperature)
     loss, ratio = luffy_loss(logprob, old_logprobs, advantages, demonstration, shaping)
-    return {
-        "loss": weight * (loss - entropy_bonus * entropy),
-        "logprob": logprob.detach(),
-        "ratio": ratio,
-        "clipped": torch.zeros_like(ratio),
-        "entropy": entropy.detach(),
-    }
+    return _policy_values(weight * (loss - entropy_bonus * entropy), logprob, ratio, torch.zeros_like(ratio), entropy)
 
 
 def hpt_terms(
@@ -199,13 +198,7 @@ def hpt_terms(
     loss, ratio = hpt_loss(logprob, old_logprobs, advantages, demonstration, sft_weight)
     with torch.no_grad():
         entropy = token_entropy(logits, temperature)
-    return {
-        "loss": weight * loss,
-        "logprob": logprob.detach(),
-        "ratio": ratio,
-        "clipped": torch.zeros_like(ratio),
-        "entropy": entropy,
-    }
+    return _policy_values(weight * loss, logprob, ratio, torch.zeros_like(ratio), entropy)
 
 
 def distillation_terms(

@@ -478,10 +478,11 @@ def suite_page(
     tokens: the lines of divergence.csv, for the claim about single tokens.
     """
     seeds = sorted({line["seed"] for line in lines}, key=int)
+    runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
     tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
     page = [f"# {TITLES[suite]}", ""]
     page += [
-        f"Written by `python sweep.py {suite}` from {suite}.csv: {len(lines)} runs, seeds {', '.join(seeds)}, code at "
+        f"Written by `python sweep.py {suite}` from {suite}.csv: {runs} runs, seeds {', '.join(seeds)}, code at "
         f"{', '.join(sorted({line['commit'] for line in lines}))}. {HOW_TO_READ}",
         "",
     ]
