@@ -4,6 +4,8 @@
     python sweep.py table --results results/tiny    every method and ablation, 5 seeds, at the rates found above
     python sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
     python sweep.py hard --results results/tiny     what the proximal constraints do in data/hard, and strategies of low quality
+    python sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
+                                                    the methods on a model and problems of yours, every one from the same model
 
 A row of a table is a list of train.py flags (METHODS, ABLATIONS, KNOBS below): to try an idea of yours, add a line. The runs of
 a suite go to runs/<suite>/<row>/<seed>/, as many side by side as there are cores, one thread each. A finished run is not run
@@ -18,6 +20,7 @@ The ablations keep SGPO's steps. Learning rates: as many values tried for one me
 import argparse
 import csv
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -75,6 +78,7 @@ HARD_ROWS = {
     "no-proximal-constraints": "--delta inf --target random --weight fixed",
 }
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
+MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the warm-up is in the model that --base names: grpo is the paper's SFT+GRPO
 DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
 CURVES = {  # pictures of training curves: folder -> rows, at most as many as there are colours; sft takes no RL steps
     "methods": ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"),
@@ -102,31 +106,41 @@ def rate_flag(method: str, rate: str) -> list[str]:
     return ["--sft_learning_rate" if method == "sft" else "--learning_rate", rate]
 
 
-def rates_suite(seeds: int, results: Path) -> list[Job]:
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a suite; base and steps are for `model` alone."""
+
+    seeds: int
+    results: Path
+    base: tuple[str, ...] = ()  # train.py flags of every run
+    steps: int = 0  # SGPO's steps
+
+
+def rates_suite(ask: Request) -> list[Job]:
     """Every method at every rate, evaluated on the validation problems with seeds that no table uses."""
     valid = ["--eval_data", "data/tiny/valid.jsonl", "--eval_every", "0", "--no-eval_guided"]
     return [
         Job(f"{method}@{rate}", 100 + seed, (*METHODS[method].split(), *rate_flag(method, rate), *valid))
-        for seed in range(seeds)
+        for seed in range(ask.seeds)
         for method, rates in RATES.items()
         for rate in rates
     ]
 
 
-def table_suite(seeds: int, results: Path) -> list[Job]:
+def table_suite(ask: Request) -> list[Job]:
     """Every method at its best rate and every ablation at SGPO's."""
-    best = best_rates(results / "rates.csv")
+    best = best_rates(ask.results / "rates.csv")
     rows = {name: (*flags.split(), *rate_flag(name, best[name])) for name, flags in METHODS.items()}
     rows |= {name: (*flags.split(), *rate_flag("sgpo", best["sgpo"])) for name, flags in ABLATIONS.items()}
-    return [Job(row, seed, flags) for seed in range(seeds) for row, flags in rows.items()]
+    return [Job(row, seed, flags) for seed in range(ask.seeds) for row, flags in rows.items()]
 
 
-def knobs_suite(seeds: int, results: Path) -> list[Job]:
+def knobs_suite(ask: Request) -> list[Job]:
     """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
-    rate = tuple(rate_flag("sgpo", best_rates(results / "rates.csv")["sgpo"]))
+    rate = tuple(rate_flag("sgpo", best_rates(ask.results / "rates.csv")["sgpo"]))
     others = [(name, value) for name, values in KNOBS.items() for value in values if value != DEFAULTS[name]]
     jobs = []
-    for seed in range(seeds):
+    for seed in range(ask.seeds):
         jobs.append(Job("default", seed, rate))
         jobs += [Job(f"{name}={value}", seed, (f"--{name}", value, *rate)) for name, value in others]
     return jobs
@@ -143,9 +157,9 @@ def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def hard_suite(seeds: int, results: Path) -> list[Job]:
+def hard_suite(ask: Request) -> list[Job]:
     """The hard world with good strategies, then with 6 % and 30 % of low quality; families held out whole are evaluated too."""
-    best = best_rates(results / "rates.csv")
+    best = best_rates(ask.results / "rates.csv")
     rows = {name: (flags, "train") for name, flags in HARD_ROWS.items()}
     for share in ("low06", "low30"):
         for name in LOW_QUALITY_ROWS:
@@ -157,9 +171,23 @@ def hard_suite(seeds: int, results: Path) -> list[Job]:
             (*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags.split(), "--learning_rate", rate_of(row, best)),
             "data/hard/mixes.jsonl",
         )
-        for seed in range(seeds)
+        for seed in range(ask.seeds)
         for row, (flags, data) in rows.items()
     ]
+
+
+def model_suite(ask: Request) -> list[Job]:
+    """Every sampling method and more SFT from the model of --base, with equal numbers of sampled responses.
+
+    All begin at one checkpoint, so a warm-up is paid once and is the same for all; sft reads each problem's solution once.
+    """
+    if "--model" not in ask.base or ask.steps < 2 or ask.steps % 2:
+        raise ValueError("model needs --base with a --model among its flags, and --steps: an even number of SGPO's steps")
+    rows = {"sft": ("--method", "sft", "--sft_epochs", "1")}
+    for name in MODEL_ROWS:
+        steps = ask.steps if name == "sgpo" else ask.steps * 12 // 8
+        rows[name] = ("--method", name, "--steps", str(steps), "--sft_fraction", "0")
+    return [Job(row, seed, (*ask.base, *flags)) for seed in range(ask.seeds) for row, flags in rows.items()]
 
 
 def rate_of(row: str, best: dict[str, str]) -> str:
@@ -171,6 +199,7 @@ SUITES = {  # with the default number of seeds
     "table": (table_suite, 5),
     "knobs": (knobs_suite, 3),
     "hard": (hard_suite, 3),
+    "model": (model_suite, 3),
 }
 
 
@@ -427,6 +456,7 @@ TITLES = {
     "table": "Methods and ablations on the tiny world",
     "knobs": "The effect of delta, alpha_0 and gamma on the tiny world",
     "hard": "Several right ways, mixes never trained on, strategies of low quality: the hard world",
+    "model": "The methods on a model of one's own",
 }
 
 
@@ -447,8 +477,18 @@ def reference_of(row: str) -> str:
     return "sgpo" + row[row.index("@") :] if "@" in row else "sgpo"
 
 
+def shared_flags(lines: Sequence[dict[str, str]]) -> str:
+    """The flags that every run of a csv begins with: said once above its table."""
+    words = zip(*(line["flags"].split() for line in lines), strict=False)
+    shared = [run[0] for run in itertools.takewhile(lambda run: len(set(run)) == 1, words)]
+    if shared and shared[-1].startswith("--"):  # a flag whose values differ from row to row
+        shared.pop()
+    return " ".join(shared)
+
+
 def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
     """One line of markdown a row of the csv: mean and standard error over seeds, the paired difference, and the cost."""
+    shared = shared_flags(lines)
     names = {"accuracy": "accuracy", "accuracy_also": "on mixes", "guided": "guided", "kept": "kept"}
     names |= {"reach_gap": "reach gap", "entropy_last10": "entropy, last 10 steps"}
     names = {name: title for name, title in names.items() if name in lines[0]}
@@ -465,21 +505,21 @@ def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
             difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_difference(first, second))
         cells = [with_error(lines, row, name) for name in names] + [with_error(lines, row, "steps", 0).split(" ")[0]]
         cells += [with_error(lines, row, name, 0) for name in costs]
-        flags = next(line["flags"] for line in lines if line["row"] == row).replace(HARD, "").strip()
+        flags = next(line["flags"] for line in lines if line["row"] == row).removeprefix(shared).strip()
         page.append(f"| {row} | {difference} | {' | '.join(cells)} | `{flags}` |")
     return page
 
 
 def suite_page(
-    suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str], tokens: Sequence[dict[str, str]] = ()
+    suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str] | None, tokens: Sequence[dict[str, str]] = ()
 ) -> str:
     """<suite>.csv as a page: what was run, the table, and for `table` the claims with their verdicts.
 
-    tokens: the lines of divergence.csv, for the claim about single tokens.
+    rates: the learning rates found by the suite `rates`; None where a suite was given its rate. tokens: the lines of
+    divergence.csv, for the claim about single tokens.
     """
     seeds = sorted({line["seed"] for line in lines}, key=int)
     runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
-    tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
     page = [f"# {TITLES[suite]}", ""]
     page += [
         f"Written by `python sweep.py {suite}` from {suite}.csv: {runs} runs, seeds {', '.join(seeds)}, code at "
@@ -487,9 +527,14 @@ def suite_page(
         "",
     ]
     page += rows_table(lines)
+    if shared := shared_flags(lines):
+        page += ["", f"All rows: `{shared}`."]
     if suite == "hard":
-        page += ["", f"All rows: `{HARD}`. low06, low30: 6 % and 30 % of the training strategies are of low quality.", ""]
-    page += ["", f"Learning rates tried, by accuracy on 240 validation problems over two other seeds (rates.csv): {tried}.", ""]
+        page[-1] += " low06, low30: 6 % and 30 % of the training strategies are of low quality."
+    if rates:
+        tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
+        page += ["", f"Learning rates tried, by accuracy on 240 validation problems over two other seeds (rates.csv): {tried}."]
+    page += [""]
     return "\n".join(page + (claims_section(lines, tokens) if suite == "table" else []))
 
 
@@ -531,10 +576,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows; writes no csv")
     parser.add_argument("--extra", default="", help="further train.py flags for every run, for a quick trial; writes no csv")
+    parser.add_argument("--base", default="", help="model: train.py flags of every run, --model among them")
+    parser.add_argument("--steps", type=int, default=0, help="model: SGPO's steps; the others take half as many again")
     args = parser.parse_args(argv)
     build, seeds = SUITES[args.suite]
+    if args.suite != "model" and (args.base or args.steps):
+        parser.error(f"--base and --steps are for the suite model, {args.suite} has its own")
     try:
-        jobs = build(args.seeds or seeds, args.results)
+        jobs = build(Request(args.seeds or seeds, args.results, tuple(args.base.split()), args.steps))
         unknown = set(args.rows) - {job.row for job in jobs}
         if unknown:
             raise ValueError(f"--rows {' '.join(sorted(unknown))}: {args.suite} has {', '.join({job.row: 0 for job in jobs})}")
@@ -560,7 +609,8 @@ def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) ->
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
     divergence = results / "divergence.csv"  # of `report.py divergence`
     tokens = read_csv(divergence) if divergence.exists() else []
-    page = suite_page(suite, read_csv(results / f"{suite}.csv"), best_rates(results / "rates.csv"), tokens)
+    rates = None if suite == "model" else best_rates(results / "rates.csv")
+    page = suite_page(suite, read_csv(results / f"{suite}.csv"), rates, tokens)
     (results / f"{suite}.md").write_text(page, encoding="utf-8")
     print(page)
     draw_results(suite, jobs, runs, results)

@@ -1661,9 +1661,17 @@ def test_same_seed_same_run_and_everything_it_writes(tmp_path, capsys):
         go("a")
 
 
-def test_two_ranks_equal_one(tmp_path):
-    """Three problems a step on two ranks, two minibatches: one of the ranks has no problem in one of them."""
+@pytest.mark.parametrize("method", ["sgpo", "luffy", "hpt"])
+def test_two_ranks_equal_one(method, tmp_path):
+    """Three problems a step on two ranks, two minibatches: one of the ranks has no problem in one of them.
+
+    hpt's gate is set to half of the group, so that some problems are rollouts and others solutions.
+    """
     flags = [
+        "--method",
+        method,
+        "--hpt_gate",
+        4,
         "--steps",
         2,
         "--problems_per_step",
@@ -3398,13 +3406,15 @@ def fake_train(tmp_path, monkeypatch):
 
 def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
+    base = ("--model", "m", "--data", "rl.jsonl", "--problems_per_step", "8")
     for build, seeds in sweep.SUITES.values():
-        jobs = build(seeds, tmp_path)
+        jobs = build(sweep.Request(seeds, tmp_path, base, 12))
         assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and all("/" not in job.row for job in jobs)
         for job in jobs:
             train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"])
-    rows = {job.row: train.parse_config(job.flags) for job in sweep.table_suite(5, tmp_path)}
-    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS} and len(sweep.table_suite(5, tmp_path)) == 5 * len(rows)
+    table = sweep.table_suite(sweep.Request(5, tmp_path))
+    rows = {job.row: train.parse_config(job.flags) for job in table}
+    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS} and len(table) == 5 * len(rows)
     for name in ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"):  # the same number of responses; LUFFY's solution counts as one
         cfg = rows[name]
         responses = cfg.group_auto + (cfg.group_guided if cfg.method == "sgpo" else 0)
@@ -3415,11 +3425,45 @@ def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
             flag.removeprefix("--").removeprefix("no-") for flag in sweep.ABLATIONS[name].split() if "--" in flag
         }
     assert {len(values) for values in sweep.RATES.values()} == {4}  # no method is searched more than another
+    own = {job.row: train.parse_config(job.flags) for job in sweep.model_suite(sweep.Request(3, tmp_path, base, 12))}
+    assert {cfg.model for cfg in own.values()} == {"m"} and own.pop("sft").steps == 0
+    for cfg in own.values():
+        responses = cfg.group_auto + (cfg.group_guided if cfg.method == "sgpo" else 0)
+        assert cfg.steps * cfg.problems_per_step * responses == 12 * 8 * 12 and cfg.sft_fraction == 0, cfg.method
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["model", "--steps", "4"], "--model among its flags"),
+        (["model", "--base=--model m"], "even number"),
+        (["model", "--base=--model m", "--steps", "3"], "even number"),
+        (["table", "--steps", "3"], "are for the suite model"),
+        (["tabel"], "invalid choice"),
+    ],
+)
+def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([*flags, "--results", str(tmp_path)])
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_flags_that_all_runs_share_are_said_once():
+    def page(*flags):
+        line = {"row": "sgpo", "seed": "0", "base": "0.4", "accuracy": "0.5", "steps": "2", "sampled_tokens": "3"}
+        line |= {"step_s": "1.0", "commit": "abc"}
+        lines = [line | {"flags": words, "row": row, "seed": seed} for seed in "01" for row, words in flags]
+        return sweep.suite_page("model", lines, None)
+
+    text = page(("sgpo", "--model m --data a --delta 1"), ("grpo", "--model m --data b"))
+    assert "All rows: `--model m`." in text and "| `--data a --delta 1` |" in text and "| `--data b` |" in text
+    assert "Learning rates tried" not in text
+    assert "All rows" not in page(("sgpo", "--a 1"), ("grpo", "--b 1"))
 
 
 def test_knobs_run_the_default_once_and_show_it_for_every_knob(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
-    jobs = sweep.knobs_suite(2, tmp_path)
+    jobs = sweep.knobs_suite(sweep.Request(2, tmp_path))
     lines = sweep.knob_lines([{"row": job.row, "seed": job.seed, "flags": " ".join(job.flags)} for job in jobs])
     assert [(line["row"], line["seed"]) for line in lines] == [
         (f"{name}={value}", seed) for name, values in sweep.KNOBS.items() for value in values for seed in (0, 1)
