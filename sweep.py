@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -588,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown:
             raise ValueError(f"--rows {' '.join(sorted(unknown))}: {args.suite} has {', '.join({job.row: 0 for job in jobs})}")
         jobs = [job for job in jobs if not args.rows or job.row in args.rows]
-        jobs = [Job(job.row, job.seed, (*job.flags, *args.extra.split())) for job in jobs]
+        jobs = [replace(job, flags=(*job.flags, *args.extra.split())) for job in jobs]
         run_suite(jobs, args.runs / args.suite, args.jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")

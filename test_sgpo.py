@@ -3448,6 +3448,16 @@ def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
     assert message in f"{stop.value} {capsys.readouterr().err}"
 
 
+def test_the_command_line_hands_the_suite_on_whole(tmp_path, monkeypatch):
+    """A second evaluation file that got lost on the way would leave a column out of the page, and no run would fail."""
+    monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
+    ran = []
+    monkeypatch.setattr(sweep, "run_suite", lambda jobs, runs, parallel: ran.extend(jobs))
+    sweep.main(["hard", "--results", str(tmp_path), "--rows", "grpo", "--seeds", "2", "--extra=--eval_limit 8"])
+    want = [job for job in sweep.hard_suite(sweep.Request(2, tmp_path)) if job.row == "grpo"]
+    assert ran == [replace(job, flags=(*job.flags, "--eval_limit", "8")) for job in want] and want[0].also_eval
+
+
 def test_flags_that_all_runs_share_are_said_once():
     def page(*flags):
         line = {"row": "sgpo", "seed": "0", "base": "0.4", "accuracy": "0.5", "steps": "2", "sampled_tokens": "3"}
