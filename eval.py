@@ -27,6 +27,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import metadata
@@ -37,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from model import encode_chat, load_model
-from rollout import generate
+from rollout import Trajectory, generate
 from strategy import Strategy, auto_messages, guided_messages
 
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
@@ -588,40 +589,76 @@ def evaluate(
     seed: int,
     worker: MathWorker,
     guided: bool = False,
-    batch_size: int = 8,
+    max_rows: int = 64,
+    cache_tokens: int | None = None,
     keep_responses: bool = False,
 ) -> dict:
     """n samples per problem, graded: summarise()'s figures, plus "responses" if they are to be kept.
 
     max_new_tokens  longest response; generate also cuts at the context's end. A response that was cut is "truncated"
     guided          put each row's strategy into the prompt
-    batch_size      problems sampled at once; the cache holds batch_size * n sequences
+    max_rows        responses decoded at once, and cache_tokens the size of the KV cache: see rollout.generate
     keep_responses  "responses": per problem its id and, per sample, text, correct, truncated and length in tokens
 
     ValueError, before anything is sampled, for no problems, a row without a strategy when guided, and a prompt that
     fills the context.
     """
     prompts = _prompts(model, tokenizer, problems, guided)
-    # From (seed, id): the result depends neither on batch_size nor on which other problems, or ranks, there are.
+    # From (seed, id): the result depends neither on max_rows nor on which other problems, or ranks, there are.
     seeds = [seed * 2**32 + zlib.crc32(problem.id.encode()) for problem in problems]
-    rows = []  # one per problem: its n graded samples
-    for first in tqdm(range(0, len(prompts), batch_size), desc="guided" if guided else "auto", unit="batch"):
-        batch = slice(first, first + batch_size)
-        groups = generate(
-            model, prompts[batch], n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            eos_ids=model.config.eos_ids, seed=seeds[batch],
-        )  # fmt: skip
-        for problem, group in zip(problems[batch], groups, strict=True):
-            texts = [tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in group]
-            rows.append([
-                {"text": text, "correct": is_correct(text, problem.answer, worker), "truncated": not sample.finished,
-                 "length": len(sample.response_ids)} for sample, text in zip(group, texts, strict=True)
-            ])  # fmt: skip
+    groups, graded = sample_and_grade(
+        model, tokenizer, prompts, [problem.answer for problem in problems], worker, n=n, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seeds, max_rows=max_rows, cache_tokens=cache_tokens,
+        progress="guided" if guided else "auto",
+    )  # fmt: skip
+    rows = [
+        [
+            {"text": text, "correct": correct, "truncated": not sample.finished, "length": len(sample.response_ids)}
+            for sample, (text, correct) in zip(group, verdicts, strict=True)
+        ]
+        for group, verdicts in zip(groups, graded, strict=True)
+    ]  # one per problem: its n graded samples
     correct, length, truncated = ([[s[key] for s in row] for row in rows] for key in ("correct", "length", "truncated"))
     result = summarise(correct, length, truncated)
     if keep_responses:
         result["responses"] = [{"id": p.id, "samples": row} for p, row in zip(problems, rows, strict=True)]
     return result
+
+
+def sample_and_grade(
+    model: torch.nn.Module,
+    tokenizer: object,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[str],
+    worker: MathWorker,
+    *,
+    progress: str | None = None,
+    **settings: object,
+) -> tuple[list[list[Trajectory]], list[list[tuple[str, bool]]]]:
+    """rollout.generate with these settings, and (text, correct) of every response, both as (P, n) nested lists.
+
+    A response is graded, in a thread of its own, while others are still being sampled. progress: the name of a progress
+    bar that counts them; None: no bar.
+    """
+    graded: dict[tuple[int, int], tuple[str, bool]] = {}
+    counts = settings["n"]
+    total = counts * len(prompts) if isinstance(counts, int) else sum(counts)
+
+    def grade(row: Trajectory, member: int) -> None:
+        text = tokenizer.decode(row.response_ids, skip_special_tokens=True)
+        graded[row.group, member] = text, is_correct(text, answers[row.group], worker)
+
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc=progress, unit="response", disable=progress is None) as bar:
+        grading = []  # one thread: the worker answers one question at a time
+
+        def on_row(row: Trajectory, member: int) -> None:
+            grading.append(pool.submit(grade, row, member))
+            bar.update()
+
+        groups = generate(model, prompts, eos_ids=model.config.eos_ids, on_row=on_row, **settings)
+        for future in grading:
+            future.result()  # an error in the grader is raised here
+    return groups, [[graded[p, i] for i in range(len(group))] for p, group in enumerate(groups)]
 
 
 def _prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
@@ -686,7 +723,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="only the first so many problems of each file")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
-    parser.add_argument("--batch_size", type=int, default=8, help="problems sampled at once, each n times")
+    parser.add_argument("--max_rows", type=int, default=64, help="responses decoded at once")
+    parser.add_argument("--cache_tokens", type=int, help="size of the KV cache in tokens (default: what is needed)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for one symbolic comparison")
     parser.add_argument("--responses", action="store_true", help="write every response into the results too")
     parser.add_argument("--out", help="results file, must not exist (default: eval-MODEL.json, -guided with --guided)")
@@ -717,7 +755,7 @@ def _line(figures: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Evaluate from the command line: print a line per file, write the results, return them."""
     args = build_parser().parse_args(arguments)
-    for name in ("n", "max_new_tokens", "batch_size", "limit"):
+    for name in ("n", "max_new_tokens", "max_rows", "cache_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     out = _output_path(args)
@@ -733,8 +771,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             lost = worker.timeouts
             figures = evaluate(
                 model, tokenizer, problems, n=args.n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                top_p=args.top_p, seed=args.seed, worker=worker, guided=args.guided, batch_size=args.batch_size,
-                keep_responses=args.responses,
+                top_p=args.top_p, seed=args.seed, worker=worker, guided=args.guided, max_rows=args.max_rows,
+                cache_tokens=args.cache_tokens, keep_responses=args.responses,
             )  # fmt: skip
             results["files"][file] = figures | {"grader_timeouts": worker.timeouts - lost}
             print(f"{file}: {_line(figures)}")

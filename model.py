@@ -12,10 +12,10 @@ One forward serves four layouts, told apart by arguments and never by token valu
     model(ids)                          plain           every row is one sequence from position 0
     model(ids, positions)               left-padded     position -1 marks padding
     model(ids, lengths=[...])           packed          one row holds several sequences end to end (training, prefill)
-    model(ids, positions, cache=cache)  cached          the slot of a token in the cache is its position (sampling)
+    model(ids, positions, cache=view)   decode          one new token a row, the others are in the sampler's cache
 
 Imports no sibling: copy this file alone. Axes: B rows, T tokens, D width, H query heads, K key/value heads, E head width,
-S cache slots, V vocabulary.
+V vocabulary.
 """
 
 import json
@@ -160,57 +160,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-# ---------------------------------------------------------------------------------------------------- KV cache
-
-
-class KVCache:
-    """Keys and values of every token seen so far; the slot of a token is its position in its own sequence.
-
-    keys[layer], values[layer]: (B, K, S, E). No padding and no shifting: a query at position p attends to slots 0..p of its
-    row, so a slot beyond p may hold anything finite. The sampler owns the rows: `select` repeats a prompt for its group and
-    drops finished rows, `reserve` makes room.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-        # zeros, not empty: a masked slot still enters as 0 * value, and 0 * nan is nan
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-
-    @property
-    def slots(self) -> int:
-        return self.keys[0].shape[2]
-
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes the old row rows[i]; rows (B',) int64 may repeat rows and leave some out. Copies, layer by layer."""
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = old.index_select(0, rows)
-
-    def reserve(self, slots: int) -> None:
-        """Grow to at least `slots` slots. Copies everything, so the caller asks for more than the next token needs."""
-        extra = slots - self.slots
-        if extra > 0:
-            for store in (self.keys, self.values):
-                for layer, old in enumerate(store):
-                    store[layer] = F.pad(old, (0, 0, 0, extra))
-
-    def write_packed(self, layer: int, k: Tensor, v: Tensor, lengths: Sequence[int]) -> None:
-        """Prefill: sequence i of the packed k, v (1, K, T, E) goes to row i, slots 0..lengths[i]-1."""
-        start = 0
-        for row, length in enumerate(lengths):
-            self.keys[layer][row, :, :length] = k[0, :, start : start + length]
-            self.values[layer][row, :, :length] = v[0, :, start : start + length]
-            start += length
-
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """k, v (B, K, T, E) go to the slots positions (B, T) of their rows."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
-        # advanced indices on both sides of a slice put the indexed axes first: the source must be (B, T, K, E)
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-
-
 # ---------------------------------------------------------------------------------------------------- the decoder
 
 
@@ -220,11 +169,9 @@ class Layout:
 
     cos: Tensor  # (B, T, E)
     sin: Tensor  # (B, T, E)
-    mask: Tensor | None  # (B, 1, T, S), True (or 0, not -inf) where a query may look; None: causal, or `lengths` decides
+    mask: Tensor | None  # (B, 1, T, T), True where a query may look; None: causal, or `lengths` decides
     lengths: tuple[int, ...] | None  # packed layout
-    cache: KVCache | None
-    positions: Tensor  # (B, T)
-    slots: int  # how many cache slots the mask covers
+    cache: Any  # the sampler's view of its KV cache, or None
 
 
 class RMSNorm(nn.Module):
@@ -262,17 +209,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Grouped-query attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    """Grouped-query attention: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E)."""
     if layout.lengths is not None:  # packed: each sequence attends within itself, so no (T, T) mask and no wasted product
         spans = (torch.split(x, layout.lengths, dim=2) for x in (q, k, v))
         out = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in zip(*spans, strict=True)]
         return torch.cat(out, dim=2)
-    B, H, T, E = q.shape
-    if layout.cache is not None and T == 1:
-        # a decode step: the H/K query heads that share a key head take the place of the T = 1 time axis, so that no key is
-        # repeated. On a CPU this took 1.9 ms instead of 3.1 ms a layer (64 rows, 120 slots, SmolLM2-135M's heads)
-        out = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, E), k, v, attn_mask=layout.mask)
-        return out.view(B, H, T, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=True)
 
 
@@ -294,12 +235,12 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
-        if layout.cache is not None and layout.lengths is not None:  # prefill: attend within the new tokens, and keep them
-            layout.cache.write_packed(layer, k, v, layout.lengths)
-        elif layout.cache is not None:
-            layout.cache.write(layer, k, v, layout.positions)
-            k, v = layout.cache.keys[layer][:, :, : layout.slots], layout.cache.values[layer][:, :, : layout.slots]
-        out = attend(q, k, v, layout)  # (B, H, T, E)
+        if layout.cache is not None:  # the new tokens, packed (prefill) or one a row (decode), go to the sampler's cache
+            layout.cache.write(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
+        if layout.cache is not None and layout.lengths is None:
+            out = layout.cache.attend(layer, q[:, :, 0])[:, :, None]  # (B, H, 1, E)
+        else:
+            out = attend(q, k, v, layout)  # (B, H, T, E)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -368,17 +309,13 @@ class CausalLM(nn.Module):
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
 
-    def new_cache(self, rows: int, slots: int) -> KVCache:
-        """An empty KV cache on the model's device, in the dtype its keys are computed in."""
-        return KVCache(self.config, rows, slots, dtype=self.compute_dtype, device=self.device)
-
     def forward(
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
         *,
         lengths: Sequence[int] | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
         """Logits (B, T, V) in the weights' dtype, or whatever `head` makes of the hidden states.
@@ -387,8 +324,9 @@ class CausalLM(nn.Module):
         positions  (B, T) int64. None: 0..T-1 in every row, or restarting with each packed sequence. -1 marks padding, which
                    nobody attends to; the logits there mean nothing.
         lengths    packed layout: B = 1 and sequence i is the next lengths[i] tokens
-        cache      with `lengths`: prefill, row i of the cache takes sequence i. With `positions`: the tokens are written to
-                   their slots and attend to every slot up to their own position.
+        cache      the sampler's view of its KV cache: an object with write(layer, k (T, K, E), v (T, K, E)), and with
+                   attend(layer, q (B, H, E)) -> (B, H, E). With `lengths`: prefill, the sequences are written to it. With
+                   `positions` (B, 1): a decode step, one new token a row is written and attends to its row's tokens.
         head       called as head(hidden (B, T, D), weight (V, D)) inside this forward: the chunked losses use it so that
                    (B, T, V) never exists, and it stays inside so that a sharded head weight is whole when it is used.
         """
@@ -396,24 +334,16 @@ class CausalLM(nn.Module):
         hidden = self.model(input_ids, layout)  # (B, T, D)
         return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
 
-    def _layout(
-        self, ids: Tensor, positions: Tensor | None, lengths: Sequence[int] | None, cache: KVCache | None
-    ) -> Layout:
+    def _layout(self, ids: Tensor, positions: Tensor | None, lengths: Sequence[int] | None, cache: Any) -> Layout:
         B, T = ids.shape
-        mask, slots = None, 0
+        mask = None
         if lengths is not None:
             if B != 1 or sum(lengths) != T or positions is not None:
                 raise ValueError(f"packed input needs one row, lengths that sum to its {T} tokens, and no positions")
             positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
         elif cache is not None:
-            if positions is None:
-                raise ValueError("a cached forward needs positions (or lengths, for a prefill)")
-            slots = int(positions.max()) + 1
-            if slots > cache.slots:
-                raise ValueError(f"position {slots - 1} is beyond the cache's {cache.slots} slots")
-            hidden = torch.arange(slots, device=ids.device) > positions[:, None, :, None]  # (B, 1, T, S)
-            # added to the scores: as a bool mask, every layer would turn it into numbers again
-            mask = torch.zeros_like(hidden, dtype=self.compute_dtype).masked_fill_(hidden, float("-inf"))
+            if positions is None or T != 1:
+                raise ValueError("a cached forward needs lengths (prefill), or positions and one token a row (decode)")
         elif positions is not None:
             q_pos, k_pos = positions[:, None, :, None], positions[:, None, None, :]
             # padding may look at itself: a row of nothing but False would be nan, and nan spreads through the gradient
@@ -423,7 +353,7 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (B, T, E/2), always fp32: bf16 angles lose whole positions
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, E)
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        return Layout(cos, sin, mask, None if lengths is None else tuple(lengths), cache, positions, slots)
+        return Layout(cos, sin, mask, None if lengths is None else tuple(lengths), cache)
 
 
 # ---------------------------------------------------------------------------------------------------- build, load, save

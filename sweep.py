@@ -239,7 +239,7 @@ def run_job(job: Job, folder: Path) -> str | None:
     folder = folder.resolve()  # the commands run in the repository's root, where the data's paths begin
     commands = [["train.py", *job.flags, "--seed", str(job.seed), "--out", str(folder)]]
     if job.also_eval:
-        settings = ["--n", "4", "--max_new_tokens", "32", "--batch_size", "256", "--out", str(folder / "also.json")]
+        settings = ["--n", "4", "--max_new_tokens", "32", "--max_rows", "1024", "--out", str(folder / "also.json")]
         commands.append(["eval.py", "--model", str(folder / "model"), "--data", job.also_eval, *settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs of two threads each fight over two cores
     start = time.perf_counter()

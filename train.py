@@ -10,7 +10,7 @@ divided by a count over the whole optimizer step.
 
 The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, choose the target, update. What the paper leaves
 open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
-the methods part: what is sampled (sample_and_grade), what is decided (weigh), which loss (policy_terms).
+the methods part: what is sampled (sample_problems), what is decided (weigh), which loss (policy_terms).
 
 Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py. Axes: P problems, G and J group sizes, M tokens.
 """
@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import MathWorker, Problem, evaluate, is_correct, load_problems
+from eval import MathWorker, Problem, evaluate, is_correct, load_problems, sample_and_grade
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, encode_chat, load_model, save_model
 from rollout import Packed, Trajectory, generate, micro_batches, pack
@@ -80,7 +80,8 @@ class Config:
     group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
     temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [ours]")
     max_new_tokens: int = knob(8192, "longest response in training, in tokens")
-    max_rows: int = knob(256, "responses decoded at once; lower it when the KV cache does not fit")
+    max_rows: int = knob(256, "responses decoded at once")
+    cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss
     clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [paper]")
     clip_high: float = knob(0.28, "and above 1 + this [paper]")
@@ -359,7 +360,7 @@ class ProblemSamples:
 def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
     """One step of SGPO [paper], or of a baseline: its metrics, over all ranks. `batch` is this rank's share."""
     start = time.perf_counter()
-    samples = sample_and_grade(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
+    samples = sample_problems(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
     sampled = time.perf_counter()
     weigh(run, samples, step)  # advantages A_i, adaptive weight alpha(q), reachable target o+
     updates = []
@@ -373,37 +374,42 @@ def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learnin
     return metrics | describe(run, samples, step, sampled - start, time.perf_counter() - start)
 
 
-def sample_and_grade(run: Run, batch: Sequence[tuple[int, Example]], step: int) -> list[ProblemSamples]:
+def sample_problems(run: Run, batch: Sequence[tuple[int, Example]], step: int) -> list[ProblemSamples]:
     """Sample both groups of every problem and grade them. Only sgpo has a guided group."""
     cfg = run.cfg
     places, examples = [place for place, _ in batch], [example for _, example in batch]
 
-    def rollouts(kind: str, prompts: list[list[int]], n: int) -> list[list[Trajectory]]:
-        seeds = [stream_seed(cfg.sampling_seed, "sample", kind, step, place) for place in places]
-        with run.autocast():
-            return generate(
-                run.model,
-                prompts,
-                n=n,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
-                eos_ids=run.model.config.eos_ids,
-                seed=seeds,
-                max_rows=cfg.max_rows,
-            )
+    def streams(kind: str) -> list[int]:
+        return [stream_seed(cfg.sampling_seed, "sample", kind, step, place) for place in places]
 
-    def rewards(example: Example, group: list[Trajectory]) -> list[float]:
-        texts = (run.tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in group)
-        return [float(is_correct(text, example.problem.answer, run.worker)) for text in texts]
-
-    alone = cfg.group_auto - (cfg.method == "luffy")  # LUFFY's group is 7 rollouts and the solution
-    auto = rollouts("auto", [example.auto_ids for example in examples], alone)
-    guided: list[list[Trajectory]] = [[] for _ in examples]
-    if cfg.method == "sgpo":
-        guided = rollouts("guided", [example.guided_ids for example in examples], cfg.group_guided)
+    prompts, seeds = [example.auto_ids for example in examples], streams("auto")
+    counts = [cfg.group_auto - (cfg.method == "luffy")] * len(examples)  # LUFFY's group is 7 rollouts and the solution
+    if cfg.method == "sgpo":  # both groups in one call: the places that one leaves are taken by the other
+        prompts += [example.guided_ids for example in examples]
+        seeds += streams("guided")
+        counts += [cfg.group_guided] * len(examples)
+    answers = [example.problem.answer for example in examples]
+    with run.autocast():
+        groups, graded = sample_and_grade(
+            run.model,
+            run.tokenizer,
+            prompts,
+            answers * (len(prompts) // max(len(examples), 1)),
+            run.worker,
+            n=counts,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
+            seed=seeds,
+            max_rows=cfg.max_rows,
+            cache_tokens=cfg.cache_tokens or None,
+        )
+    rewards = [[float(correct) for _, correct in group] for group in graded]
+    guided, guided_rewards = groups[len(examples) :], rewards[len(examples) :]
+    if not guided:
+        guided, guided_rewards = [[[] for _ in examples] for _ in range(2)]
     return [
-        ProblemSamples(places[p], example, auto[p], guided[p], rewards(example, auto[p]), rewards(example, guided[p]))
+        ProblemSamples(places[p], example, groups[p], guided[p], rewards[p], guided_rewards[p])
         for p, example in enumerate(examples)
     ]
 
@@ -821,7 +827,8 @@ def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str,
                 seed=stream_seed(cfg.seed, "eval") % 2**31,  # the same draws at every evaluation, on any number of ranks
                 worker=run.worker,
                 guided=guided,
-                batch_size=max(1, cfg.max_rows // cfg.eval_n),
+                max_rows=cfg.max_rows,
+                cache_tokens=cfg.cache_tokens or None,
                 keep_responses=True,
             )
         for response in result["responses"]:
