@@ -11,7 +11,8 @@ One forward serves four layouts, told apart by arguments and never by token valu
 
     model(ids)                          plain           every row is one sequence from position 0
     model(ids, positions)               left-padded     position -1 marks padding
-    model(ids, lengths=[...])           packed          one row holds several sequences end to end (training, prefill)
+    model(ids, lengths=[...])           packed          one row holds several sequences end to end (training, prefill);
+                                                        with prefixes=[...] some of them continue an earlier one
     model(ids, positions, cache=view)   decode          one new token a row, the others are in the sampler's cache
 
 Imports no sibling: copy this file alone. Axes: B rows, T tokens, D width, H query heads, K key/value heads, E head width,
@@ -171,6 +172,8 @@ class Layout:
     sin: Tensor  # (B, T, E)
     mask: Tensor | None  # (B, 1, T, T), True where a query may look; None: causal, or `lengths` decides
     lengths: tuple[int, ...] | None  # packed layout
+    prefixes: tuple[int | None, ...]  # packed layout: which earlier sequence each one continues
+    masks: dict[tuple[int, int], Tensor]  # (length of the prefix, length) -> (T, prefix + T), added to the scores
     cache: Any  # the sampler's view of its KV cache, or None
 
 
@@ -211,8 +214,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Grouped-query attention: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E)."""
     if layout.lengths is not None:  # packed: each sequence attends within itself, so no (T, T) mask and no wasted product
-        spans = (torch.split(x, layout.lengths, dim=2) for x in (q, k, v))
-        out = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in zip(*spans, strict=True)]
+        spans = list(zip(*(torch.split(x, layout.lengths, dim=2) for x in (q, k, v)), strict=True))
+        out = []
+        for (q, k, v), prefix in zip(spans, layout.prefixes, strict=True):
+            mask = None
+            if prefix is not None:  # all of the prefix, then causally its own tokens
+                mask = layout.masks[spans[prefix][1].shape[2], k.shape[2]]
+                k, v = (torch.cat(pair, dim=2) for pair in zip(spans[prefix][1:], (k, v), strict=True))
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
         return torch.cat(out, dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=True)
 
@@ -315,6 +324,7 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        prefixes: Sequence[int | None] | None = None,
         cache: Any = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
@@ -324,23 +334,38 @@ class CausalLM(nn.Module):
         positions  (B, T) int64. None: 0..T-1 in every row, or restarting with each packed sequence. -1 marks padding, which
                    nobody attends to; the logits there mean nothing.
         lengths    packed layout: B = 1 and sequence i is the next lengths[i] tokens
+        prefixes   packed layout: sequence i continues the earlier sequence prefixes[i] (which itself continues none), so that
+                   what several share is computed once; None, for one or for all of them: it stands by itself
         cache      the sampler's view of its KV cache: an object with write(layer, k (T, K, E), v (T, K, E)), and with
                    attend(layer, q (B, H, E)) -> (B, H, E). With `lengths`: prefill, the sequences are written to it. With
                    `positions` (B, 1): a decode step, one new token a row is written and attends to its row's tokens.
         head       called as head(hidden (B, T, D), weight (V, D)) inside this forward: the chunked losses use it so that
                    (B, T, V) never exists, and it stays inside so that a sharded head weight is whole when it is used.
         """
-        layout = self._layout(input_ids, positions, lengths, cache)
+        layout = self._layout(input_ids, positions, lengths, prefixes, cache)
         hidden = self.model(input_ids, layout)  # (B, T, D)
         return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
 
-    def _layout(self, ids: Tensor, positions: Tensor | None, lengths: Sequence[int] | None, cache: Any) -> Layout:
+    def _layout(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        lengths: Sequence[int] | None,
+        prefixes: Sequence[int | None] | None,
+        cache: Any,
+    ) -> Layout:
         B, T = ids.shape
-        mask = None
+        mask, masks = None, {}
         if lengths is not None:
             if B != 1 or sum(lengths) != T or positions is not None:
                 raise ValueError(f"packed input needs one row, lengths that sum to its {T} tokens, and no positions")
-            positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
+            lengths, prefixes = tuple(lengths), (None,) * len(lengths) if prefixes is None else tuple(prefixes)
+            starts = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
+            spans = [torch.arange(s, s + length, device=ids.device) for s, length in zip(starts, lengths, strict=True)]
+            positions = torch.cat(spans)[None]
+            for start, length in {(s, length) for s, length in zip(starts, lengths, strict=True) if s}:
+                later = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).triu(start + 1)
+                masks[start, length] = torch.zeros_like(later, dtype=self.compute_dtype).masked_fill_(later, -math.inf)
         elif cache is not None:
             if positions is None or T != 1:
                 raise ValueError("a cached forward needs lengths (prefill), or positions and one token a row (decode)")
@@ -353,7 +378,7 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (B, T, E/2), always fp32: bf16 angles lose whole positions
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, E)
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        return Layout(cos, sin, mask, None if lengths is None else tuple(lengths), cache)
+        return Layout(cos, sin, mask, lengths, prefixes or (), masks, cache)
 
 
 # ---------------------------------------------------------------------------------------------------- build, load, save

@@ -527,11 +527,17 @@ def nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
 class Packed:
     """Several (context, response) sequences end to end in one row, ready for one forward without padding.
 
-    input_ids  (1, T)  each sequence is its context followed by its response without the last token, which predicts nothing
-    lengths    per sequence, summing to T
-    predict    (M,) the positions in the row whose logits predict response tokens: M = all response tokens
+    Responses to the same context that stand next to each other share it: the context is one segment, computed once, and each
+    response a segment that continues it. A context with a single response is one segment together with it. A response's last
+    token is left out of the row, because it predicts nothing.
+
+    input_ids  (1, T)
+    lengths    per segment, summing to T
+    prefixes   per segment the index of the segment it continues, or None
+    predict    (M,) the positions in the row whose logits predict response tokens: M = all response tokens. The first tokens of
+               responses that share a context are predicted from the same position
     targets    (M,) the response tokens, EOS included
-    sequence   (M,) which of the sequences each target belongs to
+    sequence   (M,) which of the responses each target belongs to
 
     The masks are these index tensors: they come from lengths alone, so pad == EOS, or a strategy that quotes the response,
     cannot confuse them.
@@ -539,6 +545,7 @@ class Packed:
 
     input_ids: Tensor
     lengths: list[int]
+    prefixes: list[int | None]
     predict: Tensor
     targets: Tensor
     sequence: Tensor
@@ -552,31 +559,49 @@ def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], 
     """
     if len(contexts) != len(responses):
         raise ValueError(f"{len(contexts)} contexts for {len(responses)} responses")
-    ids, lengths, predict, targets, sequence = [], [], [], [], []
+    ids, lengths, prefixes, predict, targets, sequence = [], [], [], [], [], []
+    continues = [index > 0 and contexts[index] == contexts[index - 1] for index in range(len(contexts))] + [False]
     for index, (context, response) in enumerate(zip(contexts, responses, strict=True)):
         if not len(context) or not len(response):
             raise ValueError(f"sequence {index}: context of {len(context)} and response of {len(response)} tokens")
-        start = len(ids) + len(context) - 1  # the context's last token predicts the response's first
-        ids += [*context, *response[:-1]]
-        lengths.append(len(context) + len(response) - 1)
-        predict += range(start, start + len(response))
+        if not continues[index]:
+            ids += context
+            lengths.append(len(context))
+            prefixes.append(None)
+            segment, last = len(lengths) - 1, len(ids) - 1  # the context's last token predicts a response's first
+        predict += [last, *range(len(ids), len(ids) + len(response) - 1)]
+        ids += response[:-1]
+        if not continues[index] and not continues[index + 1]:  # the context's only response
+            lengths[-1] += len(response) - 1
+        elif len(response) > 1:
+            lengths.append(len(response) - 1)
+            prefixes.append(segment)
         targets += response
         sequence += [index] * len(response)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return Packed(tensor(ids)[None], lengths, tensor(predict), tensor(targets), tensor(sequence))
+    return Packed(tensor(ids)[None], lengths, prefixes, tensor(predict), tensor(targets), tensor(sequence))
 
 
-def micro_batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut items 0..len-1, in order, into runs whose costs (tokens) sum to at most max_tokens; a larger item goes alone."""
+def shared_tokens(contexts: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens `pack` saves on each item if it stands behind its predecessor: its context's, where it is the same."""
+    return [len(c) if i > 0 and c == contexts[i - 1] else 0 for i, c in enumerate(contexts)]
+
+
+def micro_batches(costs: Sequence[int], max_tokens: int, saved: Sequence[int] | None = None) -> list[list[int]]:
+    """Cut items 0..len-1, in order, into runs whose costs (tokens) sum to at most max_tokens; a larger item goes alone.
+
+    saved: what an item costs less where it is not the first of its run, see `shared_tokens`.
+    """
     batches: list[list[int]] = []
     room = 0
     for index, cost in enumerate(costs):
-        if not batches or cost > room:
+        behind = cost - (saved[index] if saved is not None else 0)
+        if not batches or behind > room:
             batches.append([])
-            room = max_tokens
+            room, behind = max_tokens, cost
         batches[-1].append(index)
-        room -= cost
+        room -= behind
     return batches

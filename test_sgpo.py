@@ -640,6 +640,41 @@ def test_pack_masks_by_position_when_pad_is_eos():
     assert packed.predict.tolist() == [2, 3, 4] and packed.targets.tolist() == [2, 7, 2]
 
 
+def test_pack_computes_a_shared_context_once():
+    contexts = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3]]
+    responses = [[6, 7, 8], [9], [10, 11], [12, 13], [14, 15]]
+    packed = pack(contexts, responses, device=CPU)
+    assert packed.input_ids[0].tolist() == [1, 2, 3, 6, 7, 10, 4, 5, 12, 1, 2, 3, 14]
+    assert packed.lengths == [3, 2, 1, 3, 4] and packed.prefixes == [None, 0, 0, None, None]
+    assert packed.targets.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert packed.predict.tolist() == [2, 3, 4, 2, 2, 5, 7, 8, 11, 12]
+    assert packed.sequence.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
+    assert rollout.shared_tokens(contexts) == [0, 3, 3, 0, 0]
+    costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
+    assert micro_batches(costs, 9, rollout.shared_tokens(contexts)) == [[0, 1, 2], [3, 4]]
+    assert micro_batches(costs, 8, rollout.shared_tokens(contexts)) == [[0, 1], [2], [3], [4]]
+
+
+def test_sequences_that_share_a_context_equal_transformers_and_its_gradient(reference):
+    """Logits and weight gradients of a packed row whose responses share their contexts, against a sequence at a time."""
+    theirs, ours, _ = reference
+    contexts = [ids.tolist() for ids in (random_ids(1, 7, 1)[0], random_ids(1, 3, 2)[0])]
+    contexts = [contexts[0]] * 3 + [contexts[1]] * 2 + [contexts[0]]
+    responses = [random_ids(1, n, 10 + n)[0].tolist() for n in (5, 1, 9, 2, 4, 3)]
+    packed = pack(contexts, responses, device=CPU)
+    for net in (theirs, ours):
+        net.zero_grad()
+    logits = ours(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes)[0, packed.predict]
+    each = [theirs(torch.tensor([c + r])).logits[0, len(c) - 1 : -1] for c, r in zip(contexts, responses, strict=True)]
+    want = torch.cat(each)
+    torch.testing.assert_close(logits, want, atol=1e-4, rtol=1e-4)
+    for values in (logits, want):
+        F.cross_entropy(values, packed.targets).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-3)
+
+
 def test_pack_refuses_what_it_cannot_lay_out():
     for contexts, responses in (([[1]], [[]]), ([[]], [[1]]), ([[1]], [[1], [2]])):
         with pytest.raises(ValueError):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from eval import MathWorker, Problem, evaluate, is_correct, load_problems, sample_and_grade
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, encode_chat, load_model, save_model
-from rollout import Packed, Trajectory, generate, micro_batches, pack
+from rollout import Packed, Trajectory, generate, micro_batches, pack, shared_tokens
 from strategy import auto_messages, guided_messages
 from weighting import (
     group_advantage_weight,
@@ -469,7 +469,8 @@ def unguided_logprobs(run: Run, samples: list[ProblemSamples]) -> list[list[floa
     """log pi(o~_j | q): each guided trajectory's log-probability without the strategy, for the choice of o+."""
     pairs = [(sample.example.auto_ids, row.response_ids) for sample in samples for row in sample.guided]
     scores: list[float] = []
-    for indices in micro_batches([len(a) + len(b) for a, b in pairs], run.cfg.micro_tokens):
+    costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
+    for indices in micro_batches(costs, run.cfg.micro_tokens, saved):
         packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
         terms = partial(sft_terms, weight=torch.ones((), device=run.device))
         _, stats = head_pass(run, packed, terms, (packed.targets,))
@@ -539,28 +540,40 @@ def target_items(samples: list[ProblemSamples], cfg: Config) -> list[TargetItem]
 def backward_policy(run: Run, items: list[PolicyItem], tokens: float) -> tuple[dict[str, float], dict[str, float]]:
     """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics.
 
-    The diagnostics are over the policy's own tokens; those of a solution have no sampler to differ from.
+    The diagnostics are over the policy's own tokens; those of a solution have no sampler to differ from. A group without a
+    difference in reward has no gradient: its tokens are counted and measured, but cost no backward pass.
     """
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clipped", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
-    costs = [len(item.trajectory.prompt_ids) + len(item.trajectory.response_ids) for item in items]
-    for indices in micro_batches(costs, run.cfg.micro_tokens):
-        chosen = [items[i] for i in indices]
-        loss, stats, old, own = policy_pass(run, chosen, 1 / tokens)
-        loss.backward()
-        sums["policy_loss"] += loss.item()
-        sums["solutions"] += sum(item.demonstration for item in chosen)
-        if not own.any():
-            continue
-        log_ratio, ratio = (stats["logprob"] - old)[own], stats["ratio"][own]
-        sums["own_tokens"] += own.sum().item()
-        sums["entropy"] += stats["entropy"][own].sum().item()
-        sums["clipped"] += stats["clipped"][own].sum().item()
-        # an estimate of KL(old || new) from the sampled tokens that is unbiased and never negative
-        sums["policy_kl"] += (ratio - 1 - log_ratio).sum().item()
-        worst["ratio_error"] = max(worst["ratio_error"], (ratio - 1).abs().max().item())
-        worst["logprob_error"] = max(worst["logprob_error"], log_ratio.abs().max().item())
+    dead = [item.advantage == 0 and run.cfg.method != "luffy" for item in items]  # LUFFY's entropy bonus moves all tokens
+    for gradient in (True, False):
+        part = [item for item, without in zip(items, dead, strict=True) if without != gradient]
+        contexts = [item.trajectory.prompt_ids for item in part]
+        costs = [len(c) + len(item.trajectory.response_ids) for c, item in zip(contexts, part, strict=True)]
+        for indices in micro_batches(costs, run.cfg.micro_tokens, shared_tokens(contexts)):
+            with torch.set_grad_enabled(gradient):
+                loss, stats, old, own = policy_pass(run, [part[i] for i in indices], 1 / tokens)
+            if gradient:
+                loss.backward()
+            sums["policy_loss"] += loss.item()
+            sums["solutions"] += sum(part[i].demonstration for i in indices)
+            if own.any():
+                measure_policy(sums, worst, stats["logprob"][own] - old[own], {k: v[own] for k, v in stats.items()})
     return sums, worst
+
+
+def measure_policy(
+    sums: dict[str, float], worst: dict[str, float], log_ratio: Tensor, stats: dict[str, Tensor]
+) -> None:
+    """Add one micro-batch's diagnostics, all (m,) over the policy's own tokens."""
+    ratio = stats["ratio"]
+    sums["own_tokens"] += ratio.numel()
+    sums["entropy"] += stats["entropy"].sum().item()
+    sums["clipped"] += stats["clipped"].sum().item()
+    # an estimate of KL(old || new) from the sampled tokens that is unbiased and never negative
+    sums["policy_kl"] += (ratio - 1 - log_ratio).sum().item()
+    worst["ratio_error"] = max(worst["ratio_error"], (ratio - 1).abs().max().item())
+    worst["logprob_error"] = max(worst["logprob_error"], log_ratio.abs().max().item())
 
 
 def backward_distillation(run: Run, items: list[TargetItem], problems: float) -> dict[str, float]:
@@ -584,7 +597,7 @@ def head_pass(run: Run, packed: Packed, terms: Any, inputs: Sequence[Tensor]) ->
         return chunked_head(hidden[0, packed.predict], weight, terms, inputs, chunk_tokens=run.cfg.chunk_tokens)
 
     with run.autocast():
-        return run.model(packed.input_ids, lengths=packed.lengths, head=head)
+        return run.model(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes, head=head)
 
 
 def policy_pass(
@@ -630,7 +643,9 @@ def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tup
     guided = pack([item.guided_ids for item in items], responses, device=device)
     unguided = pack([item.auto_ids for item in items], responses, device=device)  # row m of both predicts the same token
     with torch.no_grad(), run.autocast():
-        guided_hidden = run.model(guided.input_ids, lengths=guided.lengths, head=lambda h, _: h[0, guided.predict])  # (M, D)
+        guided_hidden = run.model(
+            guided.input_ids, lengths=guided.lengths, prefixes=guided.prefixes, head=lambda h, _: h[0, guided.predict]
+        )  # (M, D)
     per_token = torch.tensor([item.alpha / (problems * len(item.response_ids)) for item in items], device=device)
     inputs = (guided_hidden, unguided.targets, per_token[unguided.sequence])
     settings = dict(delta=cfg.delta, temperature=cfg.temperature, objective=cfg.distill)
@@ -640,7 +655,7 @@ def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tup
         return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=cfg.chunk_tokens)
 
     with run.autocast():
-        return run.model(unguided.input_ids, lengths=unguided.lengths, head=head)
+        return run.model(unguided.input_ids, lengths=unguided.lengths, prefixes=unguided.prefixes, head=head)
 
 
 def apply_gradients(run: Run, learning_rate: float, skip_above: float = math.inf) -> float:
