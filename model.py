@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SUPPORTED = "qwen2 (Qwen2, Qwen2.5), qwen3 (dense), llama (Llama 2/3.x, SmolLM2 and other llama-architecture models)"
 KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
@@ -168,6 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Layout:
     """What one forward needs to know besides the tokens; worked out once and shared by all layers."""
 
+    dtype: torch.dtype  # of activations
     cos: Tensor  # (B, T, E)
     sin: Tensor  # (B, T, E)
     mask: Tensor | None  # (B, 1, T, T), True where a query may look; None: causal, or `lengths` decides
@@ -273,12 +275,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # under autocast the residual stream is fp32: cast once here, or each of the projections would do it for itself
+        x = x + self.self_attn(self.input_layernorm(x).to(layout.dtype), layout, layer)
+        return x + self.mlp(self.post_attention_layernorm(x).to(layout.dtype))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; its parameters are the checkpoint's `model.*`."""
+    """Embedding, blocks and final norm; its parameters are the checkpoint's `model.*`.
+
+    recompute: keep only each block's input for the backward pass and compute the rest again there: memory of one block
+    instead of all, for a third more work (activation checkpointing). Off unless the trainer sets it.
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -289,7 +298,10 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, layout: Layout) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, D)
         for index, layer in enumerate(self.layers):
-            x = layer(x, layout, index)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, index, use_reentrant=False)
+            else:
+                x = layer(x, layout, index)
         return self.norm(x)
 
 
@@ -378,7 +390,7 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (B, T, E/2), always fp32: bf16 angles lose whole positions
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, E)
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        return Layout(cos, sin, mask, lengths, prefixes or (), masks, cache)
+        return Layout(self.compute_dtype, cos, sin, mask, lengths, prefixes or (), masks, cache)
 
 
 # ---------------------------------------------------------------------------------------------------- build, load, save

@@ -1595,6 +1595,50 @@ def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, mon
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+def test_a_dead_group_counts_in_the_normaliser_and_costs_no_backward_pass(tmp_path, worker, monkeypatch):
+    """All right, so without advantage: its tokens divide the loss as before, are measured, and only go forward."""
+    run, examples = make_run(tmp_path, worker, "--micro_tokens", 600)
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.target = None
+    samples[1].advantages = [0.0] * 8
+    graphs = []
+    policy_pass = train.policy_pass
+
+    def spy(run, items, token_weight):
+        graphs.append((torch.is_grad_enabled(), {item.advantage == 0 for item in items}))
+        return policy_pass(run, items, token_weight)
+
+    monkeypatch.setattr(train, "policy_pass", spy)
+    got, metrics = gradients_of(run, samples, monkeypatch)
+    assert (False, {True}) in graphs and all(gradient != (zero == {True}) for gradient, zero in graphs)
+    tokens = [sum(len(row.response_ids) for row in sample.auto) for sample in samples]
+    assert metrics["own_tokens"] == sum(tokens)
+    alive, other = gradients_of(run, [sample for p, sample in enumerate(samples) if p != 1], monkeypatch)
+    share = 1 - tokens[1] / sum(tokens)
+    assert_equal_gradients(got, {name: share * gradient for name, gradient in alive.items()}, 1e-4)
+    assert metrics["entropy"] != pytest.approx(other["entropy"], rel=1e-6)  # the dead group is in the diagnostics
+
+
+def test_recomputing_blocks_saves_memory_and_changes_no_gradient(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    samples, saved = fake_samples(run, examples), Counter()
+
+    def keep(recompute, tensor):
+        saved[recompute] += tensor.numel()
+        return tensor
+
+    results = []
+    for recompute in (False, True):
+        run.model.model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, recompute), lambda tensor: tensor):
+            results.append(gradients_of(run, samples, monkeypatch))
+    assert saved[True] < 0.5 * saved[False]
+    assert_equal_gradients(results[1][0], results[0][0], 1e-6)
+    assert results[1][1] == pytest.approx(results[0][1])
+    assert train.prepare(replace(run.cfg, recompute=True), CPU, worker)[0].model.model.recompute
+
+
 def test_update_with_bf16_activations_trains_every_parameter(tmp_path, worker, monkeypatch):
     """autocast caches weights cast without gradient by the guided pass; reused by the next pass they would train nothing."""
     run, examples = make_run(tmp_path, worker)

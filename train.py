@@ -129,6 +129,7 @@ class Config:
     eval_temperature: float = knob(0.6, "[paper]")
     eval_top_p: float = knob(0.95, "[paper]")
     # machine
+    recompute: bool = knob(False, "recompute each block in the backward pass: far less memory, a third more work")
     dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one")
 
@@ -941,7 +942,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     model, tokenizer = load_model(cfg.model, dtype=torch.float32, device=device)
     examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    model.model.recompute = cfg.recompute
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext
     return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), autocast), examples, held_out
 
