@@ -1,24 +1,31 @@
-"""Speed and memory, measured side by side: our sampler against transformers, our chunked head against the whole logits.
+"""Speed and memory, measured side by side against named rivals that do the same work.
 
-What it is: one run that builds models by shape with random weights (nothing is downloaded), does the same work both ways in
-alternation (A B A B ...), checks that both ways do compute the same thing, prints tables and writes every raw figure as JSON.
-What it is not: a benchmark of answers, of training as a whole, or of inference servers. Ragged response lengths come from
-random weights whose next-token distribution is nearly uniform: with V / L of the V ids declared end-of-sequence, lengths are
-nearly geometric with mean L. Only useful tokens are counted, up to and including the first end-of-sequence token.
+    sampler   rollout.generate against transformers' model.generate and model.generate_batch (continuous batching)
+    update    one optimizer update on given rollouts against plain transformers and autograd on padded batches
+    step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
+    head      the loss at the head in chunks against the whole logits
 
-    python bench.py --out results/bench/cpu.json                 both parts, on the GPU where there is one
+What it is: one run that builds models by shape with random weights (nothing is downloaded), does the same work every way in
+alternation (A B A B ...), checks that all ways do compute the same thing, prints tables and writes every raw figure as JSON.
+What it is not: a benchmark of answers or of inference servers. Response lengths are prescribed, the same for every rival.
+
+    python bench.py --out results/bench/cpu.json                 all parts, on the GPU where there is one
     python bench.py --out /tmp/b.json --only head --device cpu   one part
     python bench.py --out /tmp/b.json --quick                    toy shapes, seconds: checks that everything runs, times nothing
 
-On a CPU everything is fp32, on CUDA bf16 (the checks fp32). Exit status 1 where a check of equality fails. Timings mean
-something only on an idle machine; the load average before and after is recorded.
-Axes: P prompts, n responses a prompt, M response tokens, D width, V vocabulary.
+Two rivals need packages that nothing else here does: `pip install psutil` for generate_batch on a CPU, `pip install trl` for
+the part step; where one is missing the report says so. --dtype: fp32 by default on a CPU, bf16 on CUDA; the checks are in
+fp32. Exit status 1 where a check of equality fails. Timings mean something only on an idle machine; the load average before
+and after is recorded. Axes: P prompts, n responses a prompt, B rows, M response tokens, D width, V vocabulary.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -27,9 +34,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,10 +47,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loss import chunked_head, sft_terms
+import eval as evaluation
+import rollout
+import train
+from eval import MathWorker, Problem
+from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
-from rollout import generate
+from rollout import generate, pack
+from weighting import group_advantages
 
+PARTS = ("sampler", "update", "step", "head")
 MB = 1e6  # memory is reported in units of 10^6 bytes
 
 # HuggingFaceTB/SmolLM2-135M by shape. The initialisation is 0.02 here and not that model's 0.042: the smaller the weights, the
@@ -65,6 +79,27 @@ SMOLLM2_135M = dict(
     attention_bias=False,
     mlp_bias=False,
 )
+QWEN25 = dict(
+    model_type="qwen2",
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=32768,
+    initializer_range=0.02,
+    rope_theta=1000000.0,
+    hidden_act="silu",
+)
+SHAPES = {
+    "smollm2-135m": SMOLLM2_135M,
+    "qwen2.5-0.5b": QWEN25
+    | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
+    | dict(tie_word_embeddings=True),
+    "qwen2.5-1.5b": QWEN25
+    | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
+    | dict(tie_word_embeddings=True),
+    "qwen2.5-7b": QWEN25
+    | dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    | dict(vocab_size=152064, tie_word_embeddings=False),
+}
 TOY = {**SMOLLM2_135M, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 TOY = {**TOY, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 # For the test of the distribution: few tokens, and weights large enough that their probabilities differ a lot.
@@ -73,24 +108,36 @@ SMALL_VOCABULARY = {**TOY, "vocab_size": 24, "initializer_range": 0.2}
 
 @dataclass(frozen=True)
 class Workload:
-    """What both samplers are asked to do. mean_length None: no end-of-sequence id can be reached, every row runs to the cap."""
+    """What every sampler is asked to do: `prompts` prompts of ragged lengths, `group` responses to each.
+
+    The responses' lengths are lognormal with this median, and the longest of all has `longest` tokens; all have the same
+    length where the two are equal.
+    """
 
     name: str
     prompts: int
     group: int
     shortest_prompt: int
     longest_prompt: int
-    mean_length: int | None
-    max_new_tokens: int
+    median: int
+    longest: int
 
 
-WORKLOADS = (
-    Workload("ragged", 8, 8, 40, 160, mean_length=64, max_new_tokens=512),
-    Workload("uniform", 8, 8, 40, 160, mean_length=None, max_new_tokens=64),
+CPU_WORKLOADS = (
+    Workload("uniform", 8, 8, 40, 160, median=64, longest=64),
+    Workload("long tail", 8, 8, 40, 160, median=25, longest=512),
+    Workload("large groups", 2, 32, 40, 160, median=48, longest=96),
+    Workload("strategy prompts", 8, 4, 300, 600, median=48, longest=96),
+)
+CUDA_WORKLOADS = (
+    Workload("uniform", 8, 8, 40, 160, median=256, longest=256),
+    Workload("long tail", 8, 8, 40, 160, median=200, longest=4096),
+    Workload("large groups", 4, 64, 40, 160, median=200, longest=1024),
+    Workload("strategy prompts", 16, 4, 300, 900, median=200, longest=1024),
 )
 QUICK_WORKLOADS = (
-    Workload("ragged", 3, 2, 4, 9, mean_length=8, max_new_tokens=24),
-    Workload("uniform", 3, 2, 4, 9, mean_length=None, max_new_tokens=6),
+    Workload("uniform", 3, 2, 4, 9, median=6, longest=6),
+    Workload("long tail", 3, 2, 4, 9, median=4, longest=24),
 )
 
 
@@ -105,6 +152,14 @@ class HeadShape:
 
 
 QWEN25_05B_HEAD = HeadShape(tokens=4096, width=896, vocabulary=152064, chunks=(128, 512))
+UPDATE_WORKLOADS = {
+    "cpu": Workload("update", 4, 8, 40, 160, median=64, longest=192),
+    "cuda": Workload("update", 8, 8, 100, 400, median=500, longest=4096),
+}
+STEP_WORKLOADS = {
+    "cpu": Workload("step", 4, 8, 40, 160, median=48, longest=48),
+    "cuda": Workload("step", 16, 8, 100, 400, median=512, longest=512),
+}
 QUICK_HEAD = HeadShape(tokens=512, width=32, vocabulary=16384, chunks=(32, 128))
 
 
@@ -183,30 +238,95 @@ def model_pair(raw: dict[str, Any], seed: int, dtype: torch.dtype, device: torch
     return ours, theirs.to(device).eval()
 
 
-def make_prompts(workload: Workload, vocabulary: int, seed: int) -> tuple[list[list[int]], list[int]]:
-    """(prompts of random tokens and ragged lengths, end-of-sequence ids) of a workload."""
+def make_prompts(workload: Workload, vocabulary: int, seed: int) -> list[list[int]]:
+    """Prompts of random tokens and ragged lengths."""
     rng = random.Random(seed)
     lengths = [rng.randint(workload.shortest_prompt, workload.longest_prompt) for _ in range(workload.prompts)]
-    prompts = [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
-    if workload.mean_length is None:
-        return prompts, [vocabulary]  # an id that no model of this vocabulary can produce
-    return prompts, sorted(rng.sample(range(vocabulary), round(vocabulary / workload.mean_length)))
+    return [[rng.randrange(1, vocabulary) for _ in range(length)] for length in lengths]
 
 
-def sample_ours(model: CausalLM, prompts, eos_ids, *, n, max_new_tokens, temperature, seed) -> list[list[int]]:
-    """P * n responses, the n of a prompt together, each up to and including its first end-of-sequence token."""
-    limits = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0)
-    groups = generate(model, prompts, **limits, eos_ids=eos_ids, seed=seed)
+def make_lengths(workload: Workload, seed: int) -> list[int]:
+    """The P * n response lengths, the n of a prompt together."""
+    rng, rows = random.Random(seed), workload.prompts * workload.group
+    # the largest of 64 normal numbers is about 2.4 standard deviations out
+    spread = math.log(workload.longest / workload.median) / 2.4
+    lengths = [round(workload.median * math.exp(rng.gauss(0, spread))) for _ in range(rows)]
+    lengths = [min(max(length, 1), workload.longest) for length in lengths]
+    lengths[rng.randrange(rows)] = workload.longest
+    return lengths
+
+
+@contextlib.contextmanager
+def prescribed(lengths: Sequence[int], group: int):
+    """Our sampler's rows end where `lengths` says, by a token put in the place of the sampled one."""
+    draw = rollout._Sampler.draw
+
+    def draw_and_end(self, rows, logits):
+        token = draw(self, rows, logits)
+        for b, row in enumerate(rows):
+            if row.drawn == lengths[row.group * group + row.member]:
+                token[b] = 0
+        return token
+
+    rollout._Sampler.draw = draw_and_end
+    try:
+        yield
+    finally:
+        rollout._Sampler.draw = draw
+
+
+def sample_ours(model: CausalLM, prompts, eos_ids, *, n, max_new_tokens, temperature, seed, lengths=None) -> list[list[int]]:
+    """P * n responses, the n of a prompt together, each up to and including its first end-of-sequence token.
+
+    lengths: instead of by eos_ids and max_new_tokens, each response ends at its length.
+    """
+    limits = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, eos_ids=eos_ids)
+    if lengths is not None:
+        limits |= dict(max_new_tokens=max(lengths), eos_ids=[0])
+    with prescribed(lengths, n) if lengths is not None else contextlib.nullcontext():
+        groups = generate(model, prompts, **limits, seed=seed)
     return [trajectory.response_ids for group in groups for trajectory in group]
 
 
 @torch.inference_mode()
-def sample_theirs(model: Any, prompts, eos_ids, *, n, max_new_tokens, temperature, seed) -> list[list[int]]:
+def sample_batch(model: Any, prompts, *, n, lengths, seed, **_: Any) -> list[list[int]]:
+    """The same by transformers' continuous batching: what model.generate_batch does, with a length for each request."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    torch.manual_seed(seed)
+    requests = [prompt for prompt in prompts for _ in range(n)]
+    drawing = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
+    settings = {}
+    if model.device.type == "cpu":  # by default it would take nearly all of the host's memory
+        page = 32
+        blocks = sum(math.ceil((len(p) + length) / page) + 1 for p, length in zip(requests, lengths, strict=True))
+        settings = dict(block_size=page, num_blocks=blocks, max_batch_tokens=max(1024, len(requests)))
+    with model.continuous_batching_context_manager(
+        generation_config=GenerationConfig(**drawing, max_new_tokens=max(lengths)),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
+        block=True,
+        timeout=5,
+    ) as manager:
+        ids = [manager.add_request(p, max_new_tokens=length) for p, length in zip(requests, lengths, strict=True)]
+        results: dict[str, Any] = {}
+        while len(results) < len(ids):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                results[result.request_id] = result
+            elif result is None and not manager.is_running():
+                raise RuntimeError("generate_batch's worker stopped")
+    return [results[key].generated_tokens for key in ids]
+
+
+@torch.inference_mode()
+def sample_theirs(model: Any, prompts, eos_ids, *, n, max_new_tokens, temperature, seed, lengths=None) -> list[list[int]]:
     """The same by transformers' model.generate: left-padded prompts, KV cache, SDPA, no logits processor but the temperature.
 
     The id used for padding is one of the end-of-sequence ids: responses are cut at the first of those, so that the padding
     after a finished row is never counted.
     """
+    if lengths is not None:
+        eos_ids, max_new_tokens = [model.config.vocab_size], max(lengths)
     vocabulary = model.config.vocab_size
     pad = eos_ids[0] if eos_ids[0] < vocabulary else 0
     width = max(map(len, prompts))
@@ -214,6 +334,8 @@ def sample_theirs(model: Any, prompts, eos_ids, *, n, max_new_tokens, temperatur
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     drawing = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     torch.manual_seed(seed)
+    if lengths is not None:
+        drawing["stopping_criteria"] = [EndAt(width, torch.tensor(lengths, device=model.device))]
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -224,6 +346,8 @@ def sample_theirs(model: Any, prompts, eos_ids, *, n, max_new_tokens, temperatur
         use_cache=True,
         **drawing,
     )
+    if lengths is not None:
+        return [row[:length] for row, length in zip(output[:, width:].tolist(), lengths, strict=True)]
     ends = set(eos_ids)
     responses = []
     for row in output[:, width:].tolist():
@@ -232,7 +356,17 @@ def sample_theirs(model: Any, prompts, eos_ids, *, n, max_new_tokens, temperatur
     return responses
 
 
-SAMPLERS = {"ours": sample_ours, "transformers": sample_theirs}
+class EndAt:
+    """A stopping criterion for model.generate: row i is done after lengths[i] tokens behind `width` of prompt."""
+
+    def __init__(self, width: int, lengths: Tensor) -> None:
+        self.width, self.lengths = width, lengths
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return input_ids.shape[1] - self.width >= self.lengths
+
+
+SAMPLERS = {"ours": sample_ours, "generate": sample_theirs, "generate_batch": sample_batch}
 
 
 # ---------------------------------------------------------------------------------------------------- checks of equality
@@ -305,7 +439,7 @@ def check_distribution(seed: int, device: torch.device, draws: int = 2000) -> di
     prompt, eos_ids, V = [3, 17, 5, 11], [1, 2], theirs.config.vocab_size
     exact = teacher_forced(theirs, prompt, [0])[0].exp().cpu()  # (V,) of the first response token
     p_values, lengths, scores = {}, {}, {}
-    for name, model in (("ours", ours), ("transformers", theirs)):
+    for name, model in (("ours", ours), ("generate", theirs)):
         options = dict(n=draws, max_new_tokens=12, temperature=1.0, seed=seed)
         rows = SAMPLERS[name](model, [prompt], eos_ids, **options)
         p_values[name] = chi_square(torch.bincount(torch.tensor([row[0] for row in rows]), minlength=V).double(), exact)
@@ -326,75 +460,312 @@ def check_distribution(seed: int, device: torch.device, draws: int = 2000) -> di
     }
 
 
-@torch.inference_mode()
-def next_token_entropy(model: CausalLM, prompt: list[int]) -> float:
-    """Mean entropy in nats over the prompt's positions; near log V the lengths are geometric."""
-    log_p = torch.log_softmax(model(torch.tensor([prompt], device=model.device)).float(), -1)
-    return -(log_p.exp() * log_p).sum(-1).mean().item()
+# ---------------------------------------------------------------------------------------------------- the machine's limits
 
 
-# ---------------------------------------------------------------------------------------------------- part 1: the sampler
+def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """What this machine reaches at best: bytes/s of a copy between large tensors, FLOP/s of a large matrix product."""
+    size, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source, target = (torch.zeros(count, dtype=torch.float32, device=device) for _ in range(2))
+
+    def best(work: Callable[[], Any]) -> float:
+        work()
+        return min(measured(work, device)[1] for _ in range(5))
+
+    return {
+        "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "matmul": 2 * size**3 / best(lambda: a @ b),
+    }
 
 
-def bench_sampler(raw: dict[str, Any], workloads: Sequence[Workload], args, device: torch.device) -> dict[str, Any]:
-    """Checks in fp32, then every workload on both samplers in alternation."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours, theirs = model_pair(raw, args.seed, torch.float32, device)
-    prompts, _ = make_prompts(workloads[0], ours.config.vocab_size, args.seed)
-    length = 32 if raw is not TOY else 12
+def sampling_floor(model: CausalLM, prompts, lengths: Sequence[int], group: int, limits: dict[str, float]) -> float:
+    """Seconds below which this machine cannot do a workload: each step reads the weights and the keys and values of the rows
+    alive once (a prompt's once for its group) or multiplies as many numbers as it has to, whichever takes longer."""
+    config, weight = model.config, model.head_weight
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.dtype.itemsize
+    prefill = 2 * (parameters - weight.numel()) * sum(map(len, prompts)) / limits["matmul"]
+    seconds = prefill
+    for step in range(1, max(lengths)):
+        alive = [row for row, length in enumerate(lengths) if length > step]
+        tokens = step * len(alive) + sum(len(prompts[p]) for p in {row // group for row in alive})
+        read = parameters * weight.dtype.itemsize + tokens * token_bytes
+        seconds += max(read / limits["bandwidth"], 2 * parameters * len(alive) / limits["matmul"])
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------- part: sampler
+
+
+def bench_sampler(args, device: torch.device) -> dict[str, Any]:
+    """Checks in fp32, then every workload on all samplers in alternation."""
+    raw = TOY if args.quick else SHAPES[args.shape]
+    workloads = QUICK_WORKLOADS if args.quick else CUDA_WORKLOADS if device.type == "cuda" else CPU_WORKLOADS
+    ours, theirs = model_pair(TOY if args.quick else SHAPES["smollm2-135m"], args.seed, torch.float32, device)
+    prompts = make_prompts(workloads[0], ours.config.vocab_size, args.seed)
+    length = 12 if args.quick else 32
     checks = {
         "greedy": check_greedy(ours, theirs, prompts[:4], length),
         "logprobs": check_logprobs(ours, theirs, prompts[:2], length, args.seed),
         "distribution": check_distribution(args.seed, device, draws=400 if args.quick else 2000),
     }
-    entropy = {"mean": next_token_entropy(ours, prompts[0]), "log_v": torch.tensor(ours.config.vocab_size).log().item()}
-    if dtype != torch.float32:
-        del ours, theirs
-        ours, theirs = model_pair(raw, args.seed, dtype, device)
-    results = [sampler_workload(ours, theirs, workload, args, device) for workload in workloads]
-    return {"model": raw, "dtype": str(dtype), "entropy": entropy, "checks": checks, "workloads": results}
+    del ours, theirs
+    dtype = getattr(torch, args.dtype)
+    pair = model_pair(raw, args.seed, dtype, device)
+    limits = machine_limits(dtype, device)
+    results = [sampler_workload(*pair, workload, limits, args, device) for workload in workloads]
+    return {"model": raw, "limits": limits, "checks": checks, "workloads": results}
 
 
-def sampler_workload(ours, theirs, workload: Workload, args, device: torch.device) -> dict[str, Any]:
-    """A B A B ...: each repeat with its own seed, so that the spread holds the luck of the lengths as well as the machine's."""
-    prompts, eos_ids = make_prompts(workload, ours.config.vocab_size, args.seed)
-    models = {"ours": ours, "transformers": theirs}
-    for name, model in models.items():  # threads, kernels and lazily made tables
-        SAMPLERS[name](model, prompts[:2], eos_ids, n=2, max_new_tokens=4, temperature=1.0, seed=0)
-    runs, lengths = [], {name: [] for name in models}
-    for repeat in range(args.repeats):
-        for name, model in models.items():
-            options = dict(n=workload.group, max_new_tokens=workload.max_new_tokens, temperature=1.0)
-            work = partial(SAMPLERS[name], model, prompts, eos_ids, **options, seed=args.seed + repeat + 1)
+def sampler_rivals(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """(the samplers that can run here, {name: why another cannot})."""
+    if device.type == "cpu" and importlib.util.find_spec("psutil") is None:
+        return ["ours", "generate"], {"generate_batch": "needs psutil on a CPU: pip install psutil"}
+    return list(SAMPLERS), {}
+
+
+def sampler_workload(ours, theirs, workload: Workload, limits, args, device: torch.device) -> dict[str, Any]:
+    """A B C A B C ...: each repeat with its own lengths and seed, the same for all samplers."""
+    prompts = make_prompts(workload, ours.config.vocab_size, args.seed)
+    names, left_out = sampler_rivals(device)
+    runs = []
+    for repeat in range(-1, args.repeats):  # the first round is a short one: threads, kernels, lazily made tables
+        lengths = make_lengths(workload, args.seed + repeat) if repeat >= 0 else [2] * (workload.prompts * workload.group)
+        for name in names:
+            model = ours if name == "ours" else theirs
+            options = dict(n=workload.group, max_new_tokens=0, temperature=1.0, eos_ids=(), lengths=lengths)
+            work = partial(SAMPLERS[name], model, prompts, **options, seed=args.seed + repeat + 1)
             rows, seconds, peak = measured(work, device)
-            useful = [len(row) for row in rows]
-            lengths[name] += useful
-            run = {"side": name, "repeat": repeat, "seconds": seconds, "useful_tokens": sum(useful)}
-            run |= {"tokens_per_s": sum(useful) / seconds, "mean_length": statistics.fmean(useful), "longest": max(useful)}
-            runs.append(run | {"peak_mb": peak / MB})
-            print(f"  {workload.name:8} {name:13} {run['tokens_per_s']:9.1f} tokens/s {seconds:7.1f} s", flush=True)
-    speed = {name: [run["tokens_per_s"] for run in runs if run["side"] == name] for name in models}
-    # one ratio a repeat: the two halves of a repeat ran next to each other, on the same state of the machine
-    ratios = [a / b for a, b in zip(speed["ours"], speed["transformers"], strict=True)]
-    return {
-        "workload": asdict(workload),
-        "eos_ids": len(eos_ids),
-        "runs": runs,
-        "mean_length": {name: statistics.fmean(values) for name, values in lengths.items()},
-        "length_z": z_score(*lengths.values()),
-        "tokens_per_s": {name: spread(values) for name, values in speed.items()},
-        "ratio": spread(ratios),
+            if repeat < 0:
+                continue
+            useful = sum(map(len, rows))
+            run = {"side": name, "repeat": repeat, "seconds": seconds, "tokens": useful, "prescribed": sum(lengths)}
+            run |= {"tokens_per_s": useful / seconds, "peak_mb": peak / MB}
+            run["floor_share"] = sampling_floor(ours, prompts, lengths, workload.group, limits) / seconds
+            runs.append(run)
+            print(f"  {workload.name:17}{name:15}{run['tokens_per_s']:9.1f} tokens/s {seconds:7.1f} s", flush=True)
+    return {"workload": asdict(workload), "left_out": left_out, "runs": runs} | compare(runs, "tokens_per_s", names)
+
+
+def compare(runs: Sequence[dict[str, Any]], figure: str, names: Sequence[str]) -> dict[str, Any]:
+    """Median and range of a figure for each side, and of the ratio of ours to each rival.
+
+    One ratio a repeat: the sides of a repeat ran next to each other, on the same state of the machine.
+    """
+    values = {name: [run[figure] for run in runs if run["side"] == name] for name in names}
+    ratios = {
+        name: spread([a / b for a, b in zip(values["ours"], values[name], strict=True)]) for name in names if name != "ours"
     }
+    return {figure: {name: spread(value) for name, value in values.items()}, "ratio": ratios}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-# ---------------------------------------------------------------------------------------------------- part 2: the head
+# ---------------------------------------------------------------------------------------------------- part: update
 
 
-def head_variant(variant: str, shape: HeadShape, threads: int, kind: str, seed: int) -> dict[str, Any]:
+def bench_run(model: CausalLM, tokenizer: Any, worker: Any, args, device: torch.device, **changes: Any) -> train.Run:
+    """A training run as train.prepare would make it, around a model that exists. bf16: fp32 weights under autocast."""
+    cfg = replace(train.Config(), method="grpo", sft_fraction=0.0, micro_tokens=2048 if device.type == "cpu" else 16384)
+    cfg = replace(cfg, **changes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
+    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), partial(autocast, args, device))
+
+
+def autocast(args, device: torch.device) -> Any:
+    if args.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, args.dtype))
+
+
+def make_rollouts(workload: Workload, model: CausalLM, args) -> list[train.ProblemSamples]:
+    """Groups of random responses with the policy's own log-probabilities and rewards that are right half of the time."""
+    rng = random.Random(args.seed)
+    prompts, lengths = make_prompts(workload, model.config.vocab_size, args.seed), make_lengths(workload, args.seed)
+    groups = []
+    for p, prompt in enumerate(prompts):
+        mine = lengths[p * workload.group : (p + 1) * workload.group]
+        responses = [[rng.randrange(1, model.config.vocab_size) for _ in range(length)] for length in mine]
+        packed = pack([prompt] * len(responses), responses, device=model.device)
+        with torch.no_grad():
+            logits = model(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes)[0, packed.predict]
+        old = token_logprobs(logits, packed.targets).tolist()
+        rows = []
+        for response in responses:
+            rows.append(rollout.Trajectory(prompt, response, old[: len(response)], True, p))
+            old = old[len(response) :]
+        rewards = [float(i % 2) for i in range(len(rows))]
+        sample = train.ProblemSamples(p, train.Example(None, prompt, None, None), rows, [], rewards, [])
+        sample.advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
+        groups.append(sample)
+    return groups
+
+
+def plain_update(model: Any, optimizer: Any, samples: Sequence[train.ProblemSamples], context: Any, rows: int) -> list[float]:
+    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits.
+
+    Returns [loss, gradient norm].
+    """
+    items = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
+    count, total = sum(len(row.response_ids) for row, _ in items), 0.0
+    for first in range(0, len(items), rows):
+        chosen = items[first : first + rows]
+        width = max(len(row.prompt_ids) + len(row.response_ids) for row, _ in chosen)
+        ids = torch.zeros(len(chosen), width, dtype=torch.int64)
+        mask, old, advantage = torch.zeros_like(ids), torch.zeros(ids.shape), torch.zeros(ids.shape)
+        for i, (row, a) in enumerate(chosen):
+            start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.response_ids)
+            ids[i, :end] = torch.tensor(row.prompt_ids + row.response_ids)
+            mask[i, start:end], old[i, start:end], advantage[i, start:end] = 1, torch.tensor(row.logprobs), a
+        ids, mask, old, advantage = (x.to(model.device) for x in (ids, mask, old, advantage))
+        with context():
+            logits = model(input_ids=ids, attention_mask=(ids >= 0).long(), use_cache=False).logits[:, :-1]
+        logp = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
+        ratio = torch.exp(logp - old[:, 1:])
+        surrogate = torch.minimum(ratio * advantage[:, 1:], ratio.clamp(0.8, 1.28) * advantage[:, 1:])
+        loss = -(surrogate * mask[:, 1:]).sum() / count
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return [total, norm]
+
+
+def bench_update(args, device: torch.device) -> dict[str, Any]:
+    """Ours and the plain update on the same rollouts, in alternation. Weights and optimizer states fp32 on both sides."""
+    raw = TOY if args.quick else SHAPES[args.shape]
+    workload = QUICK_WORKLOADS[1] if args.quick else UPDATE_WORKLOADS[device.type]
+    ours, theirs = model_pair(raw, args.seed, torch.float32, device)
+    samples = make_rollouts(workload, ours, args)
+    run = bench_run(ours.train(), None, None, args, device)
+    optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
+    sides = {
+        "ours": lambda: [(m := train.update(run, samples, 1e-6))["loss"], m["grad_norm"]],
+        "transformers": lambda: plain_update(theirs, optimizer, samples, run.autocast, rows=8),
+    }
+    tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
+    figures, runs = {}, []
+    for repeat in range(-1, args.repeats):
+        for name, work in sides.items():
+            result, seconds, peak = measured(work, device)
+            if repeat < 0:
+                figures[name] = result  # the first update starts from equal weights
+                continue
+            runs.append({"side": name, "repeat": repeat, "seconds": seconds, "tokens_per_s": tokens / seconds})
+            runs[-1]["peak_mb"] = peak / MB
+            print(f"  update           {name:15}{tokens / seconds:9.1f} tokens/s {seconds:7.1f} s", flush=True)
+    tolerance = 1e-3 if args.dtype == "float32" else 5e-2
+    worst = abs(figures["ours"][1] - figures["transformers"][1]) / figures["transformers"][1]
+    worst = max(worst, abs(figures["ours"][0] - figures["transformers"][0]))  # the loss itself is near zero
+    check = {"loss_and_norm": figures, "max_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
+    return {"workload": asdict(workload), "runs": runs, "checks": {"same_update": check}} | compare(runs, "tokens_per_s", sides)
+
+
+# ---------------------------------------------------------------------------------------------------- part: step
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer for TRL, which takes text: the word "t17" is token 17."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0", unk_token="t0")
+
+
+def bench_step(args, device: torch.device) -> dict[str, Any]:
+    """A whole GRPO step against TRL's GRPOTrainer: the same model, prompts, group, response length and optimizer.
+
+    All responses have the full length, because TRL has no way to prescribe others. The reward is right half of the time on
+    either side (the last token is even), so that no group is without a gradient.
+    """
+    if importlib.util.find_spec("trl") is None:
+        return {"left_out": "trl is not installed: pip install trl", "runs": [], "checks": {}}
+    raw = TOY if args.quick else SHAPES[args.shape]
+    workload = QUICK_WORKLOADS[0] if args.quick else STEP_WORKLOADS[device.type]
+    ours, theirs = model_pair(raw, args.seed, torch.float32, device)
+    prompts, tokenizer = make_prompts(workload, ours.config.vocab_size, args.seed), word_tokenizer(ours.config.vocab_size)
+    theirs_s, versions = trl_steps(theirs.train(), tokenizer, prompts, workload, args, device)
+    changes = dict(problems_per_step=workload.prompts, group_auto=workload.group, max_new_tokens=workload.longest)
+    ours.config = replace(ours.config, eos_ids=(ours.config.vocab_size,))  # no response ends before the limit, nor at TRL
+    run = bench_run(ours.train(), tokenizer, MathWorker(), args, device, **changes)  # the worker is never asked: see below
+    batch = [(p, train.Example(Problem(str(p), "", "even", None, None), ids, None, None)) for p, ids in enumerate(prompts)]
+    ours_s = []
+    with even_is_right(), tempfile.TemporaryDirectory() as folder:
+        run.out = Path(folder)
+        for step in range(args.repeats + 1):
+            _, seconds, peak = measured(partial(train.sgpo_step, run, batch, step + 1, 1e-6), device)
+            ours_s.append({"seconds": seconds, "peak_mb": peak / MB})
+    runs = []
+    for repeat, pair in enumerate(zip(ours_s[1:], theirs_s[1:], strict=True)):  # the first step of each warms up
+        for name, run_ in zip(("ours", "trl"), pair, strict=True):
+            tokens = workload.prompts * workload.group * workload.longest
+            runs.append({"side": name, "repeat": repeat, "tokens_per_s": tokens / run_["seconds"], **run_})
+            print(f"  whole step       {name:15}{tokens / run_['seconds']:9.1f} tokens/s {run_['seconds']:7.1f} s", flush=True)
+    result = {"workload": asdict(workload), "versions": versions, "runs": runs, "checks": {}}
+    return result | compare(runs, "tokens_per_s", ("ours", "trl"))
+
+
+@contextlib.contextmanager
+def even_is_right():
+    """The reward of this bench in the place of the grader's."""
+    grade, evaluation.is_correct = evaluation.is_correct, lambda text, answer, worker: int(text.split()[-1][1:]) % 2 == 0
+    try:
+        yield
+    finally:
+        evaluation.is_correct = grade
+
+
+def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, device: torch.device) -> tuple[list[dict], dict]:
+    """Seconds and peak memory of each of TRL's steps (one step = one generation and one optimizer update)."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    texts = [" ".join(f"t{token}" for token in prompt) for prompt in prompts]
+    rows, micro = workload.prompts * workload.group, 8 if not args.quick else 2
+    steps: list[dict[str, float]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.before = start_memory(device)
+            synchronize(device)
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize(device)
+            steps.append({"seconds": time.perf_counter() - self.start, "peak_mb": peak_memory(device, self.before) / MB})
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, max_steps=args.repeats + 1, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=rows // micro, num_generations=workload.group, temperature=1.0,
+            max_completion_length=workload.longest, beta=0.0, learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0,
+            optim="adamw_torch_fused", bf16=args.dtype == "bfloat16", use_cpu=device.type == "cpu", report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=args.seed,
+            generation_kwargs={"eos_token_id": model.config.vocab_size, "suppress_tokens": None}, shuffle_dataset=False,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": texts * (args.repeats + 1)}),
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [float(int(text.split()[-1][1:]) % 2 == 0) for text in completions],
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return steps, {name: importlib.metadata.version(name) for name in ("trl", "accelerate")}
+
+
+# ---------------------------------------------------------------------------------------------------- part: head
+
+
+def head_variant(variant: str, shape: HeadShape, dtype_name: str, threads: int, kind: str, seed: int) -> dict[str, Any]:
     """One forward and backward of the loss at the head, in a process of its own: {seconds, peak_mb, loss, gradient norms}.
 
     The loss is the mean cross-entropy. `variant` is "autograd" (the whole (M, V) logits and F.cross_entropy, PyTorch's own
@@ -402,8 +773,7 @@ def head_variant(variant: str, shape: HeadShape, threads: int, kind: str, seed: 
     the memory counter starts; the gradients that the loss leaves behind count for every variant alike.
     """
     torch.set_num_threads(threads)
-    device = torch.device(kind)
-    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    device, dtype = torch.device(kind), getattr(torch, dtype_name)
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def inputs(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -430,15 +800,16 @@ def run_head(variant: str, hidden: Tensor, weight: Tensor, extra: list[Tensor]) 
     return loss.item()
 
 
-def bench_head(shape: HeadShape, args, device: torch.device) -> dict[str, Any]:
+def bench_head(args, device: torch.device) -> dict[str, Any]:
     """Every variant in a fresh process, `repeats` times in alternation. The processes start by spawn: nothing is inherited."""
+    shape = QUICK_HEAD if args.quick else QWEN25_05B_HEAD
     variants = ["autograd", *map(str, shape.chunks)]
     context = multiprocessing.get_context("spawn")
     runs = []
     for repeat in range(args.repeats):
         for variant in variants:
             with context.Pool(1) as pool:
-                run = pool.apply(head_variant, (variant, shape, args.threads, device.type, args.seed))
+                run = pool.apply(head_variant, (variant, shape, args.dtype, args.threads, device.type, args.seed))
             runs.append({"repeat": repeat, **run})
             print(f"  head     {variant:13} {run['peak_mb']:9.0f} MB       {run['seconds']:7.1f} s", flush=True)
     summary = []
@@ -450,9 +821,8 @@ def bench_head(shape: HeadShape, args, device: torch.device) -> dict[str, Any]:
         for figure in ("peak_mb", "seconds"):  # against plain autograd, repeat by repeat
             row[f"{figure}_ratio"] = spread([a[figure] / b[figure] for a, b in zip(mine, whole, strict=True)])
         summary.append(row)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    check = check_head(runs, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
-    return {"shape": asdict(shape), "dtype": str(dtype), "checks": {"same_loss": check}, "summary": summary, "runs": runs}
+    check = check_head(runs, tolerance=1e-4 if args.dtype == "float32" else 2e-2)
+    return {"shape": asdict(shape), "checks": {"same_loss": check}, "summary": summary, "runs": runs}
 
 
 def check_head(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str, Any]:
@@ -486,6 +856,8 @@ def environment(args, device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "seed": args.seed,
+        "shape": "toy" if args.quick else args.shape,
+        "dtype": args.dtype,
         "repeats": args.repeats,
         "quick": args.quick,
         "commit": git("rev-parse", "HEAD") or "unknown",
@@ -501,22 +873,32 @@ def environment(args, device: torch.device) -> dict[str, Any]:
 
 
 def print_sampler(part: dict[str, Any]) -> None:
-    print(f"\nsampler, {part['dtype']}; useful tokens/s as median (min to max) of the repeats")
-    print(f"  next-token entropy {part['entropy']['mean']:.3f} nats, log V {part['entropy']['log_v']:.3f}")
+    limits = part["limits"]
+    print(f"\nsampler; limits of the machine: {limits['bandwidth'] / 1e9:.1f} GB/s, {limits['matmul'] / 1e9:.0f} GFLOP/s")
     for result in part["workloads"]:
-        for name in SAMPLERS:
-            speed, length = result["tokens_per_s"][name], result["mean_length"][name]
-            peak = max(run["peak_mb"] for run in result["runs"] if run["side"] == name)
-            line = f"{speed['median']:9.1f} ({speed['min']:.1f} to {speed['max']:.1f})  mean length {length:.1f}"
-            print(f"  {result['workload']['name']:8} {name:13} {line}  peak +{peak:.0f} MB")
-        ratio = result["ratio"]
-        print(f"  {'':8} {'ratio':13} {ratio['median']:9.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        print_sides(result["workload"]["name"], result, "tokens_per_s", "floor_share")
+
+
+def print_sides(title: str, result: dict[str, Any], figure: str, share: str | None = None) -> None:
+    """One line a side: the figure's median and range, peak memory, the share of the limit, and the ratio of ours to it."""
+    for name, why in result.get("left_out", {}).items():
+        print(f"  {title:17}{name:15}not run: {why}")
+    for name, value in result[figure].items():
+        runs = [run for run in result["runs"] if run["side"] == name]
+        line = f"  {title:17}{name:15}{value['median']:9.1f} ({value['min']:.1f} to {value['max']:.1f})"
+        line += f"  peak +{max(run['peak_mb'] for run in runs):.0f} MB"
+        if share:
+            line += f"  {100 * statistics.median(run[share] for run in runs):.0f} % of the limit"
+        if name in result["ratio"]:
+            ratio = result["ratio"][name]
+            line += f"  ours is {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) times as fast"
+        print(line)
 
 
 def print_head(part: dict[str, Any]) -> None:
     shape = part["shape"]
     size = f"M={shape['tokens']} D={shape['width']} V={shape['vocabulary']}"
-    print(f"\nloss at the head, forward and backward, {part['dtype']}, {size}; ratios to F.cross_entropy on the whole logits")
+    print(f"\nloss at the head, forward and backward, {size}; ratios to F.cross_entropy on the whole logits")
     for row in part["summary"]:
         name = row["variant"] if not row["variant"].isdigit() else f"chunks of {row['variant']}"
         memory = f"{row['peak_mb']['median']:8.0f} MB {100 * row['peak_mb_ratio']['median']:6.1f} %"
@@ -525,11 +907,26 @@ def print_head(part: dict[str, Any]) -> None:
         print(f"  {name:15} {memory} {clock}")
 
 
+def print_report(report: dict[str, Any]) -> None:
+    if "sampler" in report:
+        print_sampler(report["sampler"])
+    for part, title in (("update", "one update"), ("step", "a whole GRPO step")):
+        if part not in report:
+            continue
+        if not report[part]["runs"]:
+            print(f"\n{title}: not run, {report[part]['left_out']}")
+            continue
+        print(f"\n{title}; response tokens/s")
+        print_sides(part, report[part], "tokens_per_s")
+    if "head" in report:
+        print_head(report["head"])
+
+
 def print_checks(report: dict[str, Any]) -> bool:
     """Every check on a line; returns whether all hold."""
     print("\nchecks: both ways compute the same")
     passed = True
-    for part in ("sampler", "head"):
+    for part in PARTS:
         for name, check in report.get(part, {}).get("checks", {}).items():
             details = {key: value for key, value in check.items() if key != "ok"}
             print(f"  {'ok    ' if check['ok'] else 'FAILED'} {part} {name}: {json.dumps(details)}")
@@ -542,7 +939,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--quick", action="store_true", help="toy shapes: does it run, are both ways equal; times nothing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--only", choices=("sampler", "head"), help="one part instead of both")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts instead of all")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="smollm2-135m", help="the model of sampler, update and step")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side, in alternation")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -553,6 +952,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: PyTorch sees no CUDA device")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     return args
 
 
@@ -562,17 +963,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     report: dict[str, Any] = environment(args, device)
-    print(f"{report['device']}, {args.threads} threads, load {report['load_before'][0]:.2f}, seed {args.seed}", flush=True)
-    if args.only != "sampler":
-        report["head"] = bench_head(QUICK_HEAD if args.quick else QWEN25_05B_HEAD, args, device)
-    if args.only != "head":
-        shape, workloads = (TOY, QUICK_WORKLOADS) if args.quick else (SMOLLM2_135M, WORKLOADS)
-        report["sampler"] = bench_sampler(shape, workloads, args, device)
+    setting = f"{report['device']}, {report['shape']}, {args.dtype}, {args.threads} threads, seed {args.seed}"
+    print(f"{setting}, load {report['load_before'][0]:.2f}", flush=True)
+    parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head}
+    for part in args.only:
+        report[part] = parts[part](args, device)
     report["load_after"] = os.getloadavg()
-    if "sampler" in report:
-        print_sampler(report["sampler"])
-    if "head" in report:
-        print_head(report["head"])
+    print_report(report)
     passed = print_checks(report)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -3480,18 +3480,7 @@ def test_starter_answers_are_gradable():
 BENCH_ROOT = Path(bench.__file__).resolve().parent
 
 
-def bench_ratios(report):
-    """Every ratio the report states, with where it stands."""
-    for result in report["sampler"]["workloads"]:
-        for name, value in result["ratio"].items():
-            yield result["workload"]["name"] + " " + name, value
-    for row in report["head"]["summary"]:
-        for figure in ("peak_mb_ratio", "seconds_ratio"):
-            for name, value in row[figure].items():
-                yield f"{row['variant']} {figure} {name}", value
-
-
-def test_bench_quick_runs_and_both_ways_agree(tmp_path):
+def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, "bench.py", "--quick", "--device", "cpu", "--threads", "1", "--repeats", "2", "--out", str(out)]
     done = subprocess.run(
@@ -3500,21 +3489,38 @@ def test_bench_quick_runs_and_both_ways_agree(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["seed"] == 0 and report["threads"] == 1 and report["repeats"] == 2 and report["device_type"] == "cpu"
-    assert set(report["versions"]) == {"python", "torch", "transformers"}
+    assert set(report["versions"]) == {"python", "torch", "transformers"} and report["dtype"] == "float32"
     assert "--quick" in report["command"] and report["commit"] and report["device"]
-    checks = {**report["sampler"]["checks"], **report["head"]["checks"]}
-    assert set(checks) == {"greedy", "logprobs", "distribution", "same_loss"}
+    checks = {name: check for part in bench.PARTS for name, check in report[part]["checks"].items()}
+    assert set(checks) == {"greedy", "logprobs", "distribution", "same_update", "same_loss"}
     assert all(check["ok"] for check in checks.values()), checks
-    ratios = dict(bench_ratios(report))
-    assert len(ratios) == 2 * 3 + 3 * 2 * 3  # workloads; variants x figures
-    assert all(math.isfinite(value) and value > 0 for value in ratios.values()), ratios
+    rivals = ["generate"] + ["generate_batch"] * (importlib.util.find_spec("psutil") is not None)
     for result in report["sampler"]["workloads"]:
-        assert [run["side"] for run in result["runs"]] == ["ours", "transformers"] * 2  # alternating
-        rows = result["workload"]["prompts"] * result["workload"]["group"]
-        for run in result["runs"]:
-            assert rows <= run["useful_tokens"] <= rows * result["workload"]["max_new_tokens"]
-    uniform = report["sampler"]["workloads"][1]
-    assert {run["useful_tokens"] for run in uniform["runs"]} == {3 * 2 * 6}  # nobody stops before the cap
+        assert [run["side"] for run in result["runs"]] == ["ours", *rivals] * 2  # alternating
+        assert set(result["left_out"]) == {"generate_batch"} - set(rivals) and set(result["ratio"]) == set(rivals)
+        for run in result["runs"]:  # the same lengths for every side; only an end token by chance makes one shorter
+            assert 0.8 * run["prescribed"] <= run["tokens"] <= run["prescribed"] and 0 < run["floor_share"] < 1
+    uniform = report["sampler"]["workloads"][0]
+    assert {run["prescribed"] for run in uniform["runs"]} == {3 * 2 * 6}
+    assert [run["side"] for run in report["update"]["runs"]] == ["ours", "transformers"] * 2
+    trl = importlib.util.find_spec("trl") is not None
+    assert [run["side"] for run in report["step"]["runs"]] == ["ours", "trl"] * 2 * trl
+    assert trl or "pip install trl" in done.stdout
+
+
+def test_bench_workloads_and_their_floor_by_hand():
+    tail = bench.Workload("tail", 8, 8, 40, 160, median=200, longest=4096)
+    lengths = bench.make_lengths(tail, 0)
+    assert len(lengths) == 64 and max(lengths) == 4096 and min(lengths) >= 1 and 120 < sorted(lengths)[32] < 330
+    assert set(bench.make_lengths(bench.Workload("flat", 2, 3, 4, 9, 7, 7), 0)) == {7}
+    small = build_model(ModelConfig.from_dict(bench.TOY), generator=torch.Generator(), dtype=torch.float32, device=CPU)
+    parameters, head = sum(p.numel() for p in small.parameters()), 512 * 48
+    key_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    # two rows of 2 and 3 tokens after one prompt of 5: a step with both, then one with the longer
+    slow_memory = bench.sampling_floor(small, [[1] * 5], [2, 3], 2, {"bandwidth": 1.0, "matmul": 1e30})
+    assert slow_memory == pytest.approx(2 * 4 * parameters + key_bytes * ((2 + 5) + (2 + 5)))
+    slow_product = bench.sampling_floor(small, [[1] * 5], [2, 3], 2, {"bandwidth": 1e30, "matmul": 1.0})
+    assert slow_product == pytest.approx(2 * parameters * 3 + 2 * (parameters - head) * 5)
 
 
 def test_bench_typo_is_an_error(tmp_path):
@@ -3555,6 +3561,9 @@ def test_bench_responses_of_both_sides_end_at_the_first_eos():
         assert all(not set(row[:-1]) & set(eos_ids) for row in rows)
         assert all(len(row) == 15 or row[-1] in eos_ids for row in rows)
         assert len({len(row) for row in rows}) > 3  # ragged
+        lengths = [3, 1, 7, 2]
+        rows = sampler(model, [[3, 4, 7], [8]], (), n=2, max_new_tokens=0, temperature=1.0, seed=3, lengths=lengths)
+        assert all(len(row) == length or row[-1] == 0 for row, length in zip(rows, lengths, strict=True))
 
 
 def test_bench_memory_counter_sees_a_large_tensor_and_restarts():
