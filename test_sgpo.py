@@ -606,6 +606,32 @@ def test_sample_at_the_ends_of_the_unit_interval():
     logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]] * 2)
     token, _ = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
     assert token.tolist() == [1, 2]  # never an impossible token, not even with u = 0 before it or u close to 1 after it
+    logits = torch.full((2, 2048), -float("inf"))  # the sum is taken in blocks of 512: the first and the last are impossible
+    logits[:, 513], logits[:, 1500] = 0.0, 1.0
+    token, logprob = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
+    assert token.tolist() == [513, 1500]
+    torch.testing.assert_close(logprob, torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
+
+
+def test_memory_is_flat_over_many_calls():
+    """200 calls of the sampler in a fresh process: nothing is kept from one to the next."""
+    code = (
+        "import torch, bench\n"
+        "from model import ModelConfig, build_model\n"
+        "from rollout import generate\n"
+        "torch.set_num_threads(1)\n"
+        "shape = ModelConfig.from_dict(bench.TOY)\n"
+        "model = build_model(shape, generator=torch.Generator(), dtype=torch.float32, device=torch.device('cpu'))\n"
+        "settings = dict(n=4, max_new_tokens=8, temperature=1.0, top_p=1.0, eos_ids=[1], max_rows=6)\n"
+        "for call in range(220):\n"
+        "    generate(model, [[5] * 40, [6] * 70], seed=call, **settings)\n"
+        "    if call == 19:\n"
+        "        before = bench._status_bytes('VmRSS')\n"
+        "print((bench._status_bytes('VmRSS') - before) / 1e6)\n"
+    )
+    done = run_script("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 5  # megabytes; a leak of the cache alone would be 100
 
 
 def test_pack_lays_guided_and_unguided_over_the_same_tokens():
