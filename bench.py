@@ -4,6 +4,8 @@
     update    one optimizer update on given rollouts against plain transformers and autograd on padded batches
     step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
     head      the loss at the head in chunks against the whole logits
+    growth    how our own seconds grow with batch, response length and group size (only when asked for with --only;
+              `python report.py growth` draws it)
 
 What it is: one run that builds models by shape with random weights (nothing is downloaded), does the same work every way in
 alternation (A B A B ...), checks that all ways do compute the same thing, prints tables and writes every raw figure as JSON.
@@ -56,7 +58,7 @@ from model import CausalLM, ModelConfig, build_model
 from rollout import generate, pack
 from weighting import group_advantages
 
-PARTS = ("sampler", "update", "step", "head")
+PARTS = ("sampler", "update", "step", "head")  # what one run measures; "growth" is for --only
 MB = 1e6  # memory is reported in units of 10^6 bytes
 
 # HuggingFaceTB/SmolLM2-135M by shape. The initialisation is 0.02 here and not that model's 0.042: the smaller the weights, the
@@ -762,6 +764,59 @@ def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, dev
     return steps, {name: importlib.metadata.version(name) for name in ("trl", "accelerate")}
 
 
+# ---------------------------------------------------------------------------------------------------- part: growth
+
+
+def growth_workloads(args, device: torch.device) -> dict[str, dict[int, Workload]]:
+    """axis -> its value -> a workload of equal lengths; along an axis only that figure changes."""
+    scale = 8 if device.type == "cuda" else 1
+    doubled = (1, 2) if args.quick else (1, 2, 4, 8)
+    flat = partial(Workload, shortest_prompt=64, longest_prompt=64)
+
+    def workload(prompts: int, group: int, length: int) -> Workload:
+        return flat("growth", prompts, group, median=length, longest=length)
+
+    return {
+        "rows": {8 * k * scale: workload(k * scale, 8, 32 * scale) for k in doubled},
+        "response length": {32 * k * scale: workload(2 * scale, 8, 32 * k * scale) for k in doubled},
+        "group size of 32 rows": {4 * k: workload(8 * scale // k, 4 * k, 32 * scale) for k in doubled},
+    }
+
+
+def exponent(points: dict[float, float]) -> float:
+    """The slope of log y over log x by least squares: 1 where the cost is proportional, 0 where it does not grow."""
+    xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def bench_growth(args, device: torch.device) -> dict[str, Any]:
+    """Seconds of sampling, and of one update on as many tokens, along each axis: the median of the repeats."""
+    raw = TOY if args.quick else SHAPES[args.shape]
+    generator = torch.Generator("cpu").manual_seed(args.seed)
+    model = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=torch.float32, device=device)
+    run = bench_run(model, None, None, args, device)
+    curves = []
+    for axis, points in growth_workloads(args, device).items():
+        seconds: dict[str, dict[int, float]] = {"sampling": {}, "update": {}}
+        for x, workload in points.items():
+            prompts, lengths = make_prompts(workload, model.config.vocab_size, args.seed), make_lengths(workload, args.seed)
+            samples = make_rollouts(workload, model, args)
+            options = dict(n=workload.group, max_new_tokens=0, temperature=1.0, eos_ids=(), lengths=lengths, seed=args.seed)
+
+            def sampling(prompts=prompts, options=options):
+                with run.autocast():
+                    sample_ours(model, prompts, **options)
+
+            works = {"sampling": sampling, "update": partial(train.update, run, samples, 1e-6)}
+            for name, work in works.items():
+                seconds[name][x] = statistics.median(measured(work, device)[1] for _ in range(args.repeats))
+            print(f"  growth   {axis:22}{x:6}  " + "  ".join(f"{n} {s[x]:.2f} s" for n, s in seconds.items()), flush=True)
+        curves += [
+            {"axis": axis, "cost": name, "seconds": points, "exponent": exponent(points)} for name, points in seconds.items()
+        ]
+    return {"curves": curves, "checks": {}}
+
+
 # ---------------------------------------------------------------------------------------------------- part: head
 
 
@@ -920,13 +975,16 @@ def print_report(report: dict[str, Any]) -> None:
         print_sides(part, report[part], "tokens_per_s")
     if "head" in report:
         print_head(report["head"])
+    for curve in report.get("growth", {}).get("curves", ()):
+        points = "  ".join(f"{x}: {seconds:.2f} s" for x, seconds in curve["seconds"].items())
+        print(f"  {curve['cost']:9} over {curve['axis']:22} exponent {curve['exponent']:5.2f}   {points}")
 
 
 def print_checks(report: dict[str, Any]) -> bool:
     """Every check on a line; returns whether all hold."""
     print("\nchecks: both ways compute the same")
     passed = True
-    for part in PARTS:
+    for part in (*PARTS, "growth"):
         for name, check in report.get(part, {}).get("checks", {}).items():
             details = {key: value for key, value in check.items() if key != "ok"}
             print(f"  {'ok    ' if check['ok'] else 'FAILED'} {part} {name}: {json.dumps(details)}")
@@ -939,7 +997,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--quick", action="store_true", help="toy shapes: does it run, are both ways equal; times nothing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts instead of all")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "growth"), default=list(PARTS), help="these parts instead of all")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="smollm2-135m", help="the model of sampler, update and step")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side, in alternation")
@@ -965,7 +1023,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = environment(args, device)
     setting = f"{report['device']}, {report['shape']}, {args.dtype}, {args.threads} threads, seed {args.seed}"
     print(f"{setting}, load {report['load_before'][0]:.2f}", flush=True)
-    parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head}
+    parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head, "growth": bench_growth}
     for part in args.only:
         report[part] = parts[part](args, device)
     report["load_after"] = os.getloadavg()

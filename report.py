@@ -389,6 +389,33 @@ def write_rows(args: argparse.Namespace) -> list[Path]:
     return save(figure, args.out, args.dpi)
 
 
+def write_growth(args: argparse.Namespace) -> list[Path]:
+    """The curves of `bench.py --only growth`: seconds over each axis, both logarithmic, the exponent in the legend."""
+    try:
+        report = json.loads(args.json.read_text(encoding="utf-8"))
+        curves = report["growth"]["curves"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{args.json}: not a report of `bench.py --only growth` ({error!r})") from error
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(curve["axis"] for curve in curves))
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for index, curve in enumerate(c for c in curves if c["axis"] == name):
+            points = {int(x): y for x, y in curve["seconds"].items()}
+            label = f"{curve['cost']}, exponent {curve['exponent']:.2f}"
+            axes.plot(list(points), list(points.values()), marker="o", color=COLOURS[index], label=label)
+        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set_xticks(list(points), [str(x) for x in points])
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("seconds")
+    figure.suptitle(f"{report['shape']}, {report['dtype']}, {report['device']}, {report['threads']} threads", fontsize="small")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return save(figure, args.out, args.dpi)
+
+
 # ---------------------------------------------------------------------------------------------------- the token map as data
 
 
@@ -822,6 +849,10 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--column", default="accuracy", help="which column")
     rows.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     rows.add_argument("--dpi", type=int, default=150, help="of the PNG")
+    growth = commands.add_parser("growth", help="how the cost grows, from a report of bench.py --only growth", **options)
+    growth.add_argument("json", type=Path, help="the report")
+    growth.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
+    growth.add_argument("--dpi", type=int, default=110, help="of the PNG")
     tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
     divergence = commands.add_parser("divergence", help="mean d_t of every token over many problems, as a csv", **options)
     for command in (tokens, divergence):
@@ -843,7 +874,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> Any:
     args = build_parser().parse_args(arguments)
-    commands = {"curves": write_curves, "rows": write_rows, "tokens": write_tokens, "divergence": write_divergence}
+    commands = {"curves": write_curves, "rows": write_rows, "growth": write_growth}
+    commands |= {"tokens": write_tokens, "divergence": write_divergence}
     return commands[args.command](args)
 
 

@@ -3534,6 +3534,26 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     assert trl or "pip install trl" in done.stdout
 
 
+def test_bench_growth_is_measured_and_drawn(tmp_path):
+    assert bench.exponent({8: 3.0, 16: 12.0, 32: 48.0}) == pytest.approx(2) and bench.exponent({1: 5, 9: 5}) == 0
+    args = ["--quick", "--only", "growth", "--device", "cpu", "--threads", "1", "--repeats", "1"]
+    done = run_script("bench.py", *args, "--out", tmp_path / "growth.json")
+    assert done.returncode == 0, done.stderr
+    curves = json.loads((tmp_path / "growth.json").read_text())["growth"]["curves"]
+    assert [(c["axis"], c["cost"]) for c in curves] == [
+        (axis, cost) for axis in ("rows", "response length", "group size of 32 rows") for cost in ("sampling", "update")
+    ]
+    assert all(len(c["seconds"]) == 2 and min(c["seconds"].values()) > 0 and math.isfinite(c["exponent"]) for c in curves)
+    report.main(["growth", str(tmp_path / "growth.json"), "--out", str(tmp_path / "pictures/growth")])
+    svg = xml.etree.ElementTree.parse(tmp_path / "pictures/growth.svg").getroot()
+    assert svg.tag.endswith("svg") and (tmp_path / "pictures/growth.png").stat().st_size > 1000
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json: not a report of"):
+        report.main(["growth", str(tmp_path / "other.json"), "--out", str(tmp_path / "x")])
+    for points in bench.growth_workloads(SimpleNamespace(quick=False), CPU).values():
+        assert all(workload.prompts >= 1 and workload.median == workload.longest for workload in points.values())
+
+
 def test_bench_workloads_and_their_floor_by_hand():
     tail = bench.Workload("tail", 8, 8, 40, 160, median=200, longest=4096)
     lengths = bench.make_lengths(tail, 0)
