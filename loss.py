@@ -22,17 +22,30 @@ TokenTerms = Callable[..., dict[str, Tensor]]
 # ---------------------------------------------------------------------------------------------------- per-token quantities
 
 
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi(v) of every token v, in fp32: logits (..., V) -> (..., V)."""
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(target) at each position: logits (..., V), targets (...) -> (...), natural log.
 
     `temperature` must be the one the tokens were sampled at, or the ratio to the sampler's log-probs is not 1.
     """
-    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None])[..., 0]
+    return _of_targets(log_softmax(logits, temperature), targets)
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """-sum_v p_v log p_v at each position, in nats: logits (..., V) -> (...)."""
-    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return _entropy(log_softmax(logits, temperature))
+
+
+def _of_targets(log_p: Tensor, targets: Tensor) -> Tensor:
+    return log_p.gather(-1, targets[..., None])[..., 0]
+
+
+def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -96,8 +109,7 @@ def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
     The guided side is the teacher: it is detached here, so that the gradient reaches the unguided side alone. Both sides get
     the same temperature. The whole vocabulary is summed: a top-k of either side misses the tokens where the mass moved.
     """
-    log_p = torch.log_softmax(guided_logits.detach().float() / temperature, dim=-1)
-    log_q = torch.log_softmax(unguided_logits.float() / temperature, dim=-1)
+    log_p, log_q = log_softmax(guided_logits.detach(), temperature), log_softmax(unguided_logits, temperature)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -108,8 +120,7 @@ def reverse_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
 
     The expectation is under the student: it sharpens onto one of the guided modes where the forward KL covers them all.
     """
-    log_p = torch.log_softmax(guided_logits.detach().float() / temperature, dim=-1)
-    log_q = torch.log_softmax(unguided_logits.float() / temperature, dim=-1)
+    log_p, log_q = log_softmax(guided_logits.detach(), temperature), log_softmax(unguided_logits, temperature)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -156,10 +167,10 @@ def grpo_terms(
     temperature: float,
 ) -> dict[str, Tensor]:
     """The policy loss on the autonomous trajectories, with the step's diagnostics from the same pass over the vocabulary."""
-    logprob = token_logprobs(logits, targets, temperature)
+    log_p = log_softmax(logits, temperature)
+    logprob = _of_targets(log_p, targets)
     loss, ratio, clipped = policy_loss(logprob, old_logprobs, advantages, clip_low, clip_high)
-    with torch.no_grad():
-        entropy = token_entropy(logits, temperature)
+    entropy = _entropy(log_p.detach())
     return _policy_values(weight * loss, logprob, ratio, clipped.float(), entropy)
 
 
@@ -176,8 +187,8 @@ def luffy_terms(
     temperature: float,
 ) -> dict[str, Tensor]:
     """LUFFY's loss with its entropy bonus: loss_t = weight_t (luffy_loss_t - entropy_bonus H_t)."""
-    logprob = token_logprobs(logits, targets, temperature)
-    entropy = token_entropy(logits, temperature)
+    log_p = log_softmax(logits, temperature)
+    logprob, entropy = _of_targets(log_p, targets), _entropy(log_p)
     loss, ratio = luffy_loss(logprob, old_logprobs, advantages, demonstration, shaping)
     return _policy_values(weight * (loss - entropy_bonus * entropy), logprob, ratio, torch.zeros_like(ratio), entropy)
 
@@ -194,10 +205,10 @@ def hpt_terms(
     temperature: float,
 ) -> dict[str, Tensor]:
     """HPT's loss, cross-entropy on demonstrations and the unclipped policy loss elsewhere, with the step's diagnostics."""
-    logprob = token_logprobs(logits, targets, temperature)
+    log_p = log_softmax(logits, temperature)
+    logprob = _of_targets(log_p, targets)
     loss, ratio = hpt_loss(logprob, old_logprobs, advantages, demonstration, sft_weight)
-    with torch.no_grad():
-        entropy = token_entropy(logits, temperature)
+    entropy = _entropy(log_p.detach())
     return _policy_values(weight * loss, logprob, ratio, torch.zeros_like(ratio), entropy)
 
 
