@@ -483,11 +483,11 @@ TITLES = {
 
 
 HOW_TO_READ = (
-    "Accuracy: held-out problems, 4 responses each at temperature 0.6; ± is the standard error over seeds. Differences are in "
-    "accuracy, against SGPO on the same data at the paper's settings, paired by seed, with their 95 % interval (Student's t, "
-    "not corrected for the number of rows). Kept: share of the target's tokens that the KL clip leaves in. Reach gap: nats by "
-    "which the target is more probable under the unguided policy than the correct guided trajectories are on average. Seconds: "
-    "the training steps of a run, on one thread."
+    "Accuracy: held-out problems, 4 responses each (or --eval_n) at temperature 0.6; ± is the standard error over seeds. "
+    "Differences are in accuracy, against SGPO on the same data at the paper's settings, paired by seed, with their 95 % "
+    "interval (Student's t, not corrected for the number of rows). Kept: share of the target's tokens that the KL clip leaves "
+    "in. Reach gap: nats by which the target is more probable under the unguided policy than the correct guided trajectories "
+    "are on average. Seconds: the training steps of a run, on one thread."
 )
 
 
