@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,7 +64,7 @@ class Row:
     member: int
     prompt_ids: list[int]
     limit: int  # its longest response
-    generator: torch.Generator
+    generator: np.random.Generator
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
@@ -76,7 +77,7 @@ class Row:
     def uniform(self) -> float:
         """The random number of its next token. A stream of its own makes it independent of every other row."""
         if self.drawn % PAGE == 0:
-            self.uniforms = torch.rand(PAGE, dtype=torch.float64, generator=self.generator).tolist()
+            self.uniforms = self.generator.random(PAGE).tolist()
         return self.uniforms[self.drawn % PAGE]
 
     def trajectory(self) -> Trajectory:
@@ -322,10 +323,11 @@ def _check(prompts, counts, max_new_tokens, temperature, top_p, eos_ids, seed, c
             raise ValueError(f"prompt {index} has {len(prompt)} tokens and leaves no room in a context of {context}")
 
 
-def _stream(seed: int, member: int) -> torch.Generator:
+def _stream(seed: int, member: int) -> np.random.Generator:
     """A row's own random numbers. One a token is enough, because sampling inverts the cumulative distribution; they are drawn
-    on the CPU and so are the same on every device."""
-    return torch.Generator("cpu").manual_seed((seed * 1_000_003 + member) % 2**63)
+    on the CPU and so are the same on every device. Philox takes 128 bits of key; torch's CPU generator would use the lowest 32
+    bits of a seed and quietly drop the rest."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, member], dtype=np.uint64)))
 
 
 def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, cache_tokens: int | None) -> int:

@@ -29,6 +29,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ def fill_cache(net, prompts, members, pages):
     rows = []
     for p, entry in enumerate(entries):
         for _ in range(members):
-            rows.append(rollout.Row(p, 0, prompts[p], 99, torch.Generator()))
+            rows.append(rollout.Row(p, 0, prompts[p], 99, np.random.default_rng(0)))
             cache.add_row(rows[-1], entry)
     return cache, rows, logits
 
@@ -199,7 +200,7 @@ def test_paged_decoding_equals_transformers(reference, page, monkeypatch):
         if step in (2, 5, 9):  # a member of the first group, its other member (and so its prompt), the last row
             cache.drop(rows.pop({2: 1, 5: 0, 9: -1}[step]))
         if step == 7:  # a newcomer reads the second prompt
-            rows.append(rollout.Row(1, 0, prompts[1], 99, torch.Generator()))
+            rows.append(rollout.Row(1, 0, prompts[1], 99, np.random.default_rng(0)))
             cache.add_row(rows[-1], rows[0].prompt)
         got = decode_step(ours, cache, rows, [draw.randrange(4, 97) for _ in rows])
         for b, row in enumerate(rows):
@@ -438,8 +439,8 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
     finished = 0
     for p, group in enumerate(groups):
         for i, row in enumerate(group):
-            own_stream = torch.Generator().manual_seed((4 + p) * 1_000_003 + i)
-            uniforms = torch.rand(rollout.PAGE, dtype=torch.float64, generator=own_stream).tolist()
+            own_stream = np.random.Generator(np.random.Philox(key=np.array([4 + p, i], dtype=np.uint64)))
+            uniforms = own_stream.random(rollout.PAGE).tolist()
             ids, logprobs, done = reference_sampler(theirs, PROMPTS[p], uniforms, **settings)
             assert (row.prompt_ids, row.response_ids, row.finished, row.group) == (PROMPTS[p], ids, done, p)
             assert row.logprobs == pytest.approx(logprobs, abs=1e-3)
@@ -538,6 +539,13 @@ def test_alone_in_the_batch_a_row_is_the_same_bit_for_bit(small_model):
     for p, prompt in enumerate(PROMPTS):
         (alone,) = generate(small_model, [prompt], n=2, seed=[p + 1], **settings)
         assert [replace(row, group=p) for row in alone] == whole[p][:2]  # log-probs too, without any tolerance
+
+
+def test_every_bit_of_a_seed_counts(small_model):
+    settings = dict(n=2, max_new_tokens=20, temperature=1.0, top_p=1.0, eos_ids=(3,))
+    seeds = [7, 7 + 2**32, 7 + 2**40, 7 + 2**62, -7]
+    groups = generate(small_model, [PROMPTS[0]] * len(seeds), seed=seeds, **settings)
+    assert len({tuple(row.response_ids) for group in groups for row in group}) == 2 * len(seeds)
 
 
 def test_responses_end_at_every_eos_and_at_the_context(small_model):
@@ -3015,7 +3023,7 @@ def test_evaluate_with_a_real_model(eval_worker):
     args = dict(EVAL_SETTINGS, temperature=1.0, top_p=1.0, worker=eval_worker, keep_responses=True)
     problems = _eval_problems(3)
     one, two = (grading.evaluate(model, _eval_tokenizer(), problems, **args, max_rows=b) for b in (1, 6))
-    assert one == two
+    assert one == two != grading.evaluate(model, _eval_tokenizer(), problems, **(args | {"seed": 4}))
     room = 100 - len(grading.encode_chat(_eval_tokenizer(), grading.auto_messages(problems[0].problem)))
     assert 1 < room < 50  # so the context ends a response before max_new_tokens does
     samples = [sample for row in one["responses"] for sample in row["samples"]]
