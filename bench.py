@@ -481,14 +481,25 @@ def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]
     }
 
 
+def forward_flops(model: CausalLM, spans: Sequence[tuple[int, int]], head_tokens: int) -> float:
+    """Floating-point operations of one forward over sequences of (tokens that are there already, new tokens) each.
+
+    Two per weight of a block and new token, 4 * H * E per layer for each pair of a query and a key it sees, and the head.
+    """
+    config = model.config
+    weights = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
+    pairs = sum(new * before + new * (new + 1) / 2 for before, new in spans)
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
+    return 2 * weights * sum(new for _, new in spans) + attention + 2 * model.head_weight.numel() * head_tokens
+
+
 def sampling_floor(model: CausalLM, prompts, lengths: Sequence[int], group: int, limits: dict[str, float]) -> float:
     """Seconds below which this machine cannot do a workload: each step reads the weights and the keys and values of the rows
     alive once (a prompt's once for its group) or multiplies as many numbers as it has to, whichever takes longer."""
     config, weight = model.config, model.head_weight
     parameters = sum(parameter.numel() for parameter in model.parameters())
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.dtype.itemsize
-    prefill = 2 * (parameters - weight.numel()) * sum(map(len, prompts)) / limits["matmul"]
-    seconds = prefill
+    seconds = forward_flops(model, [(0, len(prompt)) for prompt in prompts], len(prompts)) / limits["matmul"]
     for step in range(1, max(lengths)):
         alive = [row for row, length in enumerate(lengths) if length > step]
         tokens = step * len(alive) + sum(len(prompts[p]) for p in {row // group for row in alive})
@@ -517,7 +528,22 @@ def bench_sampler(args, device: torch.device) -> dict[str, Any]:
     pair = model_pair(raw, args.seed, dtype, device)
     limits = machine_limits(dtype, device)
     results = [sampler_workload(*pair, workload, limits, args, device) for workload in workloads]
-    return {"model": raw, "limits": limits, "checks": checks, "workloads": results}
+    prefill = bench_prefill(pair[0], make_prompts(workloads[-1], pair[0].config.vocab_size, args.seed), limits, args, device)
+    graphs = rollout.decode_kernel(device, pair[0].config.head_dim) is not None
+    figures = {"model": raw, "cuda_graphs": graphs, "limits": limits, "checks": checks}
+    return figures | {"prefill": prefill, "workloads": results}
+
+
+def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args, device: torch.device) -> dict[str, Any]:
+    """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches."""
+    flops = forward_flops(model, [(0, len(prompt)) for prompt in prompts], len(prompts))
+    work = partial(sample_ours, model, prompts, [0], n=1, max_new_tokens=1, temperature=1.0, seed=args.seed)
+    work()
+    seconds = [measured(work, device)[1] for _ in range(args.repeats)]
+    tokens = sum(map(len, prompts))
+    share = [flops / s / limits["matmul"] for s in seconds]
+    figures = {"tokens_per_s": spread([tokens / s for s in seconds]), "share": spread(share)}
+    return figures | {"prompts": len(prompts), "tokens": tokens}
 
 
 def sampler_rivals(device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -650,6 +676,10 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
         "transformers": lambda: plain_update(theirs, optimizer, samples, run.autocast, rows=8),
     }
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
+    prompts = [(0, len(sample.auto[0].prompt_ids)) for sample in samples]  # computed once for the group, whoever does so
+    spans = prompts + [(len(row.prompt_ids), len(row.response_ids)) for sample in samples for row in sample.auto]
+    flops = 3 * forward_flops(ours, spans, tokens)  # the backward pass is twice the forward
+    peak_rate = machine_limits(getattr(torch, args.dtype), device)["matmul"]
     figures, runs = {}, []
     for repeat in range(-1, args.repeats):
         for name, work in sides.items():
@@ -658,7 +688,7 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
                 figures[name] = result  # the first update starts from equal weights
                 continue
             runs.append({"side": name, "repeat": repeat, "seconds": seconds, "tokens_per_s": tokens / seconds})
-            runs[-1]["peak_mb"] = peak / MB
+            runs[-1] |= {"peak_mb": peak / MB, "flop_share": flops / seconds / peak_rate}
             print(f"  update           {name:15}{tokens / seconds:9.1f} tokens/s {seconds:7.1f} s", flush=True)
     tolerance = 1e-3 if args.dtype == "float32" else 5e-2
     worst = abs(figures["ours"][1] - figures["transformers"][1]) / figures["transformers"][1]
@@ -928,8 +958,13 @@ def environment(args, device: torch.device) -> dict[str, Any]:
 
 
 def print_sampler(part: dict[str, Any]) -> None:
-    limits = part["limits"]
+    limits, prefill = part["limits"], part["prefill"]
     print(f"\nsampler; limits of the machine: {limits['bandwidth'] / 1e9:.1f} GB/s, {limits['matmul'] / 1e9:.0f} GFLOP/s")
+    rate, share = prefill["tokens_per_s"], {name: 100 * value for name, value in prefill["share"].items()}
+    print(
+        f"  prefill          {prefill['tokens']} prompt tokens at {rate['median']:.0f} tokens/s: "
+        f"{share['median']:.0f} % ({share['min']:.0f} to {share['max']:.0f}) of the matrix peak"
+    )
     for result in part["workloads"]:
         print_sides(result["workload"]["name"], result, "tokens_per_s", "floor_share")
 
@@ -972,7 +1007,7 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"\n{title}: not run, {report[part]['left_out']}")
             continue
         print(f"\n{title}; response tokens/s")
-        print_sides(part, report[part], "tokens_per_s")
+        print_sides(part, report[part], "tokens_per_s", "flop_share" if part == "update" else None)
     if "head" in report:
         print_head(report["head"])
     for curve in report.get("growth", {}).get("curves", ()):

@@ -19,10 +19,13 @@ Imports no sibling: copy this file alone. Axes: B rows, T tokens, D width, H que
 V vocabulary.
 """
 
+import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +169,59 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Sequences end to end in one row: sequence i is the next lengths[i] tokens and continues sequence prefixes[i], if any."""
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int | None, ...]
+    masks: dict[tuple[int, int], Tensor]  # without a kernel: (tokens of the prefix, own) -> (own, both), added to the scores
+    kernel: Callable[..., Tensor] | None  # see packed_kernel; the rest is what it needs
+    keys: Tensor | None  # (T_k,) the tokens that are looked at, a prefix's before those that continue it; None: each once
+    starts: tuple[Tensor, Tensor] | None  # (sequences + 1,) int32 each: where each one's queries begin, and its keys
+    longest: tuple[int, int]  # the most queries of a sequence, and the most keys
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int],
+        prefixes: Sequence[int | None],
+        *,
+        kernel: Callable[..., Tensor] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "Packing":
+        lengths, prefixes = tuple(lengths), tuple(prefixes)
+        before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
+        both = [b + own for b, own in zip(before, lengths, strict=True)]
+        if kernel is None:
+            masks = {}
+            for b, own in {(b, own) for b, own in zip(before, lengths, strict=True) if b}:
+                later = torch.ones(own, b + own, dtype=torch.bool, device=device).triu(b + 1)
+                masks[b, own] = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)
+            return Packing(lengths, prefixes, masks, None, None, None, (0, 0))
+        ends = [0, *itertools.accumulate(lengths)]
+        keys = None
+        if any(before):
+            own = [torch.arange(*span) for span in itertools.pairwise(ends)]
+            keys = [part for i, p in enumerate(prefixes) for part in ([own[i]] if p is None else [own[p], own[i]])]
+            keys = torch.cat(keys).to(device)
+        starts = [torch.tensor(s, dtype=torch.int32).to(device) for s in (ends, [0, *itertools.accumulate(both)])]
+        return Packing(lengths, prefixes, {}, kernel, keys, tuple(starts), (max(lengths), max(both)))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(1, T): counted from a sequence's beginning, its prefix included."""
+        begins = [0 if prefix is None else self.lengths[prefix] for prefix in self.prefixes]
+        return torch.cat([torch.arange(b, b + n, device=device) for b, n in zip(begins, self.lengths, strict=True)])[None]
+
+
+@dataclass(frozen=True)
 class Layout:
     """What one forward needs to know besides the tokens; worked out once and shared by all layers."""
 
     dtype: torch.dtype  # of activations
     cos: Tensor  # (B, T, E)
     sin: Tensor  # (B, T, E)
-    mask: Tensor | None  # (B, 1, T, T), True where a query may look; None: causal, or `lengths` decides
-    lengths: tuple[int, ...] | None  # packed layout
-    prefixes: tuple[int | None, ...]  # packed layout: which earlier sequence each one continues
-    masks: dict[tuple[int, int], Tensor]  # (length of the prefix, length) -> (T, prefix + T), added to the scores
+    mask: Tensor | None  # (B, 1, T, T), True where a query may look; None: causal, or `packing` decides
+    packing: Packing | None  # packed layout
     cache: Any  # the sampler's view of its KV cache, or None
 
 
@@ -213,19 +259,74 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Grouped-query attention: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E)."""
-    if layout.lengths is not None:  # packed: each sequence attends within itself, so no (T, T) mask and no wasted product
-        spans = list(zip(*(torch.split(x, layout.lengths, dim=2) for x in (q, k, v)), strict=True))
-        out = []
-        for (q, k, v), prefix in zip(spans, layout.prefixes, strict=True):
-            mask = None
-            if prefix is not None:  # all of the prefix, then causally its own tokens
-                mask = layout.masks[spans[prefix][1].shape[2], k.shape[2]]
-                k, v = (torch.cat(pair, dim=2) for pair in zip(spans[prefix][1:], (k, v), strict=True))
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
-        return torch.cat(out, dim=2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=True)
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Each sequence attends within itself and to all of its prefix, so there is no (T, T) mask and no wasted product.
+
+    q (1, H, T, E), k and v (1, K, T, E) -> (1, H, T, E)
+    """
+    if packing.kernel is not None:
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # (T, heads, E)
+        if packing.keys is not None:
+            k, v = k[packing.keys], v[packing.keys]  # (T_k, K, E)
+        return packing.kernel(q, k, v, *packing.starts, *packing.longest).transpose(0, 1)[None]
+    spans = list(zip(*(torch.split(x, packing.lengths, dim=2) for x in (q, k, v)), strict=True))
+    out = []
+    for (q, k, v), prefix in zip(spans, packing.prefixes, strict=True):
+        mask = None
+        if prefix is not None:  # all of the prefix, then causally its own tokens
+            mask = packing.masks[spans[prefix][1].shape[2], k.shape[2]]
+            k, v = (torch.cat(pair, dim=2) for pair in zip(spans[prefix][1:], (k, v), strict=True))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
+    return torch.cat(out, dim=2)
+
+
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """PyTorch's variable-length attention, made causal, or None where this PyTorch has none.
+
+    (q (T, H, E), k, v (T_k, K, E), starts of q, starts of k, longest q, longest k) -> (T, H, E)
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    shares_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *where: Any) -> Tensor:
+        if shares_heads:
+            return varlen_attn(q, k, v, *where, window_size=(-1, 0), enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, *where, window_size=(-1, 0))
+
+    return kernel
+
+
+@cache
+def packed_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Callable | None:
+    """The kernel for packed sequences where one can run (CUDA, half precision) and is right there; else None, which means one
+    attention call a sequence."""
+    kernel = varlen_kernel() if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else None
+    return kernel if kernel is not None and reproduces(kernel, device, dtype, heads, kv_heads, head_dim) else None
+
+
+def reproduces(kernel: Callable, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether a small example with a prefix, gradients included, comes out as one attention call a sequence has it.
+
+    Kernels have differed in where the causal diagonal lies when there are more keys than queries, and a wrong one would train
+    without an error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, n, 16, head_dim) for n in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    figures = []
+    try:
+        for choice in (kernel, None):
+            packing = Packing.of((5, 7, 4), (None, 0, None), kernel=choice, dtype=dtype, device=device)
+            with torch.enable_grad():
+                out = attend_packed(*inputs, packing)
+                figures.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    except RuntimeError:  # the card is too old for it, or this build lacks it
+        return False
+    return all(torch.allclose(a.float(), b.float(), atol=0.1, rtol=0.1) for a, b in zip(*figures, strict=True))
 
 
 class Attention(nn.Module):
@@ -248,10 +349,13 @@ class Attention(nn.Module):
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         if layout.cache is not None:  # the new tokens, packed (prefill) or one a row (decode), go to the sampler's cache
             layout.cache.write(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
-        if layout.cache is not None and layout.lengths is None:
+        if layout.packing is not None:
+            out = attend_packed(q, k, v, layout.packing)  # (B, H, T, E)
+        elif layout.cache is not None:
             out = layout.cache.attend(layer, q[:, :, 0])[:, :, None]  # (B, H, 1, E)
         else:
-            out = attend(q, k, v, layout)  # (B, H, T, E)
+            causal = layout.mask is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -330,6 +434,12 @@ class CausalLM(nn.Module):
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
 
+    def attention_kernel(self) -> Callable | None:
+        """What attends over packed sequences here, in the current dtype; see packed_kernel."""
+        config = self.config
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return packed_kernel(self.device, self.compute_dtype, *heads)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -367,17 +477,13 @@ class CausalLM(nn.Module):
         cache: Any,
     ) -> Layout:
         B, T = ids.shape
-        mask, masks = None, {}
+        mask = packing = None
         if lengths is not None:
             if B != 1 or sum(lengths) != T or positions is not None:
                 raise ValueError(f"packed input needs one row, lengths that sum to its {T} tokens, and no positions")
-            lengths, prefixes = tuple(lengths), (None,) * len(lengths) if prefixes is None else tuple(prefixes)
-            starts = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
-            spans = [torch.arange(s, s + length, device=ids.device) for s, length in zip(starts, lengths, strict=True)]
-            positions = torch.cat(spans)[None]
-            for start, length in {(s, length) for s, length in zip(starts, lengths, strict=True) if s}:
-                later = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).triu(start + 1)
-                masks[start, length] = torch.zeros_like(later, dtype=self.compute_dtype).masked_fill_(later, -math.inf)
+            prefixes = (None,) * len(lengths) if prefixes is None else prefixes
+            packing = Packing.of(lengths, prefixes, kernel=self.attention_kernel(), dtype=self.compute_dtype, device=ids.device)
+            positions = packing.positions(ids.device)
         elif cache is not None:
             if positions is None or T != 1:
                 raise ValueError("a cached forward needs lengths (prefill), or positions and one token a row (decode)")
@@ -390,7 +496,7 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (B, T, E/2), always fp32: bf16 angles lose whole positions
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, E)
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        return Layout(self.compute_dtype, cos, sin, mask, lengths, prefixes or (), masks, cache)
+        return Layout(self.compute_dtype, cos, sin, mask, packing, cache)
 
 
 # ---------------------------------------------------------------------------------------------------- build, load, save

@@ -7,9 +7,12 @@ prompt and a response are put together for a forward pass, and where guided and 
 
 What it is not: a server. One call samples one list of prompts; nothing is kept from one call to the next.
 
+A decode step has two ways. CacheView does it with torch alone, on any device. On CUDA, with paged_attention.py beside this
+file, FixedStep does the same in tensors that never move, so that the whole step is one CUDA graph.
+
 The model is any callable with model.py's forward (ids, positions, lengths=, cache=, head=) and its `config`, `device` and
-`compute_dtype`. Imports no sibling: copy this file alone. Axes: P prompts, n responses a prompt, B rows alive, N pages,
-S token slots a page, V vocabulary; H query heads, K key/value heads, G = H / K, E head width.
+`compute_dtype`. Needs no sibling: copy this file alone, or with that one. Axes: P prompts, n responses a prompt, B rows alive,
+N pages, S token slots a page, V vocabulary; H query heads, K key/value heads, G = H / K, E head width.
 """
 
 import math
@@ -88,6 +91,12 @@ def pages_for(tokens: int) -> int:
     return math.ceil(tokens / PAGE)
 
 
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the host's numbers. To CUDA they go through pinned memory: a plain copy would wait for all work so far."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class PagedCache:
     """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes.
 
@@ -101,6 +110,7 @@ class PagedCache:
         self.store = torch.empty(shape, dtype=dtype, device=device)  # a page is zeroed when it is taken
         self.own: list[Row] = []  # whose page 0, 1, 2, ... is
         self.shared: list[Prompt] = []  # whose page N - 1, N - 2, ... is
+        self.version = 0  # how often a page was taken, moved or freed: whoever holds a table of pages compares it
 
     @property
     def pages(self) -> int:
@@ -131,6 +141,7 @@ class PagedCache:
         if not self.free:
             raise RuntimeError(f"all {self.pages} pages of the KV cache are taken")
         self.store[:, :, page] = 0  # slots that hold no token are masked, but 0 * nan would still be nan
+        self.version += 1
         return page
 
     def drop(self, row: Row) -> None:
@@ -139,6 +150,7 @@ class PagedCache:
             page, innermost = row.pages.pop(), len(self.own) - 1
             self.own[page] = self._move(innermost, page, self.own[innermost])
             self.own.pop()
+        self.version += 1
         row.prompt.readers -= 1
         while row.prompt.pages and not row.prompt.readers:
             page, innermost = row.prompt.pages.pop(), self.pages - len(self.shared)
@@ -182,17 +194,17 @@ class CacheView:
 
     def __init__(self, store: Tensor, slots: Sequence[tuple[int, int]]) -> None:
         self.store = store
-        self.page, self.offset = torch.tensor(slots, device=store.device).unbind(1)  # (T,) each
+        self.page, self.offset = on_device(slots, torch.int64, store.device).unbind(1)  # (T,) each
 
     def _mask(self, filled: Sequence[int]) -> Tensor:
         """(pages, 1, 1, S), added to the scores: 0 where a slot holds a token, else -inf."""
         slots = torch.arange(PAGE, device=self.store.device)
-        empty = slots >= torch.tensor(filled, device=slots.device)[:, None]
+        empty = slots >= on_device(filled, torch.int64, slots.device)[:, None]
         return self.store.new_zeros(empty.shape).masked_fill_(empty, -math.inf)[:, None, None]
 
     def set_own(self, rows: Sequence[int], filled: Sequence[int]) -> None:
         """The batch row that each page of a response belongs to, and how many of its slots hold a token."""
-        self.own_row = torch.tensor(rows, device=self.store.device)  # (n_own,)
+        self.own_row = on_device(rows, torch.int64, self.store.device)  # (n_own,)
         self.own_mask = self._mask(filled)
 
     def set_shared(self, readers: Sequence[Sequence[int]], filled: Sequence[int], rows: int) -> None:
@@ -200,7 +212,7 @@ class CacheView:
         counted to row `rows`, which does not exist."""
         width = max(map(len, readers))
         padded = [[*group, *[rows] * (width - len(group))] for group in readers]
-        self.readers = torch.tensor(padded, device=self.store.device)  # (n_shared, M)
+        self.readers = on_device(padded, torch.int64, self.store.device)  # (n_shared, M)
         self.shared_mask = self._mask(filled)
         self.entry_row = torch.cat([self.own_row, self.readers.flatten()])  # (n_own + n_shared * M,)
 
@@ -245,6 +257,86 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tenso
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + mask  # (N, K, Q, S)
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse[..., None]).to(v.dtype) @ v, lse
+
+
+class FixedStep:
+    """A decode step of up to `places` rows whose tensors never move, so that a CUDA graph can hold it.
+
+    A step is hundreds of small kernels, and to launch them one by one takes longer than to run them; a graph is one launch.
+    It reads the parameters where they are and ends with the call of `generate` it was captured in: it cannot be stale.
+    The model takes it for its cache. Places without a row do the last row's work once more.
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, places: int, width: int, attention: Callable, pool: Any) -> None:
+        device = cache.store.device
+        self.model, self.cache, self.places, self.attention, self.pool = model, cache, places, attention, pool
+        self.tokens = torch.zeros(places, 1, dtype=torch.int64, device=device)
+        self.state = torch.zeros(5, places, dtype=torch.int64, device=device)
+        self.position, self.page, self.offset, self.prompt_length, self.own_length = self.state
+        self.table = torch.zeros(places, width, dtype=torch.int32, device=device)  # a row's pages, its prompt's first
+        self.version, self.graph = -1, None
+
+    def __call__(self, rows: Sequence[Row], tokens: Tensor) -> Tensor:
+        """tokens (B,), the newest of each row -> logits (B, V), which the next step of any FixedStep overwrites."""
+        B, device = len(rows), self.tokens.device
+        padded = [*rows, *[rows[-1]] * (self.places - B)]
+        state = [
+            (row.prompt.length + row.written, row.pages[-1], row.written % PAGE, row.prompt.length, row.written + 1)
+            for row in padded
+        ]
+        self.state.copy_(on_device(state, torch.int64, device).T)
+        if self.version != self.cache.version:
+            table = np.zeros(self.table.shape, np.int32)
+            for b, row in enumerate(padded):
+                table[b, : len(row.prompt.pages) + len(row.pages)] = row.prompt.pages + row.pages
+            self.table.copy_(on_device(table, torch.int32, device))
+            self.version = self.cache.version
+        self.tokens[:B, 0], self.tokens[B:, 0] = tokens, tokens[-1]
+        if device.type != "cuda":
+            return self.forward()[:B]
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits[:B]
+
+    def forward(self) -> Tensor:
+        return self.model(self.tokens, self.position[:, None], cache=self)[:, 0]  # (places, V)
+
+    def capture(self) -> None:
+        """Record `forward` as a graph, after one run that loads its kernels; both write what the replay will write again."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
+            self.logits = self.forward()
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.cache.store[layer, 0][self.page, :, self.offset] = k.to(self.cache.store.dtype)
+        self.cache.store[layer, 1][self.page, :, self.offset] = v.to(self.cache.store.dtype)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        kv = self.cache.store[layer]
+        return self.attention(q.to(kv.dtype), kv, self.table, self.prompt_length, self.own_length).to(q.dtype)
+
+
+def places_for(rows: int) -> int:
+    """The size of the step that decodes so many rows: 8, 16, 24, 32, 48, 64, 96, ...: few graphs, little of them idle."""
+    size = max(8, 1 << (rows - 1).bit_length())
+    return size * 3 // 4 if size > 16 and rows <= size * 3 // 4 else size
+
+
+def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
+    """The kernel for FixedStep where it can run: CUDA, Triton, paged_attention.py, a head width it has; else None."""
+    if device.type != "cuda" or head_dim not in (16, 32, 64, 128, 256):
+        return None
+    try:
+        from paged_attention import paged_attention
+    except ImportError:
+        return None
+    return paged_attention
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -340,6 +432,7 @@ def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, cac
         if model.device.type == "cuda":
             config = model.config
             numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
+            torch.cuda.empty_cache()  # what training left in PyTorch's own store of freed memory is free too
             free = torch.cuda.mem_get_info(model.device)[0]
             pages = min(pages, int(0.9 * free / (numbers * model.compute_dtype.itemsize)))
     else:
@@ -365,6 +458,11 @@ class _Sampler:
         self.tokens = torch.zeros(0, dtype=torch.int64, device=model.device)  # (B,) the newest token of each row alive
         self.unread: list[tuple[list[Row], Tensor, Tensor]] = []  # sampled, still on the device: rows, tokens, log-probs
         self.eos_ids = set(eos_ids)
+        self.kernel = decode_kernel(model.device, model.config.head_dim)
+        self.steps: dict[int, FixedStep] = {}  # by the number of places
+        self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
+        rows = [group[0] for group in groups]  # a row that was put back has part of its response in its prompt: one page more
+        self.width = max((pages_for(len(row.prompt_ids)) + pages_for(row.limit) + 1 for row in rows), default=0)
         # reading a step's tokens waits for the device, so there it is done once in eight steps; a row that ended meanwhile
         # has been decoded a few tokens too far, and those are thrown away
         self.read_every = 8 if model.device.type == "cuda" else 1
@@ -407,15 +505,15 @@ class _Sampler:
     def prefill(self, prompts: list[tuple[Prompt, int]], rows: list[Row], ids: list[int]) -> None:
         device = self.model.device
         lengths = [prompt.length for prompt, _ in prompts]
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1  # (P',) where each prompt ends
+        last = on_device(lengths, torch.int64, device).cumsum(0) - 1  # (P',) where each prompt ends
         logits = self.model(
-            torch.tensor([ids], device=device),
+            on_device([ids], torch.int64, device),
             lengths=lengths,
             cache=self.cache.prefill([prompt for prompt, _ in prompts]),
             head=lambda hidden, weight: F.linear(hidden[0, last], weight),  # only a prompt's last position is sampled from
         )  # (P', V)
-        members = torch.tensor([count for _, count in prompts], device=device)
-        token = self.draw(rows, logits.repeat_interleave(members, 0))
+        member_of = [index for index, (_, count) in enumerate(prompts) for _ in range(count)]
+        token = self.draw(rows, logits[on_device(member_of, torch.int64, device)])
         self.alive += rows
         self.tokens = torch.cat([self.tokens, token])
 
@@ -430,11 +528,20 @@ class _Sampler:
         for row in self.alive:
             if row.written % PAGE == 0:
                 self.cache.grow(row)
-        positions = torch.tensor([[row.prompt.length + row.written] for row in self.alive], device=self.model.device)
-        logits = self.model(self.tokens[:, None], positions, cache=self.cache.decode(self.alive))[:, 0]  # (B, V)
+        logits = self.decode()  # (B, V)
         for row in self.alive:
             row.written += 1
         self.tokens = self.draw(self.alive, logits)
+
+    def decode(self) -> Tensor:
+        if self.kernel is None:
+            positions = [[row.prompt.length + row.written] for row in self.alive]
+            positions = on_device(positions, torch.int64, self.model.device)
+            return self.model(self.tokens[:, None], positions, cache=self.cache.decode(self.alive))[:, 0]
+        places = places_for(len(self.alive))
+        if places not in self.steps:
+            self.steps[places] = FixedStep(self.model, self.cache, places, self.width, self.kernel, self.pool)
+        return self.steps[places](self.alive, self.tokens)
 
     def pages_missing(self) -> int:
         return sum(row.written % PAGE == 0 for row in self.alive)
@@ -448,7 +555,7 @@ class _Sampler:
 
     def draw(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
         """Sample a token for each row: logits (B, V) -> (B,)."""
-        uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits.device)
+        uniform = on_device([row.uniform() for row in rows], torch.float64, logits.device)
         token, logprob = self.draw_from(logits, uniform)
         for row in rows:
             row.drawn += 1
@@ -474,7 +581,7 @@ class _Sampler:
                     if self.on_row is not None:
                         self.on_row(row.trajectory(), row.member)
             self.alive = [row for row, stay in zip(self.alive, stays, strict=True) if stay]
-            self.tokens = self.tokens[torch.tensor(stays, device=self.tokens.device)]
+            self.tokens = self.tokens[on_device(stays, torch.bool, self.tokens.device)]
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

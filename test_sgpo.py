@@ -149,7 +149,54 @@ def test_left_padded_equals_transformers(reference):
         torch.testing.assert_close(got[row, pad:], alone, atol=1e-4, rtol=1e-4)
 
 
+def varlen_by_loops(q, k, v, q_starts, k_starts, longest_q, longest_k, window_size, enable_gqa=True):
+    """torch.nn.attention.varlen.varlen_attn as documented: (-1, 0) is causal, a sequence's last query sees all of its keys."""
+    assert window_size == (-1, 0) and enable_gqa and q.dim() == k.dim() == 3
+    spans = [list(itertools.pairwise(starts.tolist())) for starts in (q_starts, k_starts)]
+    assert spans[0][-1][1] == len(q) and spans[1][-1][1] == len(k) == len(v)
+    assert [max(b - a for a, b in span) for span in spans] == [longest_q, longest_k]
+    out = []
+    for (qa, qb), (ka, kb) in zip(*spans, strict=True):
+        mask = torch.ones(qb - qa, kb - ka, dtype=torch.bool).tril(kb - ka - (qb - qa))
+        q_, k_, v_ = (x.transpose(0, 1) for x in (q[qa:qb], k[ka:kb], v[ka:kb]))
+        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, enable_gqa=True).transpose(0, 1))
+    return torch.cat(out)
+
+
+def varlen_of_torch_2_11(q, k, v, q_starts, k_starts, longest_q, longest_k, window_size):
+    assert q.shape[1] == k.shape[1]  # it does not document that heads may be shared
+    return varlen_by_loops(q, k, v, q_starts, k_starts, longest_q, longest_k, window_size)
+
+
+@pytest.fixture(params=["sequences", "varlen", "varlen of torch 2.11"])
+def packed_way(request, monkeypatch):
+    """Packed attention one call a sequence, and in one variable-length call, PyTorch's kernel replaced by a slow loop."""
+    if request.param != "sequences":
+        loops = varlen_by_loops if request.param == "varlen" else varlen_of_torch_2_11
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loops)
+        monkeypatch.setattr(models, "packed_kernel", lambda *_: models.varlen_kernel())
+
+
+def test_a_kernel_with_another_diagonal_is_not_taken():
+    def from_the_first_key(q, k, v, q_starts, k_starts, *longest):
+        out = []
+        for (qa, qb), (ka, kb) in zip(itertools.pairwise(q_starts), itertools.pairwise(k_starts), strict=True):
+            parts = (x.transpose(0, 1) for x in (q[qa:qb], k[ka:kb], v[ka:kb]))
+            out.append(F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(0, 1))
+        return torch.cat(out)
+
+    def missing(*_):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    shape = (CPU, torch.float32, 6, 2, 16)
+    assert models.reproduces(partial(varlen_by_loops, window_size=(-1, 0)), *shape)
+    assert not models.reproduces(from_the_first_key, *shape)
+    assert not models.reproduces(missing, *shape)
+    assert models.packed_kernel(*shape) is None  # it would need CUDA
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("packed_way")
 def test_packed_equals_each_sequence_alone(reference):
     theirs, ours, _ = reference
     lengths = [7, 1, 19]
@@ -224,6 +271,42 @@ def test_a_full_cache_is_an_error(small_model):
 
 
 @torch.no_grad()
+def test_paged_attention_kernel():
+    """The Triton kernel against a loop over keys picked one by one: on a GPU, or in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed (torch's CUDA builds bring it)")
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", "import test_sgpo; test_sgpo.check_paged_attention_kernel()"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **interpret}, check=True, timeout=600)
+
+
+def check_paged_attention_kernel():  # in a process of its own: Triton reads TRITON_INTERPRET when it is imported
+    from paged_attention import paged_attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompt, own = torch.tensor([1, 16, 17, 33, 0]), torch.tensor([1, 5, 16, 10, 20])
+    tolerances = {torch.float32: 1e-5, torch.float16: 4e-3}
+    if device.type == "cuda":  # the interpreter cannot multiply bf16
+        tolerances[torch.bfloat16] = 3e-2
+    for dtype, tolerance in tolerances.items():
+        for H, K, E in ((6, 2, 16), (9, 3, 64), (4, 4, 32), (12, 1, 128)):
+            generator = torch.Generator().manual_seed(0)
+            q = torch.randn(5, H, E, generator=generator).to(dtype)
+            kv = torch.randn(2, 23, K, 16, E, generator=generator).to(dtype)
+            table = torch.randperm(23, generator=generator)[:20].view(5, 4).int()
+            want = gathered_attention(q.double(), kv.double(), table, prompt, own)
+            used = torch.zeros(23, 16, dtype=torch.bool)
+            for b in range(5):
+                for start, length in ((0, prompt[b]), (-(-prompt[b] // 16), own[b])):
+                    for t in range(length):
+                        used[table[b, start + t // 16], t % 16] = True
+            kv.transpose(2, 3)[:, ~used] = math.nan  # what holds no token is never read
+            arguments = [x.to(device) for x in (q, kv, table, prompt, own)]
+            for splits in (1, 3, 8):
+                got = paged_attention(*arguments, splits).cpu()
+                torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
 def test_page_attention_without_the_cpu_kernel():
     q, k, v = torch.randn(3, 5, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     mask = torch.zeros(5, 1, 1, 4)
@@ -426,12 +509,34 @@ def reference_sampler(net, prompt, uniforms, *, max_new_tokens, temperature, top
     return ids[len(prompt) :], logprobs, False
 
 
+def gathered_attention(q, kv, table, prompt_length, own_length):
+    """What paged_attention computes, row by row and head by head, over keys that are picked from the pages one at a time."""
+    S, out = kv.shape[3], torch.empty_like(q)
+    for b in range(len(q)):
+        prompt, own = int(prompt_length[b]), int(own_length[b])
+        slots = [(t // S, t % S) for t in range(prompt)] + [(-(-prompt // S) + t // S, t % S) for t in range(own)]
+        k, v = torch.stack([kv[:, int(table[b, page]), :, slot] for page, slot in slots], 2)  # (K, tokens, E) each
+        for h in range(q.shape[1]):
+            head = h * kv.shape[2] // q.shape[1]
+            out[b, h] = torch.softmax(k[head] @ q[b, h] / math.sqrt(q.shape[2]), 0) @ v[head]
+    return out
+
+
+@pytest.fixture(params=["pages", "fixed"])
+def decode_way(request, monkeypatch):
+    """Both ways of a decode step: CacheView, and FixedStep with the kernel's place taken by a slow loop."""
+    if request.param == "fixed":
+        monkeypatch.setattr(rollout, "decode_kernel", lambda device, head_dim: gathered_attention)
+    return request.param
+
+
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
 STOPS = (3, 20, 21, 22, 23, 24)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (0.6, 0.95), (1.3, 0.5), (0.0, 1.0)])
+@pytest.mark.usefixtures("decode_way")
 def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
     theirs, ours, _ = reference
     settings = dict(max_new_tokens=12, temperature=temperature, top_p=top_p, eos_ids=STOPS)
@@ -449,6 +554,7 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("decode_way")
 def test_sampler_logprobs_equal_a_teacher_forced_pass(reference):
     theirs, ours, _ = reference
     for temperature in (1.0, 0.7):
@@ -459,6 +565,7 @@ def test_sampler_logprobs_equal_a_teacher_forced_pass(reference):
                 torch.testing.assert_close(torch.tensor(row.logprobs), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_same_seed_same_rows_whatever_the_batch(small_model):
     settings = dict(n=3, max_new_tokens=15, temperature=1.0, top_p=1.0, eos_ids=STOPS)
     whole = generate(small_model, PROMPTS, seed=[1, 2, 3], **settings)
@@ -472,6 +579,7 @@ def test_same_seed_same_rows_whatever_the_batch(small_model):
     assert [[r.response_ids for r in g] for g in generate(small_model, PROMPTS, seed=7, **settings)] != tokens
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_a_small_cache_makes_rows_wait_and_never_changes_them(small_model, monkeypatch):
     """9 rows of up to 57 tokens in a cache that holds a few: rows wait, are put back, and end as they would have alone."""
     monkeypatch.setattr(rollout, "PAGE", 4)
@@ -497,6 +605,7 @@ def test_a_small_cache_makes_rows_wait_and_never_changes_them(small_model, monke
         generate(small_model, PROMPTS, cache_tokens=63, **settings)
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_a_long_row_does_not_hold_up_the_others(small_model, monkeypatch):
     """One of two places is taken by a row of 50 tokens; 20 rows of two pass through the other one meanwhile."""
     prompts, ends = [[5, 6], *[[7 + p] for p in range(20)]], [50, *[2] * 20]
@@ -517,6 +626,7 @@ def test_a_long_row_does_not_hold_up_the_others(small_model, monkeypatch):
     assert steps["decode"] == 49  # as many as the long row needs by itself: its first token comes with the prompt
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_reading_tokens_late_changes_nothing(small_model, monkeypatch):
     """On a GPU the tokens are read back every few steps; rows that end in between are decoded too far and cut."""
     settings = dict(n=5, max_new_tokens=30, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=3)
@@ -533,6 +643,7 @@ def test_reading_tokens_late_changes_nothing(small_model, monkeypatch):
     ]
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_alone_in_the_batch_a_row_is_the_same_bit_for_bit(small_model):
     settings = dict(max_new_tokens=20, temperature=1.0, top_p=1.0, eos_ids=STOPS, max_rows=1)
     whole = generate(small_model, PROMPTS, n=3, seed=[1, 2, 3], **settings)
@@ -548,6 +659,7 @@ def test_every_bit_of_a_seed_counts(small_model):
     assert len({tuple(row.response_ids) for group in groups for row in group}) == 2 * len(seeds)
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_responses_end_at_every_eos_and_at_the_context(small_model):
     groups = generate(small_model, PROMPTS, n=16, max_new_tokens=1000, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=0)
     rows = [row for group in groups for row in group]
@@ -563,6 +675,7 @@ def test_responses_end_at_every_eos_and_at_the_context(small_model):
     small_model.eval()
 
 
+@pytest.mark.usefixtures("decode_way")
 def test_sampler_uses_the_trainers_weights(small_model):
     settings = dict(n=1, max_new_tokens=8, temperature=0.0, top_p=1.0, eos_ids=STOPS, seed=0)
     before = generate(small_model, PROMPTS, **settings)
@@ -619,6 +732,64 @@ def test_sample_at_the_ends_of_the_unit_interval():
     token, logprob = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
     assert token.tolist() == [513, 1500]
     torch.testing.assert_close(logprob, torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
+
+
+@pytest.fixture(scope="module")
+def on_both():
+    """The same Qwen3 on the CPU and on a GPU, fp32, with a head width that the kernels have."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = ModelConfig.from_dict({**FAMILIES["qwen3"].to_dict(), "model_type": "qwen3", "head_dim": 64})
+    return [
+        build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=torch.device(kind))
+        for kind in ("cpu", "cuda")
+    ]
+
+
+def test_gpu_samples_what_the_cpu_samples(on_both, monkeypatch):
+    cpu, gpu = on_both
+    captured, capture = [], rollout.FixedStep.capture
+    monkeypatch.setattr(rollout.FixedStep, "capture", lambda self: (captured.append(self.places), capture(self)))
+    settings = dict(n=6, max_new_tokens=40, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=[1, 2, 3])
+    for change in ({}, {"top_p": 0.9, "temperature": 0.7}, {"max_rows": 5}, {"cache_tokens": 9 * rollout.PAGE}):
+        want, got = (generate(net, PROMPTS, **{**settings, **change}) for net in (cpu, gpu))
+        rows = [list(itertools.chain(*groups)) for groups in (want, got)]
+        assert [row.response_ids for row in rows[0]] == [row.response_ids for row in rows[1]]
+        for a, b in zip(*rows, strict=True):
+            assert b.logprobs == pytest.approx(a.logprobs, abs=1e-3)
+    assert {8, 24} <= set(captured)  # graphs were used, of more than one size
+    monkeypatch.setattr(rollout, "decode_kernel", lambda *_: None)  # and the way without them
+    assert [[row.response_ids for row in g] for g in generate(gpu, PROMPTS, **settings)] == [
+        [row.response_ids for row in g] for g in generate(cpu, PROMPTS, **settings)
+    ]
+
+
+def test_gpu_sampler_sees_a_changed_weight(on_both):
+    _, gpu = on_both
+    settings = dict(n=1, max_new_tokens=8, temperature=0.0, top_p=1.0, eos_ids=STOPS, seed=0)
+    before = generate(gpu, PROMPTS, **settings)
+    with torch.no_grad():
+        gpu.model.layers[0].mlp.down_proj.weight.mul_(-3)
+    changed = generate(gpu, PROMPTS, **settings)
+    with torch.no_grad():
+        gpu.model.layers[0].mlp.down_proj.weight.div_(-3)
+    assert changed != before and generate(gpu, PROMPTS, **settings) == before
+
+
+def test_gpu_gradient_of_a_packed_row(on_both):
+    """bf16 with the variable-length kernel against fp32 on the CPU."""
+    contexts = [random_ids(1, 7, 1)[0].tolist()] * 3 + [random_ids(1, 3, 2)[0].tolist()]
+    responses = [random_ids(1, n, 10 + n)[0].tolist() for n in (5, 1, 9, 4)]
+    gradients = []
+    for net in on_both:
+        net.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=net.device.type == "cuda"):
+            assert (net.attention_kernel() is None) == (net.device.type == "cpu")
+            packed = pack(contexts, responses, device=net.device)
+            logits = net(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes)[0, packed.predict]
+        F.cross_entropy(logits.float(), packed.targets).backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in net.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_memory_is_flat_over_many_calls():
@@ -689,6 +860,7 @@ def test_pack_computes_a_shared_context_once():
     assert micro_batches(costs, 8, rollout.shared_tokens(contexts)) == [[0, 1], [2], [3], [4]]
 
 
+@pytest.mark.usefixtures("packed_way")
 def test_sequences_that_share_a_context_equal_transformers_and_its_gradient(reference):
     """Logits and weight gradients of a packed row whose responses share their contexts, against a sequence at a time."""
     theirs, ours, _ = reference
@@ -3574,7 +3746,11 @@ def test_bench_workloads_and_their_floor_by_hand():
     slow_memory = bench.sampling_floor(small, [[1] * 5], [2, 3], 2, {"bandwidth": 1.0, "matmul": 1e30})
     assert slow_memory == pytest.approx(2 * 4 * parameters + key_bytes * ((2 + 5) + (2 + 5)))
     slow_product = bench.sampling_floor(small, [[1] * 5], [2, 3], 2, {"bandwidth": 1e30, "matmul": 1.0})
-    assert slow_product == pytest.approx(2 * parameters * 3 + 2 * (parameters - head) * 5)
+    block = 48 * 48 + 2 * 48 * 16 + 48 * 48 + 3 * 48 * 96  # queries, keys and values, output, MLP
+    prefill = 2 * 2 * block * 5 + 2 * 4 * 6 * 8 * (1 + 2 + 3 + 4 + 5) + 2 * head
+    assert slow_product == pytest.approx(2 * parameters * 3 + prefill)
+    behind = bench.forward_flops(small, [(3, 2)], 2) - bench.forward_flops(small, [(0, 2)], 2)
+    assert behind == 2 * 4 * 6 * 8 * (2 * 3)  # two tokens see three more
 
 
 def test_bench_typo_is_an_error(tmp_path):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from eval import MathWorker, Problem, evaluate, is_correct, load_problems, sample_and_grade
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, encode_chat, load_model, save_model
-from rollout import Packed, Trajectory, generate, micro_batches, pack, shared_tokens
+from rollout import Packed, Trajectory, decode_kernel, generate, micro_batches, pack, shared_tokens
 from strategy import auto_messages, guided_messages
 from weighting import (
     group_advantage_weight,
@@ -973,6 +973,7 @@ def train(cfg: Config, device: torch.device) -> None:
         say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
         if cfg.data in (TINY["data"], STARTER["data"]):
             say(f"data: {'the tiny world' if cfg.data == TINY['data'] else 'the starter set'} (data/README.md says what it is)")
+        say(attention_ways(run))
         say(f"{len(for_sft)} problems for SFT, {len(for_rl)} for {cfg.method}, {len(held_out)} held out")
         table: dict[str, dict[str, dict[str, float]]] = {}
 
@@ -996,6 +997,17 @@ def train(cfg: Config, device: torch.device) -> None:
         if world()[0] == 0:
             save_model(run.model, run.tokenizer, run.out / "model")
         say(accuracy_table(table) + f"\nmodel saved in {run.out / 'model'}")
+
+
+def attention_ways(run: Run) -> str:
+    """Which of the ways to compute attention this machine takes; the results are the same to rounding, the speed is not."""
+    with run.autocast():
+        packed = run.model.attention_kernel() is not None
+    paged = decode_kernel(run.device, run.model.config.head_dim) is not None
+    return (
+        f"attention: {'one variable-length call' if packed else 'one call a sequence'} in training, "
+        f"{'CUDA graphs with the kernel of paged_attention.py' if paged else 'pages with torch alone'} in sampling"
+    )
 
 
 def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
