@@ -218,8 +218,7 @@ class CacheView:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v (T, K, E): the keys and values of the new tokens go to their slots."""
-        self.store[layer, 0][self.page, :, self.offset] = k.to(self.store.dtype)
-        self.store[layer, 1][self.page, :, self.offset] = v.to(self.store.dtype)
+        write_slots(self.store[layer], self.page, self.offset, k, v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """One decode step's attention over pages: q (B, H, E) -> (B, H, E).
@@ -245,6 +244,12 @@ class CacheView:
         total = torch.zeros_like(top).index_add_(0, self.entry_row, share)
         mixed = total.new_zeros(B + 1, *out.shape[1:]).index_add_(0, self.entry_row, share[..., None] * out)
         return (mixed / total[..., None])[:B].to(q.dtype).view(B, H, E)
+
+
+def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
+    """Put k and v (T, K, E) into slots `offset` of pages `page`, (T,) each, of one layer's kv (2, N, K, S, E)."""
+    kv[0][page, :, offset] = k.to(kv.dtype)
+    kv[1][page, :, offset] = v.to(kv.dtype)
 
 
 def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,8 +319,7 @@ class FixedStep:
             self.logits = self.forward()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.cache.store[layer, 0][self.page, :, self.offset] = k.to(self.cache.store.dtype)
-        self.cache.store[layer, 1][self.page, :, self.offset] = v.to(self.cache.store.dtype)
+        write_slots(self.cache.store[layer], self.page, self.offset, k, v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         kv = self.cache.store[layer]
