@@ -55,6 +55,7 @@ import train
 from eval import MathWorker, Problem
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
+from parallel import control_group, shard, start_ranks, whole_model
 from rollout import generate, pack
 from weighting import group_advantages
 
@@ -596,11 +597,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def bench_run(model: CausalLM, tokenizer: Any, worker: Any, args, device: torch.device, **changes: Any) -> train.Run:
-    """A training run as train.prepare would make it, around a model that exists. bf16: fp32 weights under autocast."""
+    """A training run as train.prepare would make it, around a model that exists."""
     cfg = replace(train.Config(), method="grpo", sft_fraction=0.0, micro_tokens=2048 if device.type == "cpu" else 16384)
     cfg = replace(cfg, **changes)
+    shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), partial(autocast, args, device))
+    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), control_group(timeout_minutes=10))
 
 
 def autocast(args, device: torch.device) -> Any:
@@ -673,7 +675,7 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
     sides = {
         "ours": lambda: [(m := train.update(run, samples, 1e-6))["loss"], m["grad_norm"]],
-        "transformers": lambda: plain_update(theirs, optimizer, samples, run.autocast, rows=8),
+        "transformers": lambda: plain_update(theirs, optimizer, samples, partial(autocast, args, device), rows=8),
     }
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
     prompts = [(0, len(sample.auto[0].prompt_ids)) for sample in samples]  # computed once for the group, whoever does so
@@ -834,8 +836,8 @@ def bench_growth(args, device: torch.device) -> dict[str, Any]:
             options = dict(n=workload.group, max_new_tokens=0, temperature=1.0, eos_ids=(), lengths=lengths, seed=args.seed)
 
             def sampling(prompts=prompts, options=options):
-                with run.autocast():
-                    sample_ours(model, prompts, **options)
+                with whole_model(model) as policy:
+                    sample_ours(policy, prompts, **options)
 
             works = {"sampling": sampling, "update": partial(train.update, run, samples, 1e-6)}
             for name, work in works.items():
@@ -1054,7 +1056,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts, print the tables, write the JSON. Returns 1 where a check failed."""
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = start_ranks(args.device, timeout_minutes=10)
     report: dict[str, Any] = environment(args, device)
     setting = f"{report['device']}, {report['shape']}, {args.dtype}, {args.threads} threads, seed {args.seed}"
     print(f"{setting}, load {report['load_before'][0]:.2f}", flush=True)

@@ -176,6 +176,8 @@ def _worker_main() -> None:
     import sys
     from multiprocessing.connection import Connection
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's business; when it ends, so does the pipe
+        signal.signal(number, signal.SIG_IGN)
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -190,7 +192,6 @@ def _worker_main() -> None:
 
     pipe, memory, alarm = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; when it ends, so does the pipe
     # One comparison to load what sympy and antlr import late: not on the clock of the first question.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -592,6 +593,7 @@ def evaluate(
     max_rows: int = 64,
     cache_tokens: int | None = None,
     keep_responses: bool = False,
+    show: bool = True,
 ) -> dict:
     """n samples per problem, graded: summarise()'s figures, plus "responses" if they are to be kept.
 
@@ -599,6 +601,7 @@ def evaluate(
     guided          put each row's strategy into the prompt
     max_rows        responses decoded at once, and cache_tokens the size of the KV cache: see rollout.generate
     keep_responses  "responses": per problem its id and, per sample, text, correct, truncated and length in tokens
+    show            a progress bar
 
     ValueError, before anything is sampled, for no problems, a row without a strategy when guided, and a prompt that
     fills the context.
@@ -609,7 +612,7 @@ def evaluate(
     groups, graded = sample_and_grade(
         model, tokenizer, prompts, [problem.answer for problem in problems], worker, n=n, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, seed=seeds, max_rows=max_rows, cache_tokens=cache_tokens,
-        progress="guided" if guided else "auto",
+        progress=("guided" if guided else "auto") if show else None,
     )  # fmt: skip
     rows = [
         [

@@ -23,7 +23,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -553,16 +553,21 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
     Raises ValueError naming the file for an unknown architecture, and missing, truncated or mismatching weights.
     """
     folder = resolve_model(name_or_path)
+    model, tokenizer = blank_model(folder)
+    load_weights(model, folder, dtype=dtype, device=torch.device(device))
+    return model.to(device), tokenizer
+
+
+def blank_model(folder: Path) -> tuple[CausalLM, Any]:
+    """(model, tokenizer) of a folder, the model with shapes only, on the meta device: nothing is read or allocated yet."""
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is not None:
         config = replace(config, eos_ids=_merge_ids(config.eos_ids, tokenizer.eos_token_id))
     if not config.eos_ids:
         raise ValueError(f"{folder}: neither its configs nor its tokenizer name an end-of-sequence id")
-    with torch.device("meta"):  # shapes only: nothing is allocated until the checkpoint's own tensors take their places
-        model = CausalLM(config)
-    load_weights(model, folder, dtype=dtype, device=torch.device(device))
-    return model.to(device), tokenizer
+    with torch.device("meta"):
+        return CausalLM(config), tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -603,27 +608,36 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_weights(model: CausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
     """Fill the model (on any device, meta too) from the folder's safetensors; every name and shape must match."""
-    expected = model.state_dict()
-    weights: dict[str, Tensor] = {}
+    weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def read_weights(
+    model: CausalLM, folder: Path, *, device: torch.device, rows: Callable[[str], slice] = lambda name: slice(None)
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name with its tensor, or only some rows of it, from the folder's safetensors, in the files' order.
+
+    rows    name -> the part of the first axis to read; the rest stays on the disk
+    Raises ValueError naming the file, also at the end, where names are left that no file held.
+    """
+    missing = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
                         continue  # old exports store the angles, and some a copy of the tied head
-                    tensor = tensors.get_tensor(name)
-                    if name not in expected:
-                        raise ValueError(f"{file}: tensor {name!r} has no place in a {model.config.model_type} model")
-                    if tensor.shape != expected[name].shape:
-                        shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected[name].shape)}"
-                        raise ValueError(f"{file}: {name} has shape {shapes}")
-                    weights[name] = tensor.to(dtype)
+                    part = tensors.get_slice(name)
+                    if name not in missing:
+                        raise ValueError(f"{file}: tensor {name!r} has no place in a {model.config.model_type} model, or two")
+                    expected, shape = missing.pop(name), tuple(part.get_shape())
+                    if shape != expected:
+                        raise ValueError(f"{file}: {name} has shape {shape}, config.json says {expected}")
+                    yield name, part[rows(name)]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: broken or truncated safetensors file ({error})") from error
-    missing = sorted(set(expected) - set(weights))
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its weights, the first is {missing[0]!r}")
-    model.load_state_dict(weights, strict=True, assign=True)
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its weights, the first is {min(missing)!r}")
 
 
 def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -50,7 +50,9 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
 ALWAYS = ("step", "reward_auto", "entropy", "length_auto", "length_guided")
 GUIDED = ("reward_guided", "alpha")  # logged as 0 by methods without a guided group: there they are no measurement
 SEEDS = ("seed", "data_seed", "sampling_seed")
-MACHINE = ("max_rows", "cache_tokens", "recompute", "micro_tokens", "chunk_tokens", "device")  # change the cost, not the result
+# these change the cost, not the result
+MACHINE = "max_rows cache_tokens recompute micro_tokens chunk_tokens device shard_ranks offload timeout_minutes resume".split()
+MACHINE += ["checkpoint_minutes", "keep_checkpoints", "max_skipped"]
 MAY_DIFFER = {*SEEDS, *MACHINE, "out", "model", "data", "eval_data"}
 CHUNK_TOKENS = 256  # tokens whose logits exist at once
 

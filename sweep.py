@@ -237,7 +237,8 @@ def run_job(job: Job, folder: Path) -> str | None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()  # the commands run in the repository's root, where the data's paths begin
-    commands = [["train.py", *job.flags, "--seed", str(job.seed), "--out", str(folder)]]
+    alone = ["--seed", str(job.seed), "--out", str(folder), "--checkpoint_minutes", "inf"]  # a run that was cut off starts anew
+    commands = [["train.py", *job.flags, *alone]]
     if job.also_eval:
         settings = ["--n", "4", "--max_new_tokens", "32", "--max_rows", "1024", "--out", str(folder / "also.json")]
         commands.append(["eval.py", "--model", str(folder / "model"), "--data", job.also_eval, *settings])

@@ -4,24 +4,28 @@
     python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
     torchrun --nproc_per_node=2 train.py ...                            the same, problems dealt to ranks
 
-One process per device; every rank holds the whole model and gradients are summed over ranks (sharding is not here yet). The
-result does not depend on the number of ranks: a problem's random numbers come from (seed, step, problem), and every loss is
-divided by a count over the whole optimizer step.
+One process per device; weights, gradients and optimizer states are sharded over the ranks (parallel.py). The result does not
+depend on the number of ranks: a problem's random numbers come from (seed, step, problem), and every loss is divided by a count
+over the whole optimizer step. For the same reason a run that was cut off and goes on (--resume, checkpoint.py) ends where an
+uninterrupted one does.
 
 The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, choose the target, update. What the paper leaves
 open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
 the methods part: what is sampled (sample_problems), what is decided (weigh), which loss (policy_terms).
 
-Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py. Axes: P problems, G and J group sizes, M tokens.
+Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py, parallel.py, checkpoint.py. Axes: P problems, G and J
+group sizes, M tokens.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,9 +41,26 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 from eval import MathWorker, Problem, evaluate, is_correct, load_problems, sample_and_grade
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
-from model import CausalLM, encode_chat, load_model, save_model
+from model import CausalLM, blank_model, encode_chat, packed_kernel, resolve_model, save_model
+from parallel import (
+    RankLost,
+    clip_gradients,
+    control_group,
+    deal,
+    load_sharded,
+    meet,
+    model_on_host,
+    over_ranks,
+    padded,
+    same_on_all_ranks,
+    shard,
+    start_ranks,
+    whole_model,
+    world,
+)
 from rollout import Packed, Trajectory, decode_kernel, generate, micro_batches, pack, shared_tokens
 from strategy import auto_messages, guided_messages
 from weighting import (
@@ -52,6 +73,7 @@ from weighting import (
 )
 
 HERE = Path(__file__).resolve().parent
+LOGS = ("metrics.jsonl", "samples.jsonl")
 # the fields that every training row must have
 METHODS = {"sgpo": ("strategy",), "grpo": (), "luffy": ("solution",), "hpt": ("solution",), "sft": ("solution",)}
 
@@ -129,11 +151,24 @@ class Config:
     eval_temperature: float = knob(0.6, "[paper]")
     eval_top_p: float = knob(0.95, "[paper]")
     # machine
-    recompute: bool = knob(False, "recompute each block in the backward pass: far less memory, a third more work")
+    recompute: bool = knob(True, "recompute each block in the backward pass: far less memory, a third more work")
     dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
-    device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one")
+    device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
+    shard_ranks: int = knob(0, "ranks that share one copy of the weights, others hold replicas (HSDP); 0: all ranks")
+    offload: bool = knob(False, "keep fp32 weights, gradients and optimizer states in host memory")
+    timeout_minutes: float = knob(60.0, "a rank that waits longer than this for the others ends the run")
+    # what a crash costs
+    resume: bool = knob(False, "go on from the newest whole checkpoint in --out; its settings need not be given again")
+    checkpoint_minutes: float = knob(10.0, "a checkpoint behind the first step that ends so long after the last; inf: none")
+    keep_checkpoints: int = knob(2, "checkpoints that stay on the disk; the second is for when the first is damaged")
+    max_skipped: int = knob(10, "updates left out for a loss or gradient that is not finite, before the run ends")
 
 
+# settings that change what a run costs or keeps, not what it computes: they may be others after --resume
+MAY_CHANGE = (
+    "out max_rows cache_tokens micro_tokens chunk_tokens recompute device shard_ranks offload timeout_minutes "
+    "resume checkpoint_minutes keep_checkpoints max_skipped"
+).split()
 TINY = dict(
     model=str(HERE / "data/tiny/base"),
     data=str(HERE / "data/tiny/train.jsonl"),
@@ -149,6 +184,7 @@ TINY = dict(
     sft_fraction=0.0,
     sft_learning_rate=3e-4,
     eval_guided=True,
+    recompute=False,
 )
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
 
@@ -168,6 +204,15 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}
     if given.get("data"):
         preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
+    stored = stored_config(Path(given["out"])) if given.get("resume") and given.get("out") else None
+    if stored:
+        preset = stored
+        other = {name: (stored.get(name), value) for name, value in given.items() if name not in MAY_CHANGE}
+        changed = [f"  --{name}: {old!r} there, {new!r} here" for name, (old, new) in other.items() if old != new]
+        unknown = sorted(set(stored) ^ set(Config.__dataclass_fields__))
+        if changed or unknown:
+            changed += [f"  {name}: not a setting of both versions of this code" for name in unknown]
+            parser.error(f"--resume: {given['out']} holds a run with other settings\n" + "\n".join(changed))
     cfg = Config(**{**preset, **given})
     streams = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
     cfg = dataclasses.replace(cfg, **streams)
@@ -175,6 +220,15 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     if problem:
         parser.error(problem)
     return cfg if cfg.out else dataclasses.replace(cfg, out=f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def stored_config(out: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder: the first line of its metrics.jsonl; None where there is no such line (yet)."""
+    try:
+        with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+            return json.loads(file.readline())["config"]
+    except (FileNotFoundError, json.JSONDecodeError):  # a run that was killed before it had written the whole line
+        return None
 
 
 def _first_bad(cfg: Config) -> str | None:
@@ -203,44 +257,24 @@ def _first_bad(cfg: Config) -> str | None:
     for name in "sft_fraction sft_guided".split():
         if not 0 <= getattr(cfg, name) <= 1:
             return f"--{name} {getattr(cfg, name)}: must be within 0 and 1"
+    if cfg.resume and not cfg.out:
+        return "--resume: say with --out which run to go on with"
+    if cfg.keep_checkpoints < 2:
+        return f"--keep_checkpoints {cfg.keep_checkpoints}: must be at least 2, for when the newest is damaged"
+    for name in ("checkpoint_minutes", "max_skipped", "shard_ranks"):
+        if not getattr(cfg, name) >= 0:
+            return f"--{name} {getattr(cfg, name)}: must not be negative"
     if cfg.problems_per_step < cfg.minibatches:
         return f"--minibatches {cfg.minibatches}: more than the {cfg.problems_per_step} problems of a step"
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- ranks and seeds
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of ranks); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def over_ranks(values: dict[str, float], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
-    """Each value summed (or another op) over the ranks, in float64. Every rank must call it with the same names."""
-    names = sorted(values)
-    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total, op)
-    return dict(zip(names, total.tolist(), strict=True))
+# ---------------------------------------------------------------------------------------------------- seeds
 
 
 def stream_seed(*names: Any) -> int:
     """A 63-bit seed for a named stream of random numbers: equal names, equal seed, on every machine and rank."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
-
-
-def start_ranks(cfg: Config) -> torch.device:
-    """Join the other ranks if torchrun started us; the device of this one."""
-    use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device(
-        "cpu" if cfg.device == "auto" else cfg.device
-    )
-    if use_cuda:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return device
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -261,8 +295,38 @@ class Example:
 
 
 @dataclass
+class Progress:
+    """What a run has done so far. With the weights and the moments it is all that a run is made of: the order of the data and
+    every random number follow from the seeds and these counts."""
+
+    sft_steps: int = 0
+    rl_steps: int = 0
+    evaluated: int = 0  # the last RL step with a periodic evaluation behind it
+    skipped: int = 0  # updates left out because the loss or the gradient was not finite
+    table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # held-out accuracy: when, kind
+
+
+class Interrupted(Exception):
+    """SIGTERM came: what is going on is given up, and the run ends with a checkpoint."""
+
+
+class Stop:
+    """The handler of SIGTERM: asks the run to end, and cuts short what may be cut short."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.at_once = False
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        self.asked = True
+        if self.at_once:
+            self.at_once = False
+            raise Interrupted
+
+
+@dataclass
 class Run:
-    """What every part of the loop needs. Nothing here is changed by a step but the model's and the optimizer's tensors."""
+    """What every part of the loop needs. A step changes the tensors of the model and the optimizer, and the progress."""
 
     cfg: Config
     model: CausalLM
@@ -271,7 +335,11 @@ class Run:
     worker: MathWorker
     device: torch.device
     out: Path
-    autocast: Callable[[], Any]  # a fresh context each time: its cache of cast weights must not outlive one pass
+    control: dist.ProcessGroup
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
+    lock: Any = None  # rank 0's hold on the folder
 
 
 def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
@@ -318,6 +386,35 @@ def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, st
     return chosen
 
 
+def my_share(batch: Sequence[Any], costs: Sequence[float]) -> list[Any]:
+    """This rank's part of a batch."""
+    rank, ranks = world()
+    return [batch[i] for i in deal(costs, ranks)[rank]]
+
+
+def expected_length(problem: Problem) -> int:
+    """A guess at how long responses will be, in characters: as long as the strong model's, where that is known [ours]."""
+    return len(problem.solution or problem.problem)
+
+
+def interruptible(run: Run, work: Callable[[], Any]) -> Any:
+    """The result of work that differs from rank to rank, communicates nothing and changes nothing that is kept; behind it the
+    ranks meet. Interrupted on all of them where SIGTERM came to one, which cuts its own work short."""
+    result = None
+    try:
+        try:
+            run.stop.at_once = True
+            if not run.stop.asked:
+                result = work()
+        finally:
+            run.stop.at_once = False
+    except Interrupted:
+        pass
+    if meet(run.control, int(run.stop.asked)):
+        raise Interrupted
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- one SGPO step
 
 
@@ -340,6 +437,11 @@ class TargetItem:
     alpha: float
 
 
+# what a rank passes through the model, with weight 0, where other ranks still have work and it has none
+NO_TRAJECTORY = PolicyItem(Trajectory([0], [0], [0.0], finished=True, group=0), advantage=0.0)
+NO_TARGET = TargetItem([0], [0], [0], alpha=0.0)
+
+
 @dataclass
 class ProblemSamples:
     """What one problem brought in: trajectories, rewards, and the decisions taken from them."""
@@ -360,10 +462,13 @@ class ProblemSamples:
 
 def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
     """One step of SGPO [paper], or of a baseline: its metrics, over all ranks. `batch` is this rank's share."""
-    start = time.perf_counter()
-    samples = sample_problems(run, batch, step)  # G1 alone and G2 guided from the same policy, reward 1 or 0
-    sampled = time.perf_counter()
-    weigh(run, samples, step)  # advantages A_i, adaptive weight alpha(q), reachable target o+
+    start, timeouts = time.perf_counter(), run.worker.timeouts
+    with whole_model(run.model) as policy:
+        same_on_all_ranks(policy, run.device)
+        # G1 alone and G2 guided from the same policy, reward 1 or 0; each rank has its own amount of work
+        samples = interruptible(run, lambda: sample_problems(run, policy, batch, step))
+        sampled = time.perf_counter()
+        weigh(run, policy, samples, step)  # advantages A_i, adaptive weight alpha(q), reachable target o+
     updates = []
     for part in range(run.cfg.minibatches):  # cut by the place in the whole batch: the same problems on any number of ranks
         chosen = [s for s in samples if s.place * run.cfg.minibatches // run.cfg.problems_per_step == part]
@@ -371,11 +476,14 @@ def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learnin
     metrics = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
     # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
     metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
-    metrics |= {"step": step, "learning_rate": learning_rate}
-    return metrics | describe(run, samples, step, sampled - start, time.perf_counter() - start)
+    metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
+    seconds = {"sampling_s": sampled - start, "step_s": time.perf_counter() - start}
+    return metrics | describe(run, samples, step, run.worker.timeouts - timeouts, seconds)
 
 
-def sample_problems(run: Run, batch: Sequence[tuple[int, Example]], step: int) -> list[ProblemSamples]:
+def sample_problems(
+    run: Run, policy: CausalLM, batch: Sequence[tuple[int, Example]], step: int
+) -> list[ProblemSamples]:
     """Sample both groups of every problem and grade them. Only sgpo has a guided group."""
     cfg = run.cfg
     places, examples = [place for place, _ in batch], [example for _, example in batch]
@@ -390,21 +498,20 @@ def sample_problems(run: Run, batch: Sequence[tuple[int, Example]], step: int) -
         seeds += streams("guided")
         counts += [cfg.group_guided] * len(examples)
     answers = [example.problem.answer for example in examples]
-    with run.autocast():
-        groups, graded = sample_and_grade(
-            run.model,
-            run.tokenizer,
-            prompts,
-            answers * (len(prompts) // max(len(examples), 1)),
-            run.worker,
-            n=counts,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
-            seed=seeds,
-            max_rows=cfg.max_rows,
-            cache_tokens=cfg.cache_tokens or None,
-        )
+    groups, graded = sample_and_grade(
+        policy,
+        run.tokenizer,
+        prompts,
+        answers * (len(prompts) // max(len(examples), 1)),
+        run.worker,
+        n=counts,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
+        seed=seeds,
+        max_rows=cfg.max_rows,
+        cache_tokens=cfg.cache_tokens or None,
+    )
     rewards = [[float(correct) for _, correct in group] for group in graded]
     guided, guided_rewards = groups[len(examples) :], rewards[len(examples) :]
     if not guided:
@@ -415,7 +522,7 @@ def sample_problems(run: Run, batch: Sequence[tuple[int, Example]], step: int) -
     ]
 
 
-def weigh(run: Run, samples: list[ProblemSamples], step: int) -> None:
+def weigh(run: Run, policy: CausalLM, samples: list[ProblemSamples], step: int) -> None:
     """Fill in each problem's advantages and what else its method decides: alpha(q) and target, or the use of the solution."""
     if not samples:
         return  # this rank has no problem in this step
@@ -432,7 +539,7 @@ def weigh(run: Run, samples: list[ProblemSamples], step: int) -> None:
         for sample, gated in zip(samples, hpt_gate(rewards, cfg.hpt_gate).tolist(), strict=True):
             sample.gated, sample.solution_advantage = gated, 1.0 if gated else None  # hpt_loss asks for no advantage there
     if cfg.method == "sgpo":
-        weigh_guidance(run, samples, rewards, step)
+        weigh_guidance(run, policy, samples, rewards, step)
 
 
 def weigh_luffy(run: Run, samples: list[ProblemSamples], rewards: Tensor) -> None:
@@ -444,7 +551,9 @@ def weigh_luffy(run: Run, samples: list[ProblemSamples], rewards: Tensor) -> Non
         sample.advantages, sample.solution_advantage = row, last
 
 
-def weigh_guidance(run: Run, samples: list[ProblemSamples], auto_rewards: Tensor, step: int) -> None:
+def weigh_guidance(
+    run: Run, policy: CausalLM, samples: list[ProblemSamples], auto_rewards: Tensor, step: int
+) -> None:
     """SGPO: alpha(q) and the target o+ of each problem, or what an ablation puts in their place."""
     cfg = run.cfg
     guided_rewards = torch.tensor([sample.guided_rewards for sample in samples])  # (P, J)
@@ -454,7 +563,7 @@ def weigh_guidance(run: Run, samples: list[ProblemSamples], auto_rewards: Tensor
         alpha = group_advantage_weight(auto_rewards, guided_rewards, cfg.alpha_0, cfg.alpha_max)
     else:
         alpha = torch.full((len(samples),), cfg.alpha_0)
-    reach = unguided_logprobs(run, samples)  # P lists of J
+    reach = unguided_logprobs(run, policy, samples)  # P lists of J
     for p, sample in enumerate(samples):
         correct = guided_rewards[p] > 0
         sample.alpha, sample.reach = alpha[p].item(), reach[p]
@@ -466,7 +575,7 @@ def weigh_guidance(run: Run, samples: list[ProblemSamples], auto_rewards: Tensor
 
 
 @torch.no_grad()
-def unguided_logprobs(run: Run, samples: list[ProblemSamples]) -> list[list[float]]:
+def unguided_logprobs(run: Run, policy: CausalLM, samples: list[ProblemSamples]) -> list[list[float]]:
     """log pi(o~_j | q): each guided trajectory's log-probability without the strategy, for the choice of o+."""
     pairs = [(sample.example.auto_ids, row.response_ids) for sample in samples for row in sample.guided]
     scores: list[float] = []
@@ -474,7 +583,7 @@ def unguided_logprobs(run: Run, samples: list[ProblemSamples]) -> list[list[floa
     for indices in micro_batches(costs, run.cfg.micro_tokens, saved):
         packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
         terms = partial(sft_terms, weight=torch.ones((), device=run.device))
-        _, stats = head_pass(run, packed, terms, (packed.targets,))
+        _, stats = head_pass(policy, packed, terms, (packed.targets,), run.cfg.chunk_tokens)
         total = torch.zeros(len(indices), device=run.device).index_add_(0, packed.sequence, stats["logprob"])
         if run.cfg.reach == "mean":
             total = total / torch.bincount(packed.sequence, minlength=len(indices))
@@ -497,12 +606,14 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
     count = over_ranks(local, run.device)
     sums, worst = backward_policy(run, policy, max(count["tokens"], 1))
     sums |= backward_distillation(run, targets, count["problems"])
-    grad_norm = apply_gradients(run, learning_rate, skip_above=run.cfg.hpt_max_norm if run.cfg.method == "hpt" else math.inf)
-
     sums = over_ranks(sums, run.device)
+    loss = sums["policy_loss"] + sums["distillation_loss"]
+    skip_above = run.cfg.hpt_max_norm if run.cfg.method == "hpt" else math.inf
+    grad_norm = apply_gradients(run, learning_rate, loss, skip_above=skip_above)
+
     tokens, target_tokens = max(sums["own_tokens"], 1), max(sums["target_tokens"], 1)
     return {
-        "loss": sums["policy_loss"] + sums["distillation_loss"],
+        "loss": loss,
         "policy_loss": sums["policy_loss"],
         "distillation_loss": sums["distillation_loss"],
         "entropy": sums["entropy"] / tokens,
@@ -551,11 +662,14 @@ def backward_policy(run: Run, items: list[PolicyItem], tokens: float) -> tuple[d
         part = [item for item, without in zip(items, dead, strict=True) if without != gradient]
         contexts = [item.trajectory.prompt_ids for item in part]
         costs = [len(c) + len(item.trajectory.response_ids) for c, item in zip(contexts, part, strict=True)]
-        for indices in micro_batches(costs, run.cfg.micro_tokens, shared_tokens(contexts)):
+        for indices in padded(micro_batches(costs, run.cfg.micro_tokens, shared_tokens(contexts)), run.device):
+            chosen, weight = ([part[i] for i in indices], 1 / tokens) if indices else ([NO_TRAJECTORY], 0.0)
             with torch.set_grad_enabled(gradient):
-                loss, stats, old, own = policy_pass(run, [part[i] for i in indices], 1 / tokens)
+                loss, stats, old, own = policy_pass(run, chosen, weight)
             if gradient:
                 loss.backward()
+            if not indices:
+                continue
             sums["policy_loss"] += loss.item()
             sums["solutions"] += sum(part[i].demonstration for i in indices)
             if own.any():
@@ -581,9 +695,11 @@ def backward_distillation(run: Run, items: list[TargetItem], problems: float) ->
     """Accumulate the gradient of the weighted, clipped KL over micro-batches: sums of this rank's diagnostics."""
     sums = dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in items]
-    for indices in micro_batches(costs, run.cfg.micro_tokens):
-        loss, stats = distillation_pass(run, [items[i] for i in indices], problems)
+    for indices in padded(micro_batches(costs, run.cfg.micro_tokens), run.device):
+        loss, stats = distillation_pass(run, [items[i] for i in indices] or [NO_TARGET], problems)
         loss.backward()
+        if not indices:
+            continue
         sums["distillation_loss"] += loss.item()
         sums["target_tokens"] += stats["divergence"].numel()
         sums["kl"] += stats["divergence"].sum().item()
@@ -591,14 +707,15 @@ def backward_distillation(run: Run, items: list[TargetItem], problems: float) ->
     return sums
 
 
-def head_pass(run: Run, packed: Packed, terms: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def head_pass(
+    model: CausalLM, packed: Packed, terms: Any, inputs: Sequence[Tensor], chunk_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward over a packed batch, its response tokens through the chunked head: (loss, per-token stats)."""
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return chunked_head(hidden[0, packed.predict], weight, terms, inputs, chunk_tokens=run.cfg.chunk_tokens)
+        return chunked_head(hidden[0, packed.predict], weight, terms, inputs, chunk_tokens=chunk_tokens)
 
-    with run.autocast():
-        return run.model(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes, head=head)
+    return model(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes, head=head)
 
 
 def policy_pass(
@@ -618,7 +735,7 @@ def policy_pass(
     inputs = (packed.targets, old, advantages, torch.full_like(old, token_weight))
     if run.cfg.method in ("luffy", "hpt"):
         inputs += (demonstration,)
-    loss, stats = head_pass(run, packed, policy_terms(run.cfg), inputs)
+    loss, stats = head_pass(run.model, packed, policy_terms(run.cfg), inputs, run.cfg.chunk_tokens)
     return loss, stats, old, ~demonstration
 
 
@@ -643,7 +760,7 @@ def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tup
     responses = [item.response_ids for item in items]
     guided = pack([item.guided_ids for item in items], responses, device=device)
     unguided = pack([item.auto_ids for item in items], responses, device=device)  # row m of both predicts the same token
-    with torch.no_grad(), run.autocast():
+    with torch.no_grad():
         guided_hidden = run.model(
             guided.input_ids, lengths=guided.lengths, prefixes=guided.prefixes, head=lambda h, _: h[0, guided.predict]
         )  # (M, D)
@@ -655,35 +772,41 @@ def distillation_pass(run: Run, items: list[TargetItem], problems: float) -> tup
         terms = partial(distillation_terms, head_weight=weight, **settings)
         return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=cfg.chunk_tokens)
 
-    with run.autocast():
-        return run.model(unguided.input_ids, lengths=unguided.lengths, prefixes=unguided.prefixes, head=head)
+    return run.model(unguided.input_ids, lengths=unguided.lengths, prefixes=unguided.prefixes, head=head)
 
 
-def apply_gradients(run: Run, learning_rate: float, skip_above: float = math.inf) -> float:
-    """Sum the gradients over ranks, clip them by their global norm, step; the norm before clipping.
+class NotFinite(RuntimeError):
+    """Too many updates had a loss or a gradient that was not finite."""
 
-    Every rank takes part, also one that had no token: its gradient is zero. The losses are already divided by global counts,
-    so the sum over ranks is the gradient. Where its norm exceeds `skip_above` there is no step (HPT's safeguard [code]).
+
+def apply_gradients(run: Run, learning_rate: float, loss: float, skip_above: float = math.inf) -> float:
+    """Clip the gradients by their norm over all parameters and ranks, and step; the norm before clipping.
+
+    The losses are divided by counts over all ranks, so the sum over ranks, which FSDP makes, is the gradient. `loss` is over
+    all ranks too. Where it or the norm is not finite, there is no step, on any rank, and the progress counts it; nor is there
+    where the norm exceeds `skip_above` (HPT's safeguard [code]).
     """
-    parameters = list(run.model.parameters())
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if dist.is_initialized():
-            dist.all_reduce(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient norm is {norm}: stopped before the weights are lost")
+    norm = clip_gradients(list(run.model.parameters()), run.cfg.max_grad_norm)
+    finite = math.isfinite(norm) and math.isfinite(loss)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    if norm <= skip_above:
+    if finite and norm <= skip_above:
         run.optimizer.step()
     run.optimizer.zero_grad()
+    if not finite:
+        run.progress.skipped += 1
+        if run.progress.skipped > run.cfg.max_skipped:
+            raise NotFinite(
+                f"{run.progress.skipped} updates were left out because the loss or the gradient norm was not finite "
+                f"(now {loss} and {norm}), --max_skipped allows {run.cfg.max_skipped}"
+            )
     return norm
 
 
-def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: float, total_s: float) -> dict[str, float]:
-    """What was sampled, in numbers over all ranks; the trajectories go to samples.jsonl (rank 0's first problem)."""
+def describe(
+    run: Run, samples: list[ProblemSamples], step: int, timeouts: int, seconds: dict[str, float]
+) -> dict[str, float]:
+    """What was sampled, in numbers over all ranks; the trajectories of the batch's first problem go to samples.jsonl."""
     auto = [row for sample in samples for row in sample.auto]
     guided = [row for sample in samples for row in sample.guided]
     local = {
@@ -700,7 +823,7 @@ def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: flo
         "truncated": sum(not row.finished for row in auto),
         "auto_tokens": sum(len(row.response_ids) for row in auto),
         "guided_tokens": sum(len(row.response_ids) for row in guided),
-        "grader_timeouts": run.worker.timeouts,
+        "grader_timeouts": timeouts,
     }
     total = over_ranks(local, run.device)
     if world()[0] == 0 and samples:
@@ -719,9 +842,8 @@ def describe(run: Run, samples: list[ProblemSamples], step: int, sampling_s: flo
         "length_guided": total["guided_tokens"] / max(total["guided"], 1),
         "sampled_tokens": tokens,
         "grader_timeouts": total["grader_timeouts"],
-        "sampling_s": sampling_s,
-        "step_s": total_s,
-        "tokens_per_s": tokens / total_s,
+        **seconds,
+        "tokens_per_s": tokens / seconds["step_s"],
     }
 
 
@@ -758,24 +880,28 @@ def sft_stage(run: Run, examples: Sequence[Example], log: Callable[[dict[str, An
     cfg = run.cfg
     rank, ranks = world()
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
-    for step in tqdm(range(steps), desc="sft", disable=rank > 0):
-        batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")[rank::ranks]
+    for step in tqdm(range(run.progress.sft_steps, steps), "sft", steps, initial=run.progress.sft_steps, disable=rank > 0):
+        batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
+        batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
         pairs = [sft_pair(example, step, place, cfg) for place, example in batch]
         costs = [len(context) + len(response) for context, response in pairs]
         tokens = over_ranks({"tokens": sum(len(response) for _, response in pairs)}, run.device)["tokens"]
         total = 0.0
-        for indices in micro_batches(costs, cfg.micro_tokens):
-            packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
-            weight = torch.full(packed.targets.shape, 1 / tokens, device=run.device)
-            loss, _ = head_pass(run, packed, sft_terms, (packed.targets, weight))
+        for indices in padded(micro_batches(costs, cfg.micro_tokens), run.device):
+            contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
+            packed = pack(contexts, responses, device=run.device)
+            weight = torch.full(packed.targets.shape, 1 / tokens if indices else 0.0, device=run.device)
+            loss, _ = head_pass(run.model, packed, sft_terms, (packed.targets, weight), cfg.chunk_tokens)
             loss.backward()
             total += loss.item()
         learning_rate = cfg.sft_learning_rate * (1 - step / steps)
-        norm = apply_gradients(run, learning_rate)
         total = over_ranks({"loss": total}, run.device)["loss"]
+        norm = apply_gradients(run, learning_rate, total)
         log({"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": learning_rate})
         if rank == 0:
             tqdm.write(f"sft {step + 1:>4}/{steps}  loss {total:.4f}  grad norm {norm:.2f}")
+        run.progress.sft_steps = step + 1
+        after_step(run, last=step + 1 == steps)
 
 
 def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
@@ -786,20 +912,36 @@ def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list
 
 def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem], log: Callable[[dict], None]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
-    cfg = run.cfg
-    rank, ranks = world()
+    cfg, progress = run.cfg, run.progress
+    rank = world()[0]
     steps = rl_steps(cfg, len(examples))
-    for step in tqdm(range(steps), desc=cfg.method, disable=rank > 0):
-        batch = data_order(examples, step, cfg.problems_per_step, cfg.data_seed, "rl")[rank::ranks]
+    for step in tqdm(range(progress.rl_steps, steps), cfg.method, steps, initial=progress.rl_steps, disable=rank > 0):
+        if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
+            accuracy = measure(run, held_out, guided=False)
+            log({"stage": "eval", "step": step, **accuracy})
+            progress.evaluated = step
+            if rank == 0:
+                tqdm.write(f"eval after step {step}: accuracy {accuracy['accuracy']:.3f} +- {accuracy['stderr']:.3f}")
+        batch = data_order(examples, step, cfg.problems_per_step, cfg.data_seed, "rl")
+        batch = my_share(batch, [expected_length(example.problem) for _, example in batch])
         metrics = sgpo_step(run, batch, step + 1, learning_rate_at(cfg, step, steps))
         log({"stage": cfg.method, **metrics})
         if rank == 0:
             tqdm.write(step_line(metrics, steps))
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps and held_out:
-            accuracy = measure(run, held_out, guided=False)
-            log({"stage": "eval", "step": step + 1, **accuracy})
-            if rank == 0:
-                tqdm.write(f"eval after step {step + 1}: accuracy {accuracy['accuracy']:.3f} +- {accuracy['stderr']:.3f}")
+        progress.rl_steps = step + 1
+        after_step(run, last=step + 1 == steps)
+
+
+def after_step(run: Run, *, last: bool) -> None:
+    """Behind every step: a checkpoint where one is due, by rank 0's clock or at a stage's end, and the end of the run where
+    SIGTERM asked for it."""
+    every = 60 * run.cfg.checkpoint_minutes
+    due = world()[0] == 0 and (time.monotonic() - run.saved_at >= every or (last and every < math.inf))
+    word = meet(run.control, 2 if run.stop.asked else int(due))
+    if word == 2:
+        raise Interrupted
+    if word == 1:
+        save_progress(run)
 
 
 def rl_steps(cfg: Config, examples: int) -> int:
@@ -827,34 +969,39 @@ def step_line(metrics: dict[str, float], steps: int) -> str:
 def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str, float]:
     """Held-out accuracy over all ranks, each evaluating its share of the problems."""
     cfg = run.cfg
-    rank, ranks = world()
-    mine = list(range(rank, len(problems), ranks))
+    mine = my_share(problems, [expected_length(problem) for problem in problems])
     sums = {"mean": 0.0, "square": 0.0, "truncated": 0.0, "length": 0.0}
-    if mine:
-        with run.autocast():
-            result = evaluate(
-                run.model,
-                run.tokenizer,
-                [problems[i] for i in mine],
-                n=cfg.eval_n,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.eval_temperature,
-                top_p=cfg.eval_top_p,
-                seed=stream_seed(cfg.seed, "eval") % 2**31,  # the same draws at every evaluation, on any number of ranks
-                worker=run.worker,
-                guided=guided,
-                max_rows=cfg.max_rows,
-                cache_tokens=cfg.cache_tokens or None,
-                keep_responses=True,
-            )
-        for response in result["responses"]:
-            mean, cut, length = (
-                sum(sample[name] for sample in response["samples"]) / cfg.eval_n for name in ("correct", "truncated", "length")
-            )
-            sums["mean"] += mean
-            sums["square"] += mean * mean
-            sums["truncated"] += cut
-            sums["length"] += length
+
+    def work() -> list[dict[str, Any]]:
+        if not mine:
+            return []
+        return evaluate(
+            policy,
+            run.tokenizer,
+            mine,
+            n=cfg.eval_n,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.eval_temperature,
+            top_p=cfg.eval_top_p,
+            seed=stream_seed(cfg.seed, "eval") % 2**31,  # the same draws at every evaluation, on any number of ranks
+            worker=run.worker,
+            guided=guided,
+            max_rows=cfg.max_rows,
+            cache_tokens=cfg.cache_tokens or None,
+            keep_responses=True,
+            show=world()[0] == 0,
+        )["responses"]
+
+    with whole_model(run.model) as policy:
+        responses = interruptible(run, work)
+    for response in responses:
+        mean, cut, length = (
+            sum(sample[name] for sample in response["samples"]) / cfg.eval_n for name in ("correct", "truncated", "length")
+        )
+        sums["mean"] += mean
+        sums["square"] += mean * mean
+        sums["truncated"] += cut
+        sums["length"] += length
     sums = over_ranks(sums, run.device)
     P = len(problems)
     accuracy = sums["mean"] / P
@@ -875,24 +1022,24 @@ def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str,
 
 def show_samples(run: Run, problem: Problem, when: str) -> None:
     """Print one response alone and one guided, to the same problem, at the evaluation's settings (rank 0)."""
-    if world()[0]:
-        return
     prompts = {"alone": auto_messages(problem.problem)}
     if problem.strategy is not None:
         prompts["guided"] = guided_messages(problem.problem, problem.strategy)
+    with whole_model(run.model) as policy:
+        if world()[0]:
+            return
+        groups = generate(
+            policy,
+            [encode_chat(run.tokenizer, messages) for messages in prompts.values()],
+            n=1,
+            max_new_tokens=run.cfg.max_new_tokens,
+            temperature=run.cfg.eval_temperature,
+            top_p=run.cfg.eval_top_p,
+            eos_ids=run.model.config.eos_ids,
+            seed=[stream_seed(run.cfg.seed, "show")] * len(prompts),
+        )
     tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
-    for kind, messages in prompts.items():
-        with run.autocast():
-            ((row,),) = generate(
-                run.model,
-                [encode_chat(run.tokenizer, messages)],
-                n=1,
-                max_new_tokens=run.cfg.max_new_tokens,
-                temperature=run.cfg.eval_temperature,
-                top_p=run.cfg.eval_top_p,
-                eos_ids=run.model.config.eos_ids,
-                seed=stream_seed(run.cfg.seed, "show"),
-            )
+    for kind, (row,) in zip(prompts, groups, strict=True):
         text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
         verdict = "right" if is_correct(text, problem.answer, run.worker) else "wrong"
         tqdm.write(f"  {kind:>6} ({verdict}): {text}")
@@ -908,27 +1055,96 @@ def code_commit() -> str:
         return "unknown"
 
 
-def open_log(cfg: Config, device: torch.device) -> Callable[[dict[str, Any]], None]:
+def open_log(run: Run) -> Callable[[dict[str, Any]], None]:
     """Make the run's folder; metrics.jsonl begins with the config, the commit and the machine. Only rank 0 writes.
 
     Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
     """
-    out = Path(cfg.out)
-    rank, ranks = world()
-    if rank == 0 and (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out}: holds a run already (metrics.jsonl); name another folder")
+    out, (rank, ranks) = run.out, world()
+    there = over_ranks({"there": rank == 0 and (out / "metrics.jsonl").exists()}, run.device)["there"]
+    if there and not run.cfg.resume:
+        raise ValueError(f"--out {out}: holds a run already (metrics.jsonl); name another folder, or --resume it")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        run.lock = lock(out)
+    if over_ranks({"busy": rank == 0 and run.lock is None}, run.device)["busy"]:
+        raise ValueError(f"--out {out}: another process is training there (ranks can outlive a torchrun that was killed)")
 
     def log(record: dict[str, Any]) -> None:
         if rank == 0:
             with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    versions = {"commit": code_commit(), "torch": torch.__version__, "device": name, "ranks": ranks}
-    log({"config": dataclasses.asdict(cfg), **versions})
+    if not (run.cfg.resume and resume(run)):
+        cuda = run.device.type == "cuda"
+        name = torch.cuda.get_device_name(run.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+        versions = {"commit": code_commit(), "torch": torch.__version__, "device": name, "ranks": ranks}
+        log({"config": dataclasses.asdict(run.cfg), **versions})
     return log
+
+
+def lock(out: Path) -> Any:
+    """An open file that keeps others from training into the folder until it is closed or we die; None where another has it."""
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return file.close()
+    return file
+
+
+def save_progress(run: Run) -> None:
+    """A checkpoint of the run as it is now, with the lengths of its logs: what a later crash writes behind them is cut off."""
+    sizes = {}
+    if world()[0] == 0:
+        for file in (run.out / name for name in LOGS):
+            if file.exists():
+                with file.open("a") as handle:
+                    os.fsync(handle.fileno())
+                sizes[file.name] = file.stat().st_size
+    progress = run.progress
+    state = {"progress": dataclasses.asdict(progress), "config": dataclasses.asdict(run.cfg), "logs": sizes}
+    state |= {"data": data_digests(run.cfg), "commit": code_commit(), "torch": torch.__version__, "ranks": world()[1]}
+    name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
+    keep = run.cfg.keep_checkpoints
+    save_checkpoint(run.out / "checkpoints", name, run.model, run.optimizer, state, keep=keep)
+    run.saved_at = time.monotonic()
+
+
+def resume(run: Run) -> bool:
+    """Go on from the newest whole checkpoint: weights, moments, progress, and the logs cut to where they were then.
+
+    False where there is none: what an earlier run logged is removed, for it starts from the beginning. ValueError where the
+    checkpoint is of other settings or data.
+    """
+    say = tqdm.write if world()[0] == 0 else lambda _: None
+    path, state, refused = find_checkpoint(run.out / "checkpoints")
+    for reason in refused:
+        say(f"a checkpoint is damaged and passed over: {reason}")
+    if path is not None:
+        now = {"config": dataclasses.asdict(run.cfg), "data": data_digests(run.cfg)}
+        for kind, there in (("config", state["config"]), ("data", state["data"])):
+            pairs = {name: (there.get(name), now[kind].get(name)) for name in there | now[kind] if name not in MAY_CHANGE}
+            differ = [f"  {name}: {old!r} there, {new!r} here" for name, (old, new) in pairs.items() if old != new]
+            if differ:
+                raise ValueError(f"{path}: its {kind} differs\n" + "\n".join(differ))
+        if state["commit"] != code_commit():
+            say(f"note: the checkpoint is of commit {state['commit']}, this code is {code_commit()}")
+        load_checkpoint(path, run.model, run.optimizer)
+        run.progress = Progress(**state["progress"])
+    if world()[0] == 0:
+        for file in (run.out / name for name in LOGS):
+            if file.exists():
+                os.truncate(file, state["logs"].get(file.name, 0) if path else 0)
+    done = run.progress
+    say(f"resumed: {path}, {done.sft_steps} SFT and {done.rl_steps} RL steps" if path else "nothing to resume: from the start")
+    return path is not None
+
+
+def data_digests(cfg: Config) -> dict[str, str]:
+    """SHA-256 of the problem files, which a resumed run must find unchanged."""
+    files = {"data": cfg.data, "eval_data": cfg.eval_data}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
 
 
 def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Problem]]:
@@ -939,13 +1155,20 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
         held_out = held_out[: cfg.eval_limit]
     if cfg.eval_guided and any(problem.strategy is None for problem in held_out):
         raise ValueError(f"{cfg.eval_data}: --eval_guided needs a strategy in every row")
-    model, tokenizer = load_model(cfg.model, dtype=torch.float32, device=device)
+    folder = resolve_model(cfg.model)
+    model, tokenizer = blank_model(folder)
     examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
     model.model.recompute = cfg.recompute
+    shard(model, device=device, dtype=compute_dtype(cfg, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
+    load_sharded(model, folder, torch.device("cpu") if cfg.offload else device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext
-    return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), autocast), examples, held_out
+    control = control_group(cfg.timeout_minutes)
+    return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), control), examples, held_out
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Of activations and of the gathered weights."""
+    return torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda") else torch.float32
 
 
 def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example], list[Example]]:
@@ -960,50 +1183,80 @@ def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example],
     return shuffled[:cut], shuffled[cut:]
 
 
+class Refused(Exception):
+    """A run that cannot be what was asked for; the message says why."""
+
+
 def train(cfg: Config, device: torch.device) -> None:
-    """Warm-up, RL, the evaluations between, and the model folder at the end."""
+    """Check everything, then the run; SIGTERM ends it with a checkpoint."""
     say = tqdm.write if world()[0] == 0 else lambda _: None
+    if cfg.resume and (Path(cfg.out) / "model").exists():
+        return say(f"--resume: the run in {cfg.out} is finished")
     with MathWorker() as worker:
         try:
             run, examples, held_out = prepare(cfg, device, worker)
             for_sft, for_rl = split_examples(examples, cfg)
-            log = open_log(cfg, device)
+            log = open_log(run)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            raise Refused(str(error)) from error
         say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
         if cfg.data in (TINY["data"], STARTER["data"]):
             say(f"data: {'the tiny world' if cfg.data == TINY['data'] else 'the starter set'} (data/README.md says what it is)")
         say(attention_ways(run))
         say(f"{len(for_sft)} problems for SFT, {len(for_rl)} for {cfg.method}, {len(held_out)} held out")
-        table: dict[str, dict[str, dict[str, float]]] = {}
+        before = signal.signal(signal.SIGTERM, run.stop)
+        try:
+            stages(run, for_sft, for_rl, held_out, log)
+        except Interrupted:
+            save_progress(run)
+            say(f"SIGTERM: a checkpoint is in {run.out / 'checkpoints'}; the same command with --resume goes on from it")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            if run.lock is not None:
+                run.lock.close()
 
-        def evaluate_as(when: str, step: int) -> None:
-            for kind in ["alone", "guided"] if cfg.eval_guided else ["alone"]:
-                if held_out:
-                    table.setdefault(when, {})[kind] = measure(run, held_out, guided=kind == "guided")
-                    log({"stage": "eval", "when": when, "step": step, **table[when][kind]})
 
-        shown = held_out[0] if held_out else examples[0].problem
+def stages(
+    run: Run, for_sft: list[Example], for_rl: list[Example], held_out: list[Problem], log: Callable[[dict[str, Any]], None]
+) -> None:
+    """Warm-up, RL, the evaluations between, and the model folder at the end; what the progress says is done is passed over."""
+    cfg, progress = run.cfg, run.progress
+
+    def evaluate_as(when: str, step: int) -> None:
+        for kind in ["alone", "guided"] if cfg.eval_guided else ["alone"]:
+            if held_out and kind not in progress.table.get(when, {}):
+                accuracy = measure(run, held_out, guided=kind == "guided")
+                progress.table.setdefault(when, {})[kind] = accuracy
+                log({"stage": "eval", "when": when, "step": step, **accuracy})
+
+    shown = held_out[0] if held_out else (for_rl or for_sft)[0].problem
+    if progress == Progress():
         show_samples(run, shown, "before")
-        evaluate_as("base", 0)
-        if for_sft:
-            sft_stage(run, for_sft, log)
-            evaluate_as("after SFT", 0)
-        if for_rl:
+    evaluate_as("base", 0)
+    if for_sft:
+        sft_stage(run, for_sft, log)
+        evaluate_as("after SFT", 0)
+    if for_rl:
+        if progress.rl_steps == 0:
             run.optimizer.state.clear()  # RL starts with fresh moments: those of SFT are of another loss and scale
-            rl_stage(run, for_rl, held_out, log)
-            evaluate_as(f"after {cfg.method}", rl_steps(cfg, len(for_rl)))
-        show_samples(run, shown, "after")
-        if world()[0] == 0:
-            save_model(run.model, run.tokenizer, run.out / "model")
-        say(accuracy_table(table) + f"\nmodel saved in {run.out / 'model'}")
+        rl_stage(run, for_rl, held_out, log)
+        evaluate_as(f"after {cfg.method}", rl_steps(cfg, len(for_rl)))
+    show_samples(run, shown, "after")
+    gathered = model_on_host(run.model, compute_dtype(cfg, run.device))  # in the dtype that it sampled in
+    if gathered is not None:
+        part = run.out / "model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        save_model(gathered, run.tokenizer, part)
+        part.rename(run.out / "model")  # the last act: a folder `model` is whole, and its run is finished
+        tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.out / 'model'}")
 
 
 def attention_ways(run: Run) -> str:
     """Which of the ways to compute attention this machine takes; the results are the same to rounding, the speed is not."""
-    with run.autocast():
-        packed = run.model.attention_kernel() is not None
-    paged = decode_kernel(run.device, run.model.config.head_dim) is not None
+    config, dtype = run.model.config, compute_dtype(run.cfg, run.device)
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    packed = packed_kernel(run.device, dtype, *heads) is not None
+    paged = decode_kernel(run.device, config.head_dim) is not None
     return (
         f"attention: {'one variable-length call' if packed else 'one call a sequence'} in training, "
         f"{'CUDA graphs with the kernel of paged_attention.py' if paged else 'pages with torch alone'} in sampling"
@@ -1021,11 +1274,15 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(argv)
-    device = start_ranks(cfg)
+    joined = dist.is_initialized()
+    device = start_ranks(cfg.device, cfg.timeout_minutes)
     try:
         train(cfg, device)
+    except (Refused, CheckpointError, NotFinite, RankLost) as error:
+        where = f" on rank {world()[0]}" if world()[1] > 1 else ""
+        sys.exit(f"error{where}: {error}")
     finally:
-        if dist.is_initialized():
+        if not joined:
             dist.destroy_process_group()
 
 
