@@ -3,9 +3,11 @@
     python report.py curves runs/sgpo runs/grpo --out pictures      one folder a method, in it one run a seed
     python report.py rows results/tiny/table.csv --out pictures/table
     python report.py tokens --data data/tiny/test.jsonl --model data/tiny/base --after runs/x/model --out map.html
+    python report.py bench results/bench --out results/bench.md
 
 `curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics as PNG and SVG.
 `rows` draws one column of a csv that sweep.py wrote: every row with its seeds, or the effect of a knob.
+`bench` puts the reports of bench.py together in one Markdown page, and `growth` draws the one that shows how the cost grows.
 `divergence` says which tokens carry the strategy, by mean d_t over many problems.
 `tokens` writes one HTML page without any outside resource: every token of the reachable target coloured by its divergence d_t,
 computed by the functions that training uses, before training and (--after) after it, for the same token ids. Both pictures are
@@ -21,6 +23,8 @@ import argparse
 import csv
 import json
 import math
+import os
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +35,10 @@ from itertools import islice
 from pathlib import Path
 from textwrap import fill
 from typing import Any
+from urllib.parse import quote
 
 # torch, the sibling files that need it, and matplotlib (requirements-dev.txt) are imported inside the functions that use them:
-# curves need no torch, which takes seconds to load, and the token map no matplotlib.
+# curves and the page of figures need no torch, which takes seconds to load, and the token map no matplotlib.
 
 # Okabe and Ito's colour-blind-safe colours without yellow, which is lost on white, in a fixed order: first group, first colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -393,10 +398,10 @@ def write_rows(args: argparse.Namespace) -> list[Path]:
 
 def write_growth(args: argparse.Namespace) -> list[Path]:
     """The curves of `bench.py --only growth`: seconds over each axis, both logarithmic, the exponent in the legend."""
+    report = read_bench(args.json)
     try:
-        report = json.loads(args.json.read_text(encoding="utf-8"))
         curves = report["growth"]["curves"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except KeyError as error:
         raise ValueError(f"{args.json}: not a report of `bench.py --only growth` ({error!r})") from error
     from matplotlib.figure import Figure
 
@@ -416,6 +421,278 @@ def write_growth(args: argparse.Namespace) -> list[Path]:
     figure.suptitle(f"{report['shape']}, {report['dtype']}, {report['device']}, {report['threads']} threads", fontsize="small")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     return save(figure, args.out, args.dpi)
+
+
+# ---------------------------------------------------------------------------------------------------- the page of a benchmark
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # what bench.py measures in, and the page's word for it
+# a kind of device -> its name, and how to measure everything where no report is of that kind
+DEVICE_KINDS = {"cpu": ("a CPU", "--device cpu"), "cuda": ("a GPU", "--device cuda --shape qwen2.5-1.5b")}
+# what a report must say of itself before any of its figures means something
+BENCH_HEADER = {"command": str, "date": str, "seed": int, "dtype": str, "repeats": int, "quick": bool, "commit": str}
+BENCH_HEADER |= {"changed_files": bool, "device": str, "device_type": str, "threads": int, "versions": dict}
+# The page's own words. No figure and no machine stands in them: those are the reports'.
+BENCH_INTRODUCTION = """# Speed and memory
+
+Every table is from one run of `bench.py`, whose command, seed, commit and machine stand above it. The figures are medians
+of the repeats with the range in brackets; a ratio is taken repeat by repeat. Unless said otherwise the sides take turns
+(A B A B ...). Models have the shape of a real one and random weights. All sides get the same prompts and the same response
+lengths, and the checks below a table say whether they compute the same. Peak memory is what a call needs beyond what its
+process held before; on a CPU the process also holds what its allocator kept from earlier calls, so that a figure near 0
+says only that the call fitted into that.
+"""
+BENCH_PARTS = {
+    "sampler": """## Sampler
+
+`rollout.generate` at temperature 1. Rivals: transformers' `model.generate` (left-padded, KV cache, SDPA,
+`num_return_sequences`) and `model.generate_batch` (its continuous batching). The limit is what the machine cannot beat:
+every step reads the weights and the living rows' keys and values once at the speed of a large copy, or multiplies at the
+speed of a large matrix product, whichever takes longer.
+""",
+    "update": """## One update
+
+`train.update` on given rollouts: the GRPO loss, its gradient, clipping, AdamW. The rival is the same loss with transformers
+and autograd on right-padded batches of 8 and whole logits. Weights and optimizer states are fp32 on both sides, whatever
+the dtype of the computation. Tokens are those of the responses.
+""",
+    "step": """## A whole step
+
+Sampling, reward and update against TRL's GRPOTrainer (`pip install trl`) with the same prompts, group, response length and
+optimizer; weights and optimizer states are fp32. Here the sides do not take turns, all steps of TRL come first, and no
+check compares them: they draw different tokens. Tokens are those of the responses.
+""",
+    "head": """## The chunked head
+
+Cross-entropy at the language-model head, forward and backward, every variant in a process of its own. The rival is
+`F.cross_entropy` on the whole logits. `--chunk_tokens` of `train.py` sets the size of a chunk.
+""",
+    "growth": """## How the cost grows
+
+Our own seconds (there is no rival here) with all responses of one length; along an axis only that figure changes. The
+exponent is the slope of log seconds over log size: 1 where the cost is proportional, 0 where it does not grow.
+""",
+}
+# check of a report -> its result in words
+BENCH_CHECKS = {
+    "greedy": "in fp32, {equal} of {responses} greedy responses of {tokens_each} tokens are equal token for token; {ties} part "
+    "at a tie of the two best tokens",
+    "logprobs": "in fp32, the log-probabilities of {tokens} sampled tokens differ from transformers' by at most "
+    "{max_difference:.1g} (allowed: {tolerance:g})",
+    "distribution": "in fp32, the first tokens of {draws:,} draws follow the exact distribution with "
+    "p = {first_token_p[ours]:.2f} (ours) and {first_token_p[generate]:.2f} (generate); the mean lengths of both are "
+    "{z[length]:+.2f}, their mean log-probabilities {z[logprob]:+.2f} standard errors apart",
+    "same_update": "loss and gradient norm of the first update differ by at most {max_difference:.1g} (allowed: {tolerance:g})",
+    "same_loss": "loss and gradient norms differ by at most {max_relative_difference:.1g}, relative (allowed: {tolerance:g})",
+}
+Benches = dict[tuple[str, str, str], tuple[Path, dict[str, Any]]]  # (part, device, dtype) -> the file that has it, its report
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """One report of bench.py; ValueError "file: what" for a file that cannot be read, is no JSON or is something else."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or bytes that are no text
+        raise ValueError(f"{path}: not a report of bench.py: {error}") from error
+    parts = {part: report[part] for part in BENCH_PARTS if part in report} if isinstance(report, dict) else {}
+    if not parts or not all(isinstance(part, dict) for part in parts.values()):
+        raise ValueError(f"{path}: not a report of bench.py: it holds none of {', '.join(BENCH_PARTS)}, or not as an object")
+    if "dtype" in parts.get("head", {}):  # the first reports say it there alone, with torch's name
+        report.setdefault("dtype", str(parts["head"]["dtype"]).removeprefix("torch."))
+    for name, kind in BENCH_HEADER.items():
+        if not isinstance(report.get(name), kind):
+            raise ValueError(f"{path}: not a report of bench.py: {name} is {report.get(name)!r}, expected {kind.__name__}")
+    for name, known in (("dtype", DTYPES), ("device_type", DEVICE_KINDS)):
+        if report[name] not in known:
+            raise ValueError(f"{path}: {name} is {report[name]!r}, expected {' or '.join(known)}")
+    return report
+
+
+def read_benches(folder: Path) -> Benches:
+    """Every part of every report in a folder. What a file holds decides, not its name.
+
+    ValueError for a folder without reports, a file that is none, one made with --quick, and two files with the same part,
+    device and dtype. A part that could not run (TRL is missing) counts as not there.
+    """
+    found: Benches = {}
+    for path in sorted(folder.glob("*.json")):
+        report = read_bench(path)
+        if report["quick"]:
+            raise ValueError(f"{path}: made with --quick, which times nothing; it does not belong among measured figures")
+        for part in BENCH_PARTS:
+            if part not in report or (report[part].get("left_out") and not report[part].get("runs")):
+                continue
+            key = (part, report["device"], report["dtype"])
+            if key in found:
+                raise ValueError(f"{found[key][0]} and {path} both hold {part} on {key[1]} in {key[2]}; keep one of them")
+            found[key] = (path, report)
+    if not found:
+        raise ValueError(f"{folder}: no report of bench.py with figures in it")
+    return found
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first row is its heading. A bar in a cell would end the cell."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _spread(value: Mapping[str, float], form: str, scale: float = 1.0) -> str:
+    """Median and range, as in "2.61 (2.57 to 2.63)"."""
+    median, low, high = (format(scale * value[name], form) for name in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def _work(workload: Mapping[str, Any]) -> str:
+    """A workload in one cell: prompts and responses to each, and the lengths of both."""
+    equal = workload["median"] == workload["longest"]
+    lengths = f"{'all' if equal else 'median {median}, longest'} {{longest}}"
+    return f"{{prompts}} × {{group}}; {{shortest_prompt}} to {{longest_prompt}}; {lengths}".format(**workload)
+
+
+def _sides(result: Mapping[str, Any], share: tuple[str, str] | None) -> list[list[str]]:
+    """The heading and a row a side. share: (key in the runs, heading) of the share of what the machine can do."""
+    heading = ["prompts × responses; prompt tokens; response tokens", "side", "tokens/s", "ours is so many times as fast"]
+    rows = [[*heading, *([share[1]] if share else []), "peak memory"]]
+    for side, rate in result["tokens_per_s"].items():
+        runs = [run for run in result["runs"] if run["side"] == side]
+        ratio = _spread(result["ratio"][side], ".2f") if side in result["ratio"] else ""
+        row = [_work(result["workload"]) if len(rows) == 1 else "", side, _spread(rate, ",.1f"), ratio]
+        if share:  # older reports have no share for the update
+            shares = [run[share[0]] for run in runs if share[0] in run]
+            row.append(f"{100 * statistics.median(shares):.0f} %" if shares else "not recorded")
+        rows.append([*row, f"+{max(run['peak_mb'] for run in runs):,.0f} MB"])
+    for side, why in result.get("left_out", {}).items():
+        rows.append(["", side, f"not run: {why}", *[""] * (len(rows[0]) - 3)])
+    return rows
+
+
+def _sampler_lines(part: Mapping[str, Any]) -> list[str]:
+    limits, prefill = part["limits"], part["prefill"]
+    rate, share = _spread(prefill["tokens_per_s"], ",.0f"), _spread(prefill["share"], ".0f", 100)
+    text = (
+        f"Limits: {limits['bandwidth'] / 1e9:,.1f} GB/s, {limits['matmul'] / 1e9:,.0f} GFLOP/s. Prefill of "
+        f"{prefill['tokens']:,} prompt tokens: {rate} tokens/s, {share} % of the matrix peak."
+        f"{' Decode steps are CUDA graphs.' if part.get('cuda_graphs') else ''}"
+    )
+    rows: list[list[str]] = []
+    for result in part["workloads"]:
+        heading, *sides = _sides(result, ("floor_share", "of the limit"))
+        rows += [[result["workload"]["name"] if not place else "", *row] for place, row in enumerate(sides)]
+    return [text, "", *_table([["workload", *heading], *rows])]
+
+
+def _head_lines(part: Mapping[str, Any]) -> list[str]:
+    rows = [["variant", "peak memory", "of the rival's", "seconds", "times the rival's seconds"]]
+    for row in part["summary"]:
+        name = f"chunks of {row['variant']}" if row["variant"].isdigit() else "whole logits"
+        memory = [f"{row['peak_mb']['median']:,.0f} MB", f"{100 * row['peak_mb_ratio']['median']:.1f} %"]
+        rows.append([name, *memory, _spread(row["seconds"], ",.3f"), _spread(row["seconds_ratio"], ".2f")])
+    size = "{tokens:,} tokens, width {width:,}, vocabulary {vocabulary:,}:".format(**part["shape"])
+    return [size, "", *_table(rows)]
+
+
+def _growth_lines(part: Mapping[str, Any]) -> list[str]:
+    rows = [["cost", "over", "size: seconds", "exponent"]]
+    for curve in part["curves"]:
+        points = ", ".join(f"{x}: {seconds:,.3f}" for x, seconds in curve["seconds"].items())
+        rows.append([curve["cost"], curve["axis"], points, f"{curve['exponent']:.2f}"])
+    return _table(rows)
+
+
+BENCH_LINES = {
+    "sampler": _sampler_lines,
+    "update": lambda part: _table(_sides(part, ("flop_share", "of the matrix peak"))),
+    "step": lambda part: _table(_sides(part, None)),
+    "head": _head_lines,
+    "growth": _growth_lines,
+}
+
+
+def _check_lines(checks: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {'ok' if c['ok'] else '**FAILED**'}: {BENCH_CHECKS[name].format(**c)}" for name, c in checks.items()]
+    return ["", "Checks:", "", *lines] if lines else []
+
+
+def _origin(part: str, report: Mapping[str, Any], link: str) -> list[str]:
+    """What stands above a table: the command, and everything that is needed to judge or repeat the figures."""
+    facts = [] if part == "head" else [f"shape {report['shape']}"]  # the head's loss has sizes of its own
+    facts += [f"{report['repeats']} repeat{'s' if report['repeats'] > 1 else ''}", f"seed {report['seed']}"]
+    facts.append(f"commit {report['commit'][:7]}{' with uncommitted changes' if report['changed_files'] else ''}")
+    versions = report["versions"] | report[part].get("versions", {})
+    facts += [report["device"], f"{report['threads']} threads", *(f"{name} {version}" for name, version in versions.items())]
+    facts.append(f"load average {report['load_before'][0]:.1f} before and {report['load_after'][0]:.1f} after")
+    return [f"    {report['command']}", "", f"{', '.join(facts)}, {report['date'][:10]}; [every figure]({link})", ""]
+
+
+def _link(path: Path, folder: Path) -> str:
+    """From a page in `folder` to a file."""
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
+
+
+def _picture_lines(path: Path, folder: Path) -> list[str]:
+    """The picture that `growth` drew beside a report, or how to draw it."""
+    for picture in (path.with_suffix(".png"), path.with_suffix(".svg")):
+        if picture.is_file():
+            return ["", f"![Seconds along each axis, both logarithmic]({_link(picture, folder)})"]
+    command = shlex.join(["python", "report.py", "growth", str(path), "--out", str(path.with_suffix(""))])
+    return ["", "Not drawn:", "", f"    {command}"]
+
+
+def bench_table(part: str, path: Path, report: Mapping[str, Any], folder: Path) -> list[str]:
+    """One part of one report, for a page in `folder`; ValueError that names the file where something is missing."""
+    try:
+        lines = [*_origin(part, report, _link(path, folder)), *BENCH_LINES[part](report[part])]
+        lines += _check_lines(report[part]["checks"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its part {part} is not what bench.py writes ({error!r})") from error
+    return lines + (_picture_lines(path, folder) if part == "growth" else [])
+
+
+def _new_file(found: Benches, folder: Path, stem: str) -> str:
+    """A path, for a command line, that none of the reports has: bench.py writes over what is there."""
+    while folder / f"{stem}.json" in {path for path, _ in found.values()}:
+        stem += "_2"
+    return shlex.quote(str(folder / f"{stem}.json"))
+
+
+def missing_command(found: Benches, folder: Path, part: str, device: str, dtype: str) -> str:
+    """The command that would fill a gap, with the settings of the device's other report of that part, or of any of its."""
+    reports = {name: report for (name, where, _), (_, report) in found.items() if where == device}
+    like = reports.get(part) or next(iter(reports.values()))
+    kind, shape = like["device_type"], f" --shape {like['shape']}" if part != "head" and "shape" in like else ""
+    options = f"--only {part} --device {kind} --dtype {dtype}{shape} --threads {like['threads']}"
+    return f"python bench.py {options} --out {_new_file(found, folder, f'{part}_{kind}_{dtype}')}"
+
+
+def bench_page(found: Benches, folder: Path, out: Path) -> str:
+    """The page: a heading a part, below it one a device and then one a dtype, with the table or "not run" and the command."""
+    command = shlex.join(["python", "report.py", "bench", str(folder), "--out", str(out)])
+    lines = [BENCH_INTRODUCTION, f"This page: `{command}`.", ""]
+    devices = sorted({(report["device_type"], report["device"]) for _, report in found.values()})
+    for part, text in BENCH_PARTS.items():
+        lines.append(text)
+        for _, device in devices:
+            lines += [f"### {device}", ""]
+            for dtype, name in DTYPES.items():
+                if (part, device, dtype) in found:
+                    lines += [f"#### {name}", "", *bench_table(part, *found[part, device, dtype], out.parent), ""]
+                else:
+                    lines += [f"{name}: not run.", "", f"    {missing_command(found, folder, part, device, dtype)}", ""]
+    for kind, (name, options) in DEVICE_KINDS.items():
+        if kind not in dict(devices):
+            command = f"python bench.py --only {' '.join(BENCH_PARTS)} {options} --out {_new_file(found, folder, kind)}"
+            lines += [f"## On {name}", "", "Not run.", "", f"    {command}", ""]
+    return "\n".join(lines)
+
+
+def write_bench(args: argparse.Namespace) -> Path:
+    """Put all reports in a folder together in one Markdown page: its path. Nothing is written where one cannot be read."""
+    found = read_benches(args.folder)
+    page = bench_page(found, args.folder, args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page, encoding="utf-8")
+    print(f"{args.out}: tables {len(found)}, reports {len({path for path, _ in found.values()})}")
+    return args.out
 
 
 # ---------------------------------------------------------------------------------------------------- the token map as data
@@ -855,6 +1132,9 @@ def build_parser() -> argparse.ArgumentParser:
     growth.add_argument("json", type=Path, help="the report")
     growth.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     growth.add_argument("--dpi", type=int, default=110, help="of the PNG")
+    page = commands.add_parser("bench", help="all reports of bench.py in one Markdown page", **options)
+    page.add_argument("folder", type=Path, help="folder with the JSON files that bench.py wrote, whatever their names")
+    page.add_argument("--out", type=Path, required=True, help="the page to write")
     tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
     divergence = commands.add_parser("divergence", help="mean d_t of every token over many problems, as a csv", **options)
     for command in (tokens, divergence):
@@ -876,7 +1156,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> Any:
     args = build_parser().parse_args(arguments)
-    commands = {"curves": write_curves, "rows": write_rows, "growth": write_growth}
+    commands = {"curves": write_curves, "rows": write_rows, "growth": write_growth, "bench": write_bench}
     commands |= {"tokens": write_tokens, "divergence": write_divergence}
     return commands[args.command](args)
 

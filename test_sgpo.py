@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -5081,3 +5082,311 @@ def test_report_rows_of_knobs_get_a_panel_each():
     assert [one.get_xlabel() for one in axes] == ["delta", "gamma"]
     assert [label.get_text() for label in axes[0].get_xticklabels()] == ["0.1", "inf"]
     assert [c.lines[0].get_ydata()[0] for c in axes[0].containers] == pytest.approx([0.55, 0.75])
+
+
+# ---------------------------------------------------------------------------------------------------- report: the bench's page
+
+
+def bench_spread(median, low, high):
+    return {"median": median, "min": low, "max": high}
+
+
+def bench_side_runs(rates, **figures):
+    """Runs of two sides: {side: tokens/s of each repeat}; figures: {name: {side: its value in each repeat}}."""
+    return [
+        {"side": side, "repeat": k, "tokens_per_s": rate} | {name: values[side][k] for name, values in figures.items()}
+        for side, series in rates.items()
+        for k, rate in enumerate(series)
+    ]
+
+
+def bench_json(path, *, device="Chip A|B", kind="cpu", dtype="float32", **parts):
+    """Write a report like bench.py's with these parts, and with these changes of its header."""
+    header = {"date": "2026-01-02T03:04:05+00:00", "command": f"python bench.py --out {path.name}", "seed": 11, "repeats": 2}
+    header |= {"shape": "smollm2-135m", "dtype": dtype, "quick": False, "commit": "0123456789abcdef", "changed_files": False}
+    header |= {"device": device, "device_type": kind, "cpus": 4, "threads": 3, "load_before": [0.25, 1, 1]}
+    header |= {"versions": {"python": "3.11.0", "torch": "2.0"}, "load_after": [2.96, 1, 1]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(header | parts))
+    return path
+
+
+def bench_sampler_part(**changes):
+    workload = {"name": "tail", "prompts": 2, "group": 3, "shortest_prompt": 4, "longest_prompt": 9, "median": 5, "longest": 70}
+    rates = {"ours": [1200.0, 1300.0], "generate": [300.0, 200.0]}
+    figures = {
+        "floor_share": {"ours": [0.5, 0.7], "generate": [0.1, 0.12]},
+        "peak_mb": {"ours": [30.4, 30.6], "generate": [1499.7, 12.0]},
+    }
+    result = {"workload": workload, "left_out": {"generate_batch": "needs a|b"}, "runs": bench_side_runs(rates, **figures)}
+    result["tokens_per_s"] = {"ours": bench_spread(1250.0, 1200.0, 1300.0), "generate": bench_spread(250.0, 200.0, 300.0)}
+    result["ratio"] = {"generate": bench_spread(5.25, 4.0, 6.5)}
+    greedy = {"responses": 4, "tokens_each": 12, "equal": 3, "ties": 0, "ok": False}
+    prefill = {"tokens_per_s": bench_spread(2000.0, 1900.0, 2100.0), "share": bench_spread(0.6, 0.5, 0.625)}
+    part = {"model": {}, "limits": {"bandwidth": 27.84e9, "matmul": 1406e9}, "checks": {"greedy": greedy}}
+    return part | {"prefill": prefill | {"prompts": 2, "tokens": 1234}, "workloads": [result]} | changes
+
+
+def bench_trained_part(rival, **changes):
+    workload = {"prompts": 4, "group": 8, "shortest_prompt": 40, "longest_prompt": 160, "median": 48, "longest": 48}
+    runs = bench_side_runs({"ours": [20.0], rival: [8.0]}, peak_mb={"ours": [0.1], rival: [210.0]})
+    rates = {"ours": bench_spread(20.0, 20.0, 20.0), rival: bench_spread(8.0, 8.0, 8.0)}
+    part = {"workload": workload, "runs": runs, "tokens_per_s": rates, "ratio": {rival: bench_spread(2.5, 2.5, 2.5)}}
+    return part | {"checks": {}} | changes
+
+
+def bench_head_part():
+    rows = {"autograd": (7500.0, 1.0, 20.0), "128": (900.0, 0.12, 20.5)}
+    summary = [
+        {"variant": name, "peak_mb": bench_spread(mb, mb, mb), "peak_mb_ratio": bench_spread(share, share, share)}
+        | {"seconds": bench_spread(s, s - 1, s + 1), "seconds_ratio": bench_spread(s / 20, 0.5, 1.5)}
+        for name, (mb, share, s) in rows.items()
+    ]
+    check = {"max_relative_difference": 1.6e-7, "tolerance": 1e-4, "ok": True}
+    shape = {"tokens": 4096, "width": 896, "vocabulary": 152064, "chunks": [128]}
+    return {"shape": shape, "checks": {"same_loss": check}, "summary": summary, "runs": []}
+
+
+def bench_growth_part():
+    curve = {"axis": "rows", "cost": "sampling", "seconds": {"8": 1.5, "16": 3.25}, "exponent": 1.115}
+    return {"curves": [curve], "checks": {}}
+
+
+def bench_written(folder, out):
+    """The page that the command writes for a folder of reports."""
+    assert report.main(["bench", str(folder), "--out", str(out)]) == out
+    return out.read_text(encoding="utf-8")
+
+
+def bench_sections(page):
+    """{(heading, device, dtype): the text below them}; None stands for a device or a dtype where the text is below none."""
+    sections, at = {}, [None] * 3
+    for line in page.splitlines():
+        level = len(line) - len(line.lstrip("#"))
+        if level > 1:
+            at[level - 2 :] = [line[level + 1 :], *[None] * (4 - level)]
+        elif re.fullmatch(r"(fp32|bf16): not run\.", line):
+            at[2] = line[:4]
+        sections[tuple(at)] = sections.get(tuple(at), "") + line + "\n"
+    return sections
+
+
+def bench_cells(text):
+    """The rows of the one table in a text. An escaped bar is not the end of a cell."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1 and set(map(str.strip, rows[1])) == {"---"}
+    return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]]
+
+
+def test_report_bench_every_figure_by_hand(tmp_path):
+    """What a report holds decides where it stands; its name does not."""
+    folder = tmp_path / "raw"
+    bench_json(folder / "a b.json", sampler=bench_sampler_part(), head=bench_head_part())
+    versions, check = {"trl": "9.9"}, {"max_difference": 0.06, "tolerance": 0.05, "ok": False}
+    update = bench_trained_part("transformers", checks={"same_update": check})
+    for run in update["runs"]:
+        run["flop_share"] = 0.554 if run["side"] == "ours" else 0.25
+    parts = {"update": update, "step": bench_trained_part("trl", versions=versions), "growth": bench_growth_part()}
+    bench_json(folder / "head.json", device="GPU", kind="cuda", dtype="bfloat16", changed_files=True, repeats=1, **parts)
+    page = bench_written(folder, tmp_path / "page.md")
+    sections = bench_sections(page)
+    headings = ["Sampler", "One update", "A whole step", "The chunked head", "How the cost grows"]
+    assert list(dict.fromkeys(heading for heading, _, _ in sections if heading)) == headings
+    for heading in headings:  # the same devices and dtypes below every heading, in the same order
+        mine = [key[1:] for key in sections if key[0] == heading and key[2]]
+        assert mine == [(device, dtype) for device in ("Chip A|B", "GPU") for dtype in ("fp32", "bf16")]
+    with_table = {key for key, text in sections.items() if "\n|" in text}
+    assert with_table == {
+        *((heading, "Chip A|B", "fp32") for heading in ("Sampler", "The chunked head")),
+        *((heading, "GPU", "bf16") for heading in ("One update", "A whole step", "How the cost grows")),
+    }
+    sampler = sections["Sampler", "Chip A|B", "fp32"]
+    work = "2 × 3; 4 to 9; median 5, longest 70"
+    assert bench_cells(sampler)[1:] == [
+        ["tail", work, "ours", "1,250.0 (1,200.0 to 1,300.0)", "", "60 %", "+31 MB"],
+        ["", "", "generate", "250.0 (200.0 to 300.0)", "5.25 (4.00 to 6.50)", "11 %", "+1,500 MB"],
+        ["", "", "generate_batch", r"not run: needs a\|b", "", "", ""],
+    ]
+    assert "27.8 GB/s, 1,406 GFLOP/s" in sampler and "Decode steps are CUDA graphs" not in sampler
+    assert "1,234 prompt tokens: 2,000 (1,900 to 2,100) tokens/s, 60 (50 to 62) % of the matrix peak." in sampler
+    assert "- **FAILED**: in fp32, 3 of 4 greedy responses of 12 tokens" in sampler
+    assert "    python bench.py --out a b.json\n" in sampler and "[every figure](raw/a%20b.json)" in sampler
+    origin = "2 repeats, seed 11, commit 0123456, Chip A|B, 3 threads, python 3.11.0, torch 2.0, load average 0.2 before and "
+    assert f"shape smollm2-135m, {origin}3.0 after, 2026-01-02;" in sampler
+    head = sections["The chunked head", "Chip A|B", "fp32"]
+    assert bench_cells(head)[1:] == [
+        ["whole logits", "7,500 MB", "100.0 %", "20.000 (19.000 to 21.000)", "1.00 (0.50 to 1.50)"],
+        ["chunks of 128", "900 MB", "12.0 %", "20.500 (19.500 to 21.500)", "1.02 (0.50 to 1.50)"],
+    ]
+    assert "4,096 tokens, width 896, vocabulary 152,064" in head and "shape smollm2" not in head and origin in head
+    assert "- ok: loss and gradient norms differ by at most 2e-07, relative (allowed: 0.0001)" in head
+    updated, step = sections["One update", "GPU", "bf16"], sections["A whole step", "GPU", "bf16"]
+    assert [row[-2] for row in bench_cells(updated)[1:]] == ["55 %", "25 %"] and "- **FAILED**: loss and gradient" in updated
+    assert bench_cells(step)[1:] == [
+        ["4 × 8; 40 to 160; all 48", "ours", "20.0 (20.0 to 20.0)", "", "+0 MB"],
+        ["", "trl", "8.0 (8.0 to 8.0)", "2.50 (2.50 to 2.50)", "+210 MB"],
+    ]
+    assert "1 repeat, " in step and "0123456 with uncommitted changes, GPU" in step and "(raw/head.json)" in step
+    assert "trl 9.9" in step and "trl" not in updated and "Checks" not in step
+    growth = sections["How the cost grows", "GPU", "bf16"]
+    assert bench_cells(growth)[1:] == [["sampling", "rows", "8: 1.500, 16: 3.250", "1.11"]]
+    (folder / "a b.json").rename(folder / "z.json")
+    (folder / "head.json").rename(folder / "y.json")
+    renamed = bench_written(folder, tmp_path / "page.md")
+    assert renamed.replace("raw/z", "raw/a%20b").replace("raw/y", "raw/head") == page
+
+
+def test_report_bench_growth_picture_is_shown_where_it_lies_beside(tmp_path):
+    path = bench_json(tmp_path / "raw/v1.2.json", growth=bench_growth_part())
+    draw = ["growth", str(path), "--out", str(tmp_path / "raw/v1.2")]
+    assert f"    python report.py {' '.join(draw)}\n" in bench_written(tmp_path / "raw", tmp_path / "sub/page.md")
+    report.main(draw)
+    for picture in ("v1.2.png", "v1.2.svg"):  # the svg where there is no png
+        page = bench_written(tmp_path / "raw", tmp_path / "sub/page.md")
+        assert f"](../raw/{picture})" in page and "Not drawn" not in page
+        (tmp_path / "raw" / picture).unlink()
+    assert "Not drawn" in bench_written(tmp_path / "raw", tmp_path / "sub/page.md")
+
+
+def test_report_bench_commands_fill_the_gaps(tmp_path, monkeypatch):
+    """Every command below "not run" is one that bench.py takes, and measures just what is missing, into no file that exists."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = tmp_path / "raw data"
+    left_out = {"left_out": "trl is not installed: pip install trl", "runs": [], "checks": {}}
+    bench_json(folder / "update_cuda_float32.json", kind="cuda", sampler=bench_sampler_part(), step=left_out)
+    changes = {"device": "GPU 2", "kind": "cuda", "dtype": "bfloat16", "shape": "qwen2.5-7b", "threads": 7}
+    bench_json(folder / "cpu.json", **changes, head=bench_head_part())
+    parts = {"Sampler": "sampler", "One update": "update", "A whole step": "step", "The chunked head": "head"}
+    found = 0
+    for (heading, device, dtype), text in bench_sections(bench_written(folder, tmp_path / "page.md")).items():
+        if "not run." not in text.lower() or "\n|" in text:
+            continue
+        (command,) = [line for line in text.splitlines() if line.startswith("    python ")]
+        words = shlex.split(command)
+        assert words[:2] == ["python", "bench.py"]
+        args = bench.parse_arguments(words[2:])
+        assert args.out.parent == folder and not args.out.exists() and not args.quick
+        if heading == "On a CPU":
+            assert set(args.only) == {*bench.PARTS, "growth"} and args.device == "cpu" and args.out.name == "cpu_2.json"
+            continue
+        part = parts.get(heading, "growth")
+        assert args.only == [part] and args.device == "cuda" and report.DTYPES[args.dtype] == dtype
+        assert args.threads == (7 if device == "GPU 2" else 3)
+        assert args.shape == ("qwen2.5-7b" if device == "GPU 2" and part != "head" else "smollm2-135m")
+        assert (args.out.name == "update_cuda_float32_2.json") == (part == "update" and dtype == "fp32")
+        found += 1
+    assert found == 2 * 2 * 5 - 2  # two devices, two dtypes, five parts; a sampler and a head were measured
+    bench_json(folder / "real_cpu.json", growth=bench_growth_part(), device="Chip")
+    assert "## On a" not in bench_written(folder, tmp_path / "page.md")
+    for path in folder.glob("*.json"):
+        path.unlink()
+    bench_json(folder / "x.json", head=bench_head_part())
+    keys = set(bench_sections(bench_written(folder, tmp_path / "page.md")))
+    assert ("On a GPU", None, None) in keys and ("On a CPU", None, None) not in keys
+
+
+def test_report_bench_reads_what_bench_writes(tmp_path, monkeypatch):
+    """The keys of the reports above are from reading bench.py; here it writes one itself, without its slowest pieces."""
+    check = partial(bench.check_distribution, draws=60)
+    monkeypatch.setattr(bench, "check_distribution", lambda seed, device, draws: check(seed, device))
+    monkeypatch.setattr(bench, "machine_limits", lambda dtype, device: {"bandwidth": 5e9, "matmul": 7e9})
+    monkeypatch.setattr(bench, "sampler_rivals", lambda device: (["ours", "generate"], {"generate_batch": "slow"}))
+    path = tmp_path / "raw/b.json"
+    flags = ["--quick", "--device", "cpu", "--threads", "1", "--repeats", "2"]
+    assert bench.main(["--out", str(path), *flags, "--only", "sampler", "update"]) == 0
+    with pytest.raises(ValueError, match=r"b\.json: made with --quick"):
+        report.main(["bench", str(path.parent), "--out", str(tmp_path / "page.md")])
+    measured = json.loads(path.read_text())
+    path.write_text(json.dumps(measured | {"quick": False}))
+    sections = bench_sections(bench_written(path.parent, tmp_path / "page.md"))
+    sampler, update = (sections[heading, measured["device"], "fp32"] for heading in ("Sampler", "One update"))
+    assert [row[0] for row in bench_cells(sampler)[1:] if row[0]] == ["uniform", "long tail"]
+    assert sampler.count("- ok: ") == 3 and update.count("- ok: ") == 1 and "FAILED" not in sampler + update
+    assert "not recorded" not in sampler + update
+    ours = [run["tokens_per_s"] for run in measured["update"]["runs"] if run["side"] == "ours"]
+    theirs = [run["tokens_per_s"] for run in measured["update"]["runs"] if run["side"] == "transformers"]
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    assert bench_cells(update)[1][2] == f"{sum(ours) / 2:,.1f} ({min(ours):,.1f} to {max(ours):,.1f})"
+    assert bench_cells(update)[2][3] == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
+    assert "Limits: 5.0 GB/s, 7 GFLOP/s." in sampler and sampler.count("| generate_batch | not run: slow |") == 2
+    assert set(report.BENCH_PARTS) == {*bench.PARTS, "growth"}
+
+
+def test_report_bench_committed_page_is_what_the_command_makes(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results/bench", tmp_path / "results/bench")
+    monkeypatch.chdir(tmp_path)
+    page = bench_written(Path("results/bench"), Path("results/bench.md"))  # named in the page; where it is stale run it again
+    assert page == (ROOT / "results/bench.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]*)\)", page):
+        assert (tmp_path / "results" / link).is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "b.json: not a report of bench.py: Expecting"),
+        (b"\xff{}", "b.json: not a report of bench.py: .*decode"),
+        ("[]", "b.json: not a report of bench.py: it holds none of sampler, update"),
+        ('{"accuracy": 1}', "b.json: not a report of bench.py: it holds none of sampler, update"),
+        ({"sampler": 3}, "b.json: not a report of bench.py: it holds none of .*, or not as an object"),
+        ({"head": bench_head_part(), "seed": "0"}, "b.json: not a report of bench.py: seed is '0', expected int"),
+        ({"head": bench_head_part(), "command": None}, "b.json: not a report of bench.py: command is None, expected str"),
+        ({"head": bench_head_part(), "dtype": "float16"}, "b.json: dtype is 'float16', expected float32 or bfloat16"),
+        ({"head": bench_head_part(), "kind": "mps"}, "b.json: device_type is 'mps', expected cpu or cuda"),
+        ({"head": bench_head_part(), "quick": True}, "b.json: made with --quick"),
+        ({"head": {}}, r"b.json: its part head is not what bench.py writes \(KeyError\('summary'\)\)"),
+        ({"growth": {"curves": [3]}}, "b.json: its part growth is not what bench.py writes"),
+        ({"sampler": bench_sampler_part(checks={"new": {"ok": True}})}, r"b.json: its part sampler .*KeyError\('new'\)"),
+        ({"sampler": bench_sampler_part(limits={"bandwidth": "1", "matmul": 2})}, "b.json: its part sampler is not what"),
+        ({"update": bench_trained_part("x", ratio=None)}, "b.json: its part update is not what bench.py writes"),
+        ({"update": bench_trained_part("x", runs=[])}, "b.json: its part update is not what bench.py writes"),
+    ],
+)
+def test_report_bench_names_the_file_that_is_wrong(tmp_path, content, message):
+    folder, out = tmp_path / "raw", tmp_path / "page.md"
+    bench_json(folder / "a.json", device="another", head=bench_head_part())
+    if isinstance(content, dict):
+        bench_json(folder / "b.json", **content)
+    else:
+        (folder / "b.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}/{message}"):
+        report.main(["bench", str(folder), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_report_bench_refuses_two_reports_of_the_same(tmp_path):
+    folder = tmp_path / "raw"
+    bench_json(folder / "a.json", head=bench_head_part(), sampler=bench_sampler_part())
+    for changes in ({"device": "Chip C"}, {"dtype": "bfloat16"}):  # another device or dtype is not the same
+        bench_json(folder / "b.json", head=bench_head_part(), **changes)
+        assert "## The chunked head" in bench_written(folder, tmp_path / "page.md")
+    bench_json(folder / "b.json", step=bench_trained_part("trl"), head=bench_head_part())
+    with pytest.raises(ValueError, match=r"/a\.json and .*/b\.json both hold head on Chip A\|B in float32"):
+        report.main(["bench", str(folder), "--out", str(tmp_path / "page.md")])
+    left_out = {"left_out": "trl is not installed: pip install trl", "runs": [], "checks": {}}
+    bench_json(folder / "a.json", step=left_out)  # a part that could not run is in nobody's way
+    assert bench_cells(bench_sections(bench_written(folder, tmp_path / "page.md"))["A whole step", "Chip A|B", "fp32"])
+    for path in folder.glob("*.json"):
+        path.unlink()
+    for _ in range(2):  # nothing there, then nothing measured
+        with pytest.raises(ValueError, match="raw: no report of bench.py with figures in it"):
+            report.main(["bench", str(folder), "--out", str(tmp_path / "page.md")])
+        bench_json(folder / "a.json", step=left_out)
+
+
+def test_report_bench_reads_the_first_reports_too(tmp_path):
+    """They name the dtype in the head alone, no shape, and no share of the peak for the update."""
+    path = bench_json(tmp_path / "raw/a.json", head=bench_head_part() | {"dtype": "torch.bfloat16"})
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("dtype", "shape")}
+    path.write_text(json.dumps(old))
+    bench_json(tmp_path / "raw/b.json", update=bench_trained_part("transformers"))
+    sections = bench_sections(bench_written(tmp_path / "raw", tmp_path / "page.md"))
+    assert len(bench_cells(sections["The chunked head", "Chip A|B", "bf16"])) == 3
+    assert [row[-2] for row in bench_cells(sections["One update", "Chip A|B", "fp32"])[1:]] == ["not recorded"] * 2
+
+
+def test_report_bench_loads_no_torch(tmp_path):
+    bench_json(tmp_path / "raw/a.json", head=bench_head_part())
+    code = "import sys, report; report.main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = run_script("-c", code, "bench", tmp_path / "raw", "--out", tmp_path / "page.md")
+    assert done.stdout.splitlines() == [f"{tmp_path / 'page.md'}: tables 1, reports 1", "False"]
