@@ -4473,24 +4473,26 @@ def test_prepare_overlap_against_a_slow_loop():
 def test_prepare_against_removes_and_records(tmp_path):
     text = "A train leaves the station at noon and travels north at forty miles per hour for three hours. How far does it go?"
     test = [{"id": "t0", "problem": text, "answer": "120"}, {"id": "t1", "problem": "What is 1 + 1?", "answer": "2"}]
-    against = _prepare_write(tmp_path / "test.jsonl", test)
+    against, second = (_prepare_write(tmp_path / f"test{i}.jsonl", test[i : i + 1]) for i in range(2))
     source = [
         {"problem": text.replace("forty", "sixty"), "answer": "180"},
         {"problem": "what is 1 + 1 ?", "answer": "2"},
         {"problem": "A train leaves town at noon. How far does it go?", "answer": "5"},
         {"problem": "What is 1 + 2?", "answer": "3"},
     ]
-    rows, entry = _prepare_jsonl(tmp_path, source, "--against", against)
+    rows, entry = _prepare_jsonl(tmp_path, source, "--against", against, second)
     assert [row["id"] for row in rows] == ["jsonl-train-2", "jsonl-train-3"]
     assert entry["dropped"]["is in a file of --against"] == [
-        {"where": "line 2", "id": "jsonl-train-1", "value": f"{against}: t1", "similarity": 1.0}
+        {"where": "line 2", "id": "jsonl-train-1", "value": f"{second}: t1", "similarity": 1.0}
     ]
     (near,) = entry["dropped"]["is nearly in a file of --against"]
     # 23 words, so 19 runs; the changed word stands in five of them: 14 / (19 + 19 - 14)
     assert len(text.split()) == 23 and near == {
         "where": "line 1", "id": "jsonl-train-0", "value": f"{against}: t0", "similarity": round(14 / 24, 3)
     }  # fmt: skip
-    assert entry["against"] == [{"path": str(against), "sha256": _prepare_sha256(against), "rows": 2}]
+    assert entry["against"] == [
+        {"path": str(path), "sha256": _prepare_sha256(path), "rows": 1} for path in (against, second)
+    ]  # fmt: skip
     assert entry["near_duplicate"] == {"shingle_words": 5, "jaccard": 0.5}
     for bad, message in ((tmp_path / "none.jsonl", "no such file"), (tmp_path / "rows.jsonl", "field 'id' is missing")):
         with pytest.raises(ValueError, match=message):
