@@ -9,10 +9,11 @@ r"""Training data and benchmarks, from their published files into this project's
 and in the same way math500, amc23, olympiad, aime24, aime25, minerva, mawps, svamp, asdiv, solutions. `--source` is a file
 (jsonl, a JSON array or parquet, told apart by content, not by name) or `hub`: then the file is downloaded at the pinned
 commit. Each command writes OUT/PART.jsonl and enters into OUT/manifest.json where the rows came from, with checksums, and
-every row that was left out, with the reason.
+every row that was left out, with the reason (rows outside the sample of --count are only counted).
 
-What it is not: a cleaner of texts. Problems and solutions are copied as they are; answers are only undressed ($...$, a
-box) and plain numbers shortened (045 is 45, 4.0 is 4). Rounded answers stay rounded, and the grader knows no tolerance.
+What it is not: a cleaner of texts. Problems are copied as they are, and solutions too, but for notes and tags of the source
+and a box around the final answer where it has another mark. Answers are only undressed ($...$, a box) and plain numbers
+shortened (045 is 45, 4.0 is 4). Rounded answers stay rounded, and the grader knows no tolerance.
 
 What happens to the rows, in this order:
   1. read; a row of another form than the command expects is an error, and nothing is written
