@@ -23,6 +23,7 @@ and after is recorded. Axes: P prompts, n responses a prompt, B rows, M response
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -186,9 +187,12 @@ def start_memory(device: torch.device) -> int:
     """Restart the peak counter; returns the bytes in use now, which `peak_memory` subtracts.
 
     On Linux the peak resident size (VmHWM) can be restarted. Elsewhere getrusage's peak since the process began stands in,
-    which is right only where the measured part is the process's largest.
+    which is right only where the measured part is the process's largest. Memory that was freed but is kept for later by the C
+    library is given back first: work that only used it again would seem to need none.
     """
     gc.collect()
+    if device.type == "cpu" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
+        ctypes.CDLL(None).malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

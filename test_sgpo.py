@@ -2497,19 +2497,22 @@ def uninterrupted(tmp_path_factory):
     ],
 )
 def test_sigterm_then_resume_equals_an_uninterrupted_run(where, call, ends_at, uninterrupted, tmp_path, monkeypatch, capsys):
-    calls, real = [], getattr(train, where)
+    calls, ended, real = [], [], getattr(train, where)
 
     def call_and_signal(*arguments, **settings):
         calls.append(where)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **settings)
+        result = real(*arguments, **settings)
+        ended.append(where)
+        return result
 
     monkeypatch.setattr(train, where, call_and_signal)
     out = tmp_path / "run"
     train.main([*RESUMED.split(), "--checkpoint_minutes", "1e9", "--out", str(out)])
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (len(calls) - len(ended)) == (where in ("evaluate", "sample_and_grade"))  # these are cut short at once
     if ends_at is None:
         assert (out / "model").exists()
         train.main(["--out", str(out), "--resume"])
@@ -4817,6 +4820,16 @@ def test_prepare_real_solutions(tmp_path):
 
 
 BENCH_ROOT = Path(bench.__file__).resolve().parent
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can restart its peak")
+def test_bench_peak_memory_counts_memory_that_was_used_before():
+    def work():  # 50 MB in pieces so small that the C library keeps them when they are freed
+        return sum(len(piece) for piece in [torch.ones(12_500) for _ in range(1000)])
+
+    for _ in range(3):
+        _, _, peak = bench.measured(work, CPU)
+        assert 45e6 < peak < 60e6
 
 
 def test_bench_quick_runs_and_all_ways_agree(tmp_path):
