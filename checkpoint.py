@@ -160,7 +160,10 @@ def _complete(folder: Path) -> list[Path]:
 def _content(path: Path) -> dict[str, Any]:
     """state.json, checked against its own digest."""
     file = path / "state.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{file}: {error}") from error
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise ValueError(f"{file}: does not have the digest it states")
     return content

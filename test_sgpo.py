@@ -2538,7 +2538,7 @@ def stopped(uninterrupted, tmp_path):
     return out
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "missing", "state", "no state", "part"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "missing", "state", "cut state", "no state", "part"])
 def test_a_damaged_checkpoint_is_passed_over(harm, stopped, uninterrupted, capsys):
     newest = sorted((stopped / "checkpoints").iterdir())[-1]
     file = sorted(newest.glob("*.safetensors"))[0]
@@ -2553,6 +2553,8 @@ def test_a_damaged_checkpoint_is_passed_over(harm, stopped, uninterrupted, capsy
     elif harm == "state":
         text = (newest / "state.json").read_text()
         (newest / "state.json").write_text(text.replace('"rl_steps": 3', '"rl_steps": 2'))
+    elif harm == "cut state":
+        (newest / "state.json").write_bytes((newest / "state.json").read_bytes()[:500] + b"\xff")
     elif harm == "no state":
         (newest / "state.json").unlink()
     else:
