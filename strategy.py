@@ -1,10 +1,15 @@
-r"""Strategies: the record, its text form, a tolerant reader, and every prompt that contains one.
+r"""Strategies: the record, its text form, a tolerant reader, every prompt that contains one, the leak filter, the choice.
 
 A strategy describes how to solve a KIND of problem: its type, a solving strategy and general steps, without any
-computation and without the answer (SGPO, arXiv 2606.24064). Wordings, the text form and the four criteria are ours.
+computation and without the answer (SGPO, arXiv 2606.24064). Wordings, the text form, the four criteria and the filter
+are ours.
 
-What this is not: it calls no model and no server; which candidate is kept is decided elsewhere. Standard library
-only, no sibling imported: this file can be copied into another project alone. There is nothing to run; for a look:
+What this is not: it calls no model and no server. The program that does is extract.py, and this file starts it:
+
+    python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
+
+As a module it is the standard library only, with no sibling imported: this file can be copied into another project
+alone. For a look:
 
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',))))"
 
@@ -16,8 +21,13 @@ closings, the first response token would differ for reasons of template, and the
 
 import json
 import re
+import runpy
+import sys
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
 # Few and plain words: the tiny world's vocabulary of about 100 words has to hold them as well.
@@ -121,7 +131,7 @@ def parse_strategy(text):
     exact = _parse_exact(text.strip())
     if exact is not None:
         return exact
-    text = _drop_thoughts(text)
+    text = drop_thoughts(text)
     parts = _json_parts(text)
     if parts is None:
         parts = _text_parts(text)
@@ -144,7 +154,8 @@ def _parse_exact(text):
         return None
 
 
-def _drop_thoughts(text):
+def drop_thoughts(text):
+    """The reply without what a reasoning model thought before it; ValueError where the thoughts never end."""
     text = text.rpartition("</think>")[2]  # by the end alone: some chat templates open the tag in the prompt
     if "<think>" in text:
         raise ValueError(f"strategy reply: it ends inside <think>: {_short(text)}")
@@ -336,6 +347,21 @@ def guided_messages(problem, strategy):
     return _user(_check_text("problem", problem) + "\n\n" + block + "\n\n" + INSTRUCTION)
 
 
+def solution_prompt(problem):
+    """Messages that ask a strong model for a worked solution, where the data has none. Wording: ours.
+
+    It closes with INSTRUCTION, because such a solution is what the policy is warmed up on, and graded like its own.
+    """
+    return _user(f"""Solve the problem below and write the solution down for a reader who wants to learn from it: every \
+step that matters with its reason, in order, without false starts and without remarks about yourself.
+
+<problem>
+{_check_text("problem", problem)}
+</problem>
+
+{INSTRUCTION}""")
+
+
 def extraction_prompt(problem, solution):
     """Messages that ask a strong model for the strategy behind a reference solution. Wording: ours."""
     return _user(f"""Below are a problem and a solution to it. Describe how problems of this kind are solved, so that \
@@ -411,7 +437,7 @@ def parse_scores(text):
     """
     if not isinstance(text, str):
         raise ValueError(f"scores reply: expected a string, got {text!r}")
-    text = _drop_thoughts(text)
+    text = drop_thoughts(text)
     scores = {}
     for name in CRITERIA:
         label = name.replace("_", "[ _-]")
@@ -435,3 +461,268 @@ def _check_text(name, value):
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
     return value
+
+
+# -------------------------------------------------------------------------------------------- numbers in a text
+
+_ONES = tuple("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+              "seventeen eighteen nineteen".split())
+_TENS = tuple("twenty thirty forty fifty sixty seventy eighty ninety".split())
+_BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+_WORD_VALUES = {word: i for i, word in enumerate(_ONES)} | {word: 10 * i for i, word in enumerate(_TENS, start=2)}
+_SHARES = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
+           "ninth": 9, "tenth": 10}  # fmt: skip
+
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[- ](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(_ONES[::-1])})"  # seventeen before seven
+_BELOW_1000 = rf"(?:(?:{'|'.join(_ONES[:0:-1])}|a)[- ]hundred(?:(?:[- ]and)?[- ]{_BELOW_100})?|{_BELOW_100})"
+_SPELLED = rf"{_BELOW_1000}(?:[- ](?:{'|'.join(_BIG)})(?:,?(?: and)? {_BELOW_1000})?)*"
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = re.compile(
+    rf"(?<![a-z0-9.])(?:(?P<whole>[0-9]+) (?=[0-9]+/))?(?P<top>{_DIGITS})(?:\s?/\s?(?P<bottom>{_DIGITS})(?![a-z0-9]))?"
+    rf"(?P<power>\s?\*\s?10\^\{{?(?P<exponent>-?[0-9]{{1,2}})\}}?)?(?P<scale>\s(?:{'|'.join(_BIG)})\b)?"
+    r"(?P<percent>\s?%|\s?percent\b)?(?P<ordinal>(?:\^\{?)?(?:st|nd|rd|th)\b)?"
+    rf"|\b(?P<words>{_SPELLED})\b(?:[- ](?P<share>{'|'.join(_SHARES)})s?\b)?(?P<nth>-(?:first|second|third|[a-z]+th)\b)?"
+    r"|\b(?:a[- ])?(?P<bare_share>half|third|quarter)s?\b|\b(?P<dozen>a dozen)\b"
+)
+# LaTeX and Unicode to one plain notation, in this order.
+_NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\!", ""),
+    (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})", ","),  # 10{,}000
+    (r"\\[,;:]|~|\\q?quad\b|\\[()\[\]]", " "),
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s?\{([^{}]*)\}", r"\1"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s?([0-9])\s?([0-9])", r"\\frac{\1}{\2}"),
+    (r"\\frac\s?([0-9])\s?\{", r"\\frac{\1}{"),
+    (r"\\frac\s?\{\s?([0-9.,]+)\s?\}\s?\{?\s?([0-9.,]+)\s?\}?", r" \1/\2 "),
+    (r"\\(?:cdot|times)(?![a-zA-Z])|[×·∙]", "*"),
+    (r"√|(?<![\\a-zA-Z])sqrt", r"\\sqrt"),
+    (r"\\sqrt\s?\(([^()]*)\)|\\sqrt\s?([0-9a-z])", r"\\sqrt{\1\2}"),
+    (r"[−–](?=\s?[0-9a-z\\(])", "-"),
+    (r"\\([%$])", r"\1"),
+    (r"\$", " "),
+    (r"(\\[a-zA-Z]+)(?=[0-9])", r"\1 "),
+    (r"\s+", " "),
+)]  # fmt: skip
+_RAISED, _LOWERED, _ASCII_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉", "0123456789"
+
+
+def _plain(text):
+    """The text in lower case and one notation: x² as x^{2}, ½ and \\frac12 as 1/2, no dollar signs, no \\text."""
+    for digits, mark in ((_RAISED, "^"), (_LOWERED, "_")):
+        table = str.maketrans(digits, _ASCII_DIGITS)
+        text = re.sub(f"[{digits}]+", lambda m, mark=mark, table=table: f"{mark}{{{m[0].translate(table)}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    for pattern, replacement in _NOTATION:
+        text = pattern.sub(replacement, text)
+    return text.strip().lower()
+
+
+def _numbers(plain):
+    """Every number in a plain text: (match, values). A percentage has two values, 50 % is 50 and 1/2.
+
+    Signs are left out: whether a text says -299 or 299, it gives the number away. Ordinals are no numbers.
+    """
+    for match in _NUMBER.finditer(plain):
+        if match["ordinal"] or match["nth"]:
+            continue
+        if match["words"]:
+            values = {_spelled_value(match["words"]) / _SHARES.get(match["share"], 1)}
+        elif match["bare_share"] or match["dozen"]:
+            values = {Fraction(1, _SHARES[match["bare_share"]]) if match["bare_share"] else Fraction(12)}
+        else:
+            top, bottom = (Fraction((match[part] or "1").replace(",", "")) for part in ("top", "bottom"))
+            if bottom == 0:
+                continue
+            value = int(match["whole"] or 0) + top / bottom
+            value *= _BIG[match["scale"].strip()] if match["scale"] else 1
+            value *= Fraction(10) ** int(match["exponent"]) if match["power"] else 1
+            values = {value, value / 100} if match["percent"] else {value}
+        yield match, values
+
+
+def _spelled_value(words):
+    total = group = 0
+    for word in re.findall("[a-z]+", words):
+        if word == "hundred":
+            group *= 100
+        elif word in _BIG:
+            total, group = total + group * _BIG[word], 0
+        elif word != "and":
+            group += 1 if word == "a" else _WORD_VALUES[word]
+    return Fraction(total + group)
+
+
+def _values(text):
+    """The set of all numbers in a text, those above and below a fraction's bar included."""
+    values = set()
+    for match, own in _numbers(_plain(text)):
+        values |= own | {Fraction(match[part].replace(",", "")) for part in ("top", "bottom") if match[part]}
+    return values
+
+
+# -------------------------------------------------------------------------------------------- the leak filter
+
+# A number right behind one of these is stated as a value ("which gives 12", "so the count is two").
+_STATED = re.compile(
+    r"(?:[=≡≈]|\\equiv|\b(?:is|are|was|be|becomes?|equals?|equal to|gives?|giving|gets?|getting|obtains?|yields?|yielding"
+    r"|leaves?|leaving|makes?|making|has|have|namely|exactly|only|so|thus|hence|therefore|answer|result|choose|count|total"
+    r"|report|state|multiple of|divisible by|factor out))\W{0,3}"
+    r"(?:(?:just|only|exactly|about|therefore|thus|simply|the|number|value|always|a|that|there|are)\s){0,3}$"
+)
+# The same for 0 and 1, which half of all strategies state somewhere ("equal to zero", "a leading coefficient of 1").
+_STATED_AS_ANSWER = re.compile(
+    r"\b(?:answer|result|total|sum|value|count|remainder|probability|number)s?\b[^.;]{0,25}(?:[=≡,]|\b(?:is|are|be|equals?|of|as))"
+    r"\W{0,3}(?:(?:just|only|exactly|therefore|thus|simply)\s)?$|\b(?:you get|report|this leaves|this gives)\W{0,3}$"
+)
+# Behind these a small number is part of an operation: "divide by two", "base 10", "the power 3".
+_OPERATION = re.compile(
+    r"\b(?:divid\w*|multipl(?:y|ied|ying)|split)\b[^.;]{0,30}\b(?:by|into)\s?$|\brais\w*\b[^.;]{0,30}\bto(?: the)?\s?$"
+    r"|\b(?:power|root|base|modulo|mod|degree|order|times|factors?)\s?(?:of\s)?$"
+)
+_REFERENCE = re.compile(r"(?:steps?|cases?|equations?|parts?|lemma|theorem)\s(?:[0-9]+(?:,|\sand|\sto|-)\s?)?\(?$")
+_UNITS = {  # numbers that are harmless in front of these words: an hour has 60 minutes in every problem
+    3: "feet|sides|angles", 4: "quarters|sides|weeks", 5: "days", 7: "days?", 12: "months?|inch(?:es)?|hours?", 16: "ounces?",
+    24: "hours?", 25: "cents?", 30: "days", 31: "days", 50: "cents?", 52: "weeks?", 60: "minutes?|seconds?", 365: "days?",
+    366: "days?", 1000: "met(?:er|re)s?|grams?|milli.*", 2000: "pounds?", 3600: "seconds?",
+}  # fmt: skip
+_KNOWN = (10, 90, 100, 180, 360)  # the base of our numerals, per cent, angles
+_COEFFICIENTS = (Fraction(1, 3), Fraction(1, 4), Fraction(4, 3), 3, 4, 6)  # of well-known formulas: 4ac, n(n-1)/6
+_COMMON_ANSWERS = {"yes", "no", "true", "false", "even", "odd", "none", "never", "always"}
+
+
+def leaks(strategy, problem, solution, answer):
+    """What a Strategy gives away: a list of reasons, each naming the number and its place; [] for a clean one.
+
+    problem, solution, answer: the row's texts; the solution may be "" (then only the answer is looked for).
+
+    Deterministic, and it knows only texts: a number leaks where it is the answer, or where the solution holds it and the
+    problem does not, in whatever spelling (1,234; 0.5, 1/2 and \\frac12; 50 %; "twenty-five"; -3 as 3). An answer that is
+    an expression, a tuple or a word is looked for as a text. Not punished: exponents, indices, ordinals, references to
+    steps, 0, 1, 2 and a half, coefficients of well-known formulas, units (60 minutes), angles, spelled numbers up to ten
+    that are not stated as a result. Where such a number IS the answer, its surroundings decide.
+    What it cannot see: an intermediate result without a number ("the triangle is isosceles"), and symbolic ones whose
+    coefficients are small. The scoring prompt's no_leak is there for these. Measured on labelled candidates in the tests.
+    """
+    given, wanted = _values(problem), _values(answer)
+    computed = _values(solution) - given - wanted
+    problem, answer = _plain(problem), _plain(answer)
+    found = []
+    texts = {"type": strategy.type, "strategy": strategy.strategy}
+    texts |= {f"step {i}": step for i, step in enumerate(strategy.steps, start=1)}
+    for name, text in texts.items():
+        text = _plain(text)
+        for match, values in _numbers(text):
+            before, after = text[: match.start()], text[match.end() :]
+            if re.search(r"[\^_]\{?-?$", before) or _REFERENCE.search(before):
+                continue
+            place = f"in {name}: {text[max(0, match.start() - 30) : match.end() + 20]!r}"
+            if values & wanted:
+                quoted = values & given and _same_noun(match[0].strip(), after, problem)
+                if not quoted and not _harmless_answer(match[0], max(values), before, after):
+                    found.append(f"the answer {match[0].strip()} {place}")
+            elif values & computed and not _harmless(match[0], max(values), before, after):
+                found.append(f"the computed value {match[0].strip()} {place}")
+        if not _NUMBER.fullmatch(answer.lstrip("+-")) and _holds_answer(text, answer, problem):
+            found.append(f"the answer {answer} in {name}: {text[:60]!r}")
+    return found
+
+
+def _harmless(number, value, before, after):
+    """Whether a number of the solution may stand in a strategy all the same."""
+    if value in (0, 1, 2, Fraction(1, 2), *_KNOWN) or _is_unit(value, after):
+        return True
+    if number[0].isalpha() and (value <= 10 or value < 1):
+        return not _STATED.search(before)
+    return value in _COEFFICIENTS and _in_formula(before, after)
+
+
+def _harmless_answer(number, value, before, after):
+    """The same for a number that is the answer, where the benefit of the doubt is smaller."""
+    if value in (0, 1):
+        return not _STATED_AS_ANSWER.search(before)
+    if _is_unit(value, after):
+        return not _STATED_AS_ANSWER.search(before)
+    if value > 10 and value not in _KNOWN:
+        return False
+    if _OPERATION.search(before) or (value in (2, Fraction(1, 2), *_COEFFICIENTS) and _in_formula(before, after)):
+        return True
+    return (number[0].isalpha() or value in _KNOWN) and not _STATED.search(before)
+
+
+def _is_unit(value, after):
+    return value in _UNITS and re.match(rf"[- ](?:{_UNITS[value]})\b", after)
+
+
+def _same_noun(number, after, problem):
+    """Whether the problem has this number before the same word: "three consecutive integers" tells nothing new."""
+    noun = re.match(r"[-\s]+([a-z]{2,})", after)
+    return noun and re.search(rf"(?<![a-z0-9]){re.escape(number)}[-\s]+{noun[1]}\b", problem)
+
+
+def _in_formula(before, after):
+    """Whether a number touches a symbol: 4ac, n-3, 3(n + 1), 4/3 \\pi r^3. Words of three letters are no symbols."""
+    left, right = re.search(r"[^\s=<>,;.]*$", before)[0], re.match(r"[^\s=<>,;.]*", after)[0]
+    if re.search(r"[a-z]", left) and not re.search(r"[a-z]{3}[^a-z]*$", left):
+        return True
+    if re.search(r"^[a-z(\\^]|^[-+*/(].*[a-z]", right):
+        return True
+    return re.search(r"(?:\b[a-z]|[)}])\s?[-+*/]\s?\(?$", before) or re.match(r"\s?[-+*/]\s?(?:[a-z]\b|[(\\])|\s\\[a-z]", after)
+
+
+def _holds_answer(text, answer, problem):
+    """Whether a plain text holds an answer that is no plain number: words, an option's letter, an expression."""
+    if re.fullmatch(r"\(?[a-z]\)?", answer):
+        option = rf"\b(?:answer|option|choice)s?\b(?:\s(?:is|must be))?\W{{0,3}}\(?{answer.strip('()')}\)?(?![a-z0-9=])"
+        return re.search(option, text)
+    if re.fullmatch(r"[a-z][a-z .'-]*", answer):
+        whole = rf"(?<![a-z]){re.escape(answer)}(?![a-z])"
+        if answer not in _COMMON_ANSWERS and not re.search(whole, problem):
+            return re.search(whole, text)
+        # "Is it even or odd?": a strategy may speak of both, but not say which.
+        said = r"(?<!whether )\b(?:answer|result|conclusion|it|so|which)\W{1,3}(?:(?:it|is|are|must|be|always)\s){0,4}\W{0,2}"
+        return re.search(said + whole + r"(?!\sor\b)", text)
+    short = _compact(answer)
+    if len(short) < 3 or short in _compact(problem):
+        return False
+    return re.search(rf"(?<![a-z0-9.]){re.escape(short)}(?![a-z0-9])", _compact(text))
+
+
+def _compact(plain):
+    return re.sub(r"\\(?=sqrt|pi|frac)|[\s{}*]", "", plain)
+
+
+# -------------------------------------------------------------------------------------------- the choice
+
+def best_candidate(scores):
+    """The index of the best of several candidates; ours: the highest sum, then the highest lowest score, then the first.
+
+    scores: one entry a candidate, parse_scores' dict, or None for a candidate that is out. ValueError where all are.
+    """
+    ranks = [(sum(own.values()), min(own.values()), -i) for i, own in enumerate(scores) if own is not None]
+    if not ranks:
+        raise ValueError(f"no candidate is left of {len(scores)}")
+    return -max(ranks)[2]
+
+
+def quality(scores):
+    """"high", "medium" or "low" by a candidate's scores; the thresholds are ours.
+
+    high: at least 4 on every criterion. low: 2 or less on one of them. (The paper's audit of 500 strategies found 39.4 %
+    high, 54.4 % medium and 6.2 % low, by a standard that it does not print.)
+    """
+    worst = min(scores[name] for name in CRITERIA)
+    return "high" if worst >= 4 else "medium" if worst >= 3 else "low"
+
+
+# -------------------------------------------------------------------------------------------- the program
+
+def main():
+    """python strategy.py ...: extract.py's command line. Run, not imported: this file stays one that stands alone."""
+    program = Path(__file__).with_name("extract.py")
+    if not program.is_file():
+        sys.exit(f"strategy.py: as a program it needs {program.name} beside it; as a module it needs nothing")
+    runpy.run_path(str(program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ prepare, plan, bench, sweep, report.
 
 import ast
 import csv
+import email.utils
 import hashlib
 import http.server
 import importlib.util
@@ -20,6 +21,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +50,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 import bench
 import checkpoint
 import eval as grading
+import extract
 import faults
 import loss as losses
 import model as models
@@ -3020,6 +3023,876 @@ def test_strategy_scores_name_the_bad_criterion(line, words):
     with pytest.raises(ValueError) as error:
         parse_scores(f"faithful: 5\nreusable: 4\n{line}\nactionable: 3")
     assert words in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- leaks, choice
+
+
+LEAK_PROBLEM = "A farm has 30 hens and 12 ducks. Each hen lays three eggs a week, and a quarter of them break. Enough?"
+LEAK_SOLUTION = "The hens lay 30 * 3 = 90 eggs. Broken: 90/4 = 22.5. In 52 weeks 4,680, less 1170, so $\\frac{7}{8}$: 37 - 5."
+
+
+def with_step(step):
+    return Strategy("rate problem", "Find the rate, then scale it.", ("Find the rate.", step))
+
+
+@pytest.mark.parametrize(
+    "step, answer",
+    [
+        ("This gives 25 eggs.", "25"),
+        ("This gives twenty-five eggs.", "25"),
+        ("Twenty five is what remains.", "25"),
+        ("It is $25$.", "25"),
+        ("It is 25.0.", "25"),
+        ("Take \\(x = -25\\).", "25"),
+        ("Take minus twenty-five.", "-25"),
+        ("It is 1{,}234 then.", "1234"),
+        ("It is 1,234 then.", "1234"),
+        ("It is one thousand two hundred and thirty-four.", "1,234"),
+        ("Scale it to 1.5 million.", "1500000"),
+        ("The share is 0.5.", "\\frac{1}{2}"),
+        ("The share is 1/2.", "0.5"),
+        ("The share is \\dfrac12.", "0.5"),
+        ("The share is one half.", "1/2"),
+        ("The share is ½.", "0.5"),
+        ("The share is 50 percent.", "\\frac12"),
+        ("The share is 50\\%.", "0.5"),
+        ("It is two thirds of it.", "2/3"),
+        ("Take 3 1/2 hours.", "3.5"),
+        ("Take $3\\frac{1}{2}$ hours.", "\\frac{7}{2}"),
+        ("Take 3 \\times 10^{5} of them.", "300000"),
+        ("Simplify to $2 \\sqrt{3}$.", "2\\sqrt{3}"),
+        ("Simplify to 2√3.", "2\\sqrt3"),
+        ("Simplify to 2*sqrt(3).", "$2\\sqrt{3}$"),
+        ("The point is $\\left( 3, 4 \\right)$.", "(3,4)"),
+        ("So it is Monday.", "\\text{Monday}"),
+        ("Conclude that it is even.", "\\text{even}"),
+        ("So the answer is yes.", "Yes"),
+        ("Choose option (C).", "C"),
+        ("Write 861 in that base.", "861_{12}"),
+        ("So the count is two.", "2"),
+        ("There are two of them.", "2"),
+        ("The answer is 0.", "0"),
+        ("Factor out 7.", "7"),
+        ("Multiply to get 4,680.", "25"),  # from here on the solution's values
+        ("Multiply to get four thousand six hundred eighty.", "25"),
+        ("Subtract 1,170.", "25"),
+        ("Break it into 22.5 parts.", "25"),
+        ("Keep 7/8 of it.", "25"),
+        ("Keep 87.5 percent of it.", "25"),
+        ("Then $x=37$.", "25"),
+        ("Then 5 are left.", "25"),
+    ],
+)  # fmt: skip
+def test_leaks_finds_the_number_in_every_spelling(step, answer):
+    found = strategy_module.leaks(with_step(step), LEAK_PROBLEM, LEAK_SOLUTION, answer)
+    assert found and all("step 2" in reason for reason in found), found
+    # The same text beside a row to which these numbers mean nothing.
+    assert strategy_module.leaks(with_step(step), "What is it?", "It follows.", "101") == []
+
+
+@pytest.mark.parametrize(
+    "step, answer",
+    [
+        ("Multiply the 30 hens by three.", "25"),  # the problem's own numbers are no computation
+        ("Divide both sides by 2.", "2"),
+        ("Set up two unknowns.", "2"),
+        ("Take the square root of both sides.", "2"),
+        ("Write $x^2 + bx + c$ and $a_2$.", "2"),
+        ("Write $b^2 - 4ac$.", "4"),
+        ("Go on with step 3.", "3"),
+        ("Use the third equation and the 25th term.", "25"),
+        ("Set it equal to zero.", "0"),
+        ("Make the leading coefficient equal to 1.", "1"),
+        ("Work in base 10.", "10"),
+        ("The angles add up to 180 degrees.", "25"),
+        ("An hour has 60 minutes.", "60"),
+        ("Distinguish three cases.", "3"),
+        ("Use how many eggs each hen lays: three eggs.", "3"),  # as the problem says it
+        ("Check whether it is even or odd.", "\\text{odd}"),
+        ("No other case remains.", "No"),
+        ("Consider a and b.", "A"),
+        ("Find the side AB.", "B"),
+        ("Use the volume $\\frac{4}{3} \\pi r^3$.", "25"),
+        ("Use $\\frac{n(n-3)}{2}$.", "25"),
+        ("Compare 1234 with 12345.", "234"),
+        ("Multiply 125 by x.", "25"),
+    ],
+)  # fmt: skip
+def test_leaks_leaves_harmless_numbers_alone(step, answer):
+    solution = LEAK_SOLUTION + " 180 degrees, 60 minutes, 4/3, n-3, two, 10."
+    assert strategy_module.leaks(with_step(step), LEAK_PROBLEM, solution, answer) == []
+
+
+def leak_half(row_id):
+    """The filter was developed on half 0 of the labelled candidates; half 1 was looked at once, when it was done."""
+    return hashlib.sha256(row_id.encode()).digest()[0] % 2
+
+
+def candidate_rows():
+    problems = {row["id"]: row for row in strategy_rows("math.jsonl")}
+    return [(problems[row["id"]], row["candidates"]) for row in strategy_rows("math_candidates.jsonl")]
+
+
+def parsed_or_none(text):
+    try:
+        return parse_strategy(text)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("half, precision, recall", [(0, 0.95, 0.95), (1, 0.95, 0.8), (None, 0.95, 0.9)])
+def test_leaks_on_the_labelled_candidates(half, precision, recall):
+    cases = Counter()
+    for row, candidates in candidate_rows():
+        for candidate in candidates:
+            strategy = parsed_or_none(candidate["text"])
+            if strategy is not None and half in (None, leak_half(row["id"])):
+                found = strategy_module.leaks(strategy, row["problem"], row["solution"], row["answer"])
+                leaks = candidate["label"]["leaks_answer"] or candidate["label"]["leaks_computation"]
+                cases[bool(found), leaks] += 1
+    hit, false, missed = cases[True, True], cases[True, False], cases[False, True]
+    print(f"half {half}: precision {hit}/{hit + false}, recall {hit}/{hit + missed}, of {cases.total()} candidates")
+    assert hit >= 8 and hit / (hit + false) >= precision and hit / (hit + missed) >= recall
+
+
+@pytest.mark.parametrize("name", ["mawps.jsonl", "gsm8k.jsonl", "math.jsonl"])
+def test_leaks_spares_good_strategies_and_finds_what_is_planted_into_them(name):
+    rows = strategy_rows(name)
+    spared = found = planted = 0
+    steps = ("Check that you get {}.", "Report ${}$ as the answer.", "The total is {}, as asked.")
+    for i, row in enumerate(rows):
+        strategy = Strategy.from_dict(row["strategy"])
+        texts = row["problem"], row["solution"], row["answer"]
+        spared += strategy_module.leaks(strategy, *texts) == []
+        for step in steps if i % 3 == 0 else ():
+            planted += 1
+            worse = replace(strategy, steps=(*strategy.steps, step.format(row["answer"])))
+            found += strategy_module.leaks(worse, *texts) != []
+    print(f"{name}: {spared} of {len(rows)} clean, {found} of {planted} planted answers found")
+    assert spared >= 0.99 * len(rows) and found >= 0.99 * planted
+
+
+def test_ranker_keeps_the_labelled_best():
+    """The labels stand for the scorer here (no_leak by its leak labels), so this measures parser, filter and choice only."""
+    kept_best = kept_good = total = 0
+    for row, candidates in candidate_rows():
+        scores = []
+        for candidate in candidates:
+            strategy, label = parsed_or_none(candidate["text"]), candidate["label"]
+            out = strategy is None or strategy_module.leaks(strategy, row["problem"], row["solution"], row["answer"])
+            scores.append(None if out else {"faithful": label["faithful"], "reusable": label["reusable"],
+                                            "no_leak": 3, "actionable": label["actionable"]})  # fmt: skip
+        label = candidates[strategy_module.best_candidate(scores)]["label"]
+        total += 1
+        kept_best += label["best"]
+        kept_good += min(label[name] for name in ("faithful", "reusable", "actionable")) >= 4 and not (
+            label["leaks_answer"] or label["leaks_computation"]
+        )
+    print(f"kept the labelled best in {kept_best} of {total}, a good one in {kept_good}")
+    assert kept_best >= total - 1 and kept_good == total == 17
+
+
+def test_choice_and_quality_by_hand():
+    def scores(*values):
+        return dict(zip(CRITERIA, values, strict=True))
+
+    best = strategy_module.best_candidate
+    assert best([scores(3, 3, 3, 3), None, scores(5, 5, 5, 4), scores(5, 5, 5, 5)]) == 3
+    assert best([scores(5, 5, 5, 2), scores(4, 4, 4, 5), scores(4, 5, 4, 4)]) == 1  # equal sums: the higher lowest, then first
+    with pytest.raises(ValueError, match="no candidate is left of 2"):
+        best([None, None])
+    levels = {(5, 4, 4, 5): "high", (5, 5, 5, 3): "medium", (3, 3, 3, 3): "medium", (5, 5, 5, 2): "low", (1, 5, 5, 5): "low"}
+    assert {values: strategy_module.quality(scores(*values)) for values in levels} == levels
+
+
+def test_strategy_alone_in_a_folder_is_a_module_and_says_what_the_program_needs(tmp_path):
+    shutil.copy(strategy_module.__file__, tmp_path)
+    code = "import sys; sys.path.insert(0, '.'); import strategy as s; print(s.solution_prompt('p')[0]['content'][-12:])"
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    done = run([sys.executable, "-S", "-I", "-c", code])  # -S: not even the installed packages
+    assert done.stdout.strip().endswith("boxed{}."), done.stderr
+    done = run([sys.executable, "strategy.py", "--data", "x"])
+    assert done.returncode == 1 and "needs extract.py beside it" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- extraction, a real server
+
+
+class ChatServer:
+    """A chat server on loopback whose every reply is scripted: script(handler, body, number) with the number of the request.
+
+    The script returns a str (the content of a completion), or (status, headers, payload); with None it has written to the
+    handler itself. `requests` keeps what came in, as (raw body, headers, path).
+    """
+
+    def __init__(self, script):
+        self.requests, self.lock, self.running, self.most_running = [], threading.Lock(), 0, 0
+        owner = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                with owner.lock:
+                    number = len(owner.requests)
+                    owner.requests.append((raw, dict(self.headers), self.path))
+                    owner.running += 1
+                    owner.most_running = max(owner.most_running, owner.running)
+                try:
+                    reply = script(self, json.loads(raw), number)
+                    with owner.lock:  # before the reply: at its end the client's next request may already be here
+                        owner.running -= 1
+                    if reply is not None:
+                        self.reply(*(completion(reply) if isinstance(reply, str) else reply))
+                except (BrokenPipeError, ConnectionResetError):  # the client has left, as some tests want it to
+                    pass
+
+            def reply(self, status, headers, payload):
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(payload))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=partial(self.server.serve_forever, 0.02), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(content, finish="stop", **message):
+    reply = {
+        "model": "fake-1",
+        "choices": [{"message": {"role": "assistant", "content": content} | message, "finish_reason": finish}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+    }  # fmt: skip
+    return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
+
+
+def fake_model(handler, body, number):
+    """Right solutions to "What is a + b?"; of candidates 0 to 4 one is no strategy, one leaks, 3 is better than the others."""
+    text, seed = body["messages"][0]["content"], body["seed"]
+    a, b = map(int, re.search(r"What is (\d+) \+ (\d+)\?", text).groups())
+    if "Score the description" in text:
+        return "\n".join(f"{name}: {5 if 'way d' in text else 4}" for name in CRITERIA)
+    if "Describe how problems" not in text:
+        return f"Adding gives \\boxed{{{a + b}}}."
+    if seed == 1:
+        return "I cannot do that."
+    step = f"Check that it is {a + b}." if seed == 2 else "Check the sum."
+    head = f"<think>hm</think>\nProblem type: a sum, way {'abcdefghij'[seed]}\nStrategy: Join the parts."
+    return f"{head}\nSteps:\n1. Add.\n2. {step}"
+
+
+def extraction_data(folder, count=3, solutions=True, **fields):
+    rows = []
+    for i in range(count):
+        row = {"id": f"row-{i}", "problem": f"What is {20 + i} + {40 + 3 * i}?", "answer": str(60 + 4 * i)}
+        rows.append(row | ({"solution": f"The sum is \\boxed{{{row['answer']}}}."} if solutions else {}) | fields)
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def extraction_flags(url, data, out, *more):
+    flags = ["--data", str(data), "--endpoint", url, "--model", "fake", "--out", str(out), "--quiet"]
+    return [*flags, "--backoff", "0.01", "--retries", "2", "--workers", "1", *more]
+
+
+def journal_records(out, kind=None):
+    lines = extract.journal_path(out).read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    return "sk-very-secret"
+
+
+def test_extraction_end_to_end(tmp_path, capsys, key):
+    data, out = extraction_data(tmp_path, solutions=False), tmp_path / "strategies.jsonl"
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out, "--price_in", "2", "--price_out", "30", "--workers", "3")
+        assert extract.main(flags) == 0
+    printed = capsys.readouterr()
+    assert len(server.requests) == 3 * (1 + 5 + 3) and all(path == "/v1/chat/completions" for _, _, path in server.requests)
+    assert all(headers["Authorization"] == f"Bearer {key}" for _, headers, _ in server.requests)
+    bodies = [json.loads(raw) for raw, _, _ in server.requests]
+    assert {(b["model"], b["max_tokens"], b["top_p"]) for b in bodies} == {("fake", 8192, 0.95)}
+    asked = [b for b in bodies if "Describe how problems" in b["messages"][0]["content"]]
+    assert Counter((b["seed"], b["temperature"]) for b in asked) == {(seed, 0.6): 3 for seed in range(5)}
+    # 27 answers of 100 + 10 tokens: 2,700 * 2 + 270 * 30 millionths
+    assert "27 requests, 2,700 + 270 tokens, cost 0.01" in printed.out
+    problems = load_problems(out)  # what train.py reads, unknown fields and all
+    assert [(p.id, p.answer, p.solution, p.strategy.type) for p in problems] == [
+        (f"row-{i}", str(60 + 4 * i), f"Adding gives \\boxed{{{60 + 4 * i}}}.", "a sum, way d") for i in range(3)
+    ]
+    record = {r["row"]: r for r in journal_records(out, "row")}["row-1"]
+    assert record["kept"] == 3 and record["solution_from"] == "model" and record["failed"] is None
+    assert [c["rejected"] and c["rejected"][0] for c in record["candidates"]] == [None, "not parsed", "leak", None, None]
+    assert "the answer 64 in step 2" in record["candidates"][2]["rejected"][1]
+    assert record["candidates"][3]["scores"] == dict.fromkeys(CRITERIA, 5)
+    (run,) = journal_records(out, "run")
+    assert run["endpoint"] == server.url + "/chat/completions" and run["prompts_hash"] == extract.prompts_hash()
+    everything = printed.out + printed.err + extract.journal_path(out).read_text() + out.read_text()
+    assert key not in everything
+    # Once more: nothing is asked, nothing changes; then the report on what is there.
+    before = out.read_bytes(), len(journal_records(out, "row"))
+    assert extract.main(flags) == 0 and len(server.requests) == 27
+    assert (out.read_bytes(), len(journal_records(out, "row"))) == before
+    capsys.readouterr()
+    assert extract.main(["--report", str(out), "--samples", "1", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "3 strategies", "candidates: 15 of 3 rows; read 12 (80.0 %)", "not parsed 3 (20.0 %)", "leak 3 (20.0 %)",
+        "rows without a strategy: 0", "faithful 5.00", "high 3 (100.0 %)", "leaks by the filter: 0 (0.0 %)",
+        "a sum, way d (3)", "27 requests", "words: mean 17.0", "steps: mean 2.0, median 2, 2 to 2",
+    ):  # fmt: skip
+        assert line in printed, (line, printed)
+    assert printed.count("\n--- row-") == 1
+
+
+def drip(handler, body, number):
+    """A reply that never ends, in single bytes: each arrives in time, the whole does not."""
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b" ")
+        time.sleep(0.02)
+
+
+def cut(handler, body, number):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def cut_chunks(handler, body, number):
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"d\r\n" + b'{"choices": [' + b"\r\n")
+    handler.close_connection = True
+
+
+def no_http(handler, body, number):
+    handler.wfile.write(b"\x00\x01 hello\r\n\r\n")
+
+
+def vanish(handler, body, number):
+    handler.connection.close()
+
+
+def flood(handler, body, number):
+    handler.send_response(200)
+    handler.end_headers()
+    handler.flooded = 0
+    while True:
+        handler.wfile.write(b"<p>" * 10000)
+
+
+def body_of(value, status=200):
+    return lambda handler, body, number: (status, {}, value if isinstance(value, bytes) else json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    "misbehave, words",
+    [
+        (lambda handler, body, number: time.sleep(1), "timed out"),
+        (drip, "timed out"),
+        (cut, "cut off after 13 of 1000 bytes"),
+        (cut_chunks, "IncompleteRead"),
+        (no_http, "BadStatusLine"),
+        (vanish, "RemoteDisconnected"),
+        (flood, "more than 100,000 bytes"),
+        (body_of({"error": {"message": "overloaded"}}, 500), "HTTP 500: overloaded"),
+        (body_of(b"<html>busy</html>", 503), "HTTP 503: <html>busy</html>"),
+        (body_of({"error": "try later"}, 429), "HTTP 429: try later"),
+        (body_of(b"", 408), "HTTP 408: (no message)"),
+        (body_of(b"<html>" * 100), "no JSON: b'<html>"),
+        (body_of(b"\xff\xfe"), "no JSON"),
+        (body_of([1, 2]), "HTTP 200, but"),
+        (body_of({"error": {"message": "upstream", "code": 502}}), "HTTP 200, but: upstream"),
+        (body_of({}), "no choices[0].message"),
+        (body_of({"choices": []}), "no choices[0].message"),
+        (body_of({"choices": [3]}), "no choices[0].message"),
+        (body_of({"choices": [{"text": "old"}]}), "no choices[0].message"),
+        (body_of({"choices": [{"message": {"content": None}}]}), "content is empty: None"),
+        (body_of({"choices": [{"message": {"content": " \n"}}]}), "content is empty"),
+        (body_of({"choices": [{"message": {"content": 7}}]}), "content is empty: 7"),
+    ],
+)
+def test_extraction_tries_again_where_that_may_help(tmp_path, capsys, monkeypatch, misbehave, words):
+    monkeypatch.setattr(extract, "MAX_BYTES", 100_000)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    flags = ("--read_timeout", "0.15", "--candidates", "1")
+    with ChatServer(lambda h, body, i: misbehave(h, body, i) if i < 2 else fake_model(h, body, i)) as server:
+        assert extract.main(extraction_flags(server.url, data, out, *flags)) == 0
+        assert len(server.requests) == 4 and len(load_problems(out)) == 1  # two failures, the candidate, its score
+    assert "Authorization" not in server.requests[0][1]
+    capsys.readouterr()
+    # For ever: the row fails with the reason, and there is no file that looks finished.
+    out = tmp_path / "never.jsonl"
+    with ChatServer(misbehave) as server:
+        assert extract.main(extraction_flags(server.url, data, out, *flags)) == 1
+        assert len(server.requests) == 3  # one try and two retries
+    error = capsys.readouterr().err
+    assert "failed: row-0: no answer in 3 tries" in error and words in error and not out.exists()
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 422])
+def test_extraction_stops_at_once_where_trying_again_is_useless(tmp_path, capsys, key, status):
+    data, out = extraction_data(tmp_path, 5), tmp_path / "out.jsonl"
+    with ChatServer(body_of({"error": {"message": f"no such thing, {key} is wrong"}}, status)) as server:
+        with pytest.raises(ValueError) as error:
+            extract.main(extraction_flags(server.url, data, out))
+        assert len(server.requests) == 1
+    assert f"HTTP {status}: no such thing, *** is wrong" in str(error.value) and "goes on from there" in str(error.value)
+    assert key not in str(error.value) + "".join(capsys.readouterr()) + extract.journal_path(out).read_text()
+
+
+def test_extraction_never_takes_the_key_to_another_host(tmp_path, key):
+    data, out = extraction_data(tmp_path, 2), tmp_path / "out.jsonl"
+    with ChatServer(fake_model) as other:
+        where = other.url.replace("127.0.0.1", "localhost")
+        for status in (301, 302, 303, 307, 308):
+            with ChatServer(lambda h, b, i, s=status: (s, {"Location": f"{where}/chat/completions?x=1"}, b"")) as server:
+                with pytest.raises(ValueError, match=re.escape(f"HTTP {status}: the server redirects to '{where}/chat")):
+                    extract.main(extraction_flags(server.url, data, out))
+                assert len(server.requests) == 1
+        assert other.requests == []
+
+
+def test_extraction_waits_as_long_as_the_server_says(tmp_path, monkeypatch):
+    now = 1_700_000_000.0
+    assert extract.retry_after("7", now) == 7 and extract.retry_after(" 0.5 ", now) == 0.5
+    assert extract.retry_after("Tue, 14 Nov 2023 22:13:50 GMT", now) == 30  # date -u -d @1700000000 is 22:13:20
+    assert extract.retry_after("Tue, 14 Nov 2023 22:13:00 GMT", now) == 0
+    assert all(extract.retry_after(value, now) is None for value in (None, "", "soon", "-3", "32 Foo 2023"))
+    # On the wire: both forms, the second worker held back by the first one's answer, and a wait that nobody should sit out.
+    times, lock = [], threading.Lock()
+
+    def busy(handler, body, number):
+        with lock:
+            times.append(time.time())
+        later = email.utils.formatdate(math.ceil(time.time()) + 1, usegmt=True)
+        if number < 2:
+            return 429, {"Retry-After": "0.4" if number == 0 else later}, b"slow down"
+        return fake_model(handler, body, number)
+
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    with ChatServer(busy) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1")) == 0
+    assert times[1] - times[0] >= 0.4 and times[2] - times[1] >= 0.95 and len(times) == 4
+    stop = threading.Event()
+    held = SimpleNamespace(not_before=time.monotonic() + 0.2)
+    extract._wait_until(held, stop)
+    assert time.monotonic() >= held.not_before
+    with ChatServer(lambda h, b, i: (429, {"Retry-After": "86400"}, b"daily limit")) as server:
+        with pytest.raises(ValueError, match="HTTP 429: daily limit .it asks for a wait of 86,400 s, more than --max_wait 900"):
+            extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl"))
+        assert len(server.requests) == 1
+
+
+def test_extraction_backs_off_exponentially_with_jitter(monkeypatch):
+    waits = []
+    stop = SimpleNamespace(is_set=lambda: False, wait=waits.append)
+    monkeypatch.setattr(extract, "post", lambda server, data: (500, {}, b"no"))
+    server = extract.Server(False, "h", 1, "/", None, 1.0, 1.0, 8, 2.0, 900.0)
+    for _ in range(3):
+        with pytest.raises(extract.RowFailed, match="9 tries, the last: HTTP 500: no"):
+            extract.ask_server(server, {}, stop, None)
+    assert len(waits) == 24 and len(set(waits)) == 24
+    for i, wait in enumerate(waits):
+        middle = min(60, 2 * 2 ** (i % 8))
+        assert 0.5 * middle <= wait <= 1.5 * middle
+    # A server that is gone is not asked by 8,000 rows in turn; one answer in between starts the count anew.
+    server.failures = extract.GIVE_UP_AFTER - 1
+    with pytest.raises(extract.Stop, match="20 requests in a row"):
+        extract.ask_server(server, {}, stop, None)
+    monkeypatch.setattr(extract, "post", lambda server, data: completion("x"))
+    assert extract.ask_server(server, {}, stop, None).text == "x" and server.failures == 0
+
+
+def test_extraction_says_when_nobody_listens(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    data = extraction_data(tmp_path, 2)
+    assert extract.main(extraction_flags(f"http://127.0.0.1:{port}", data, tmp_path / "out.jsonl")) == 1
+    error = capsys.readouterr().err
+    assert error.count("ConnectionRefusedError") == 2 and "2 of 2 rows failed" in error
+
+
+def test_extraction_reads_the_dialects_of_servers(tmp_path):
+    read = extract.read_answer
+    reply = completion("Hi", reasoning_content="let me think")
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+    assert read(*reply) == extract.Answer("Hi", "stop", usage, "let me think", "fake-1")
+    assert read(*completion([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])).text == "ab"
+    assert read(*completion(None, finish="length")).text == ""  # all of it went into thoughts: paid, and not asked again
+    assert read(200, {}, b'{"choices": [{"message": {"content": "x"}}]}') == extract.Answer("x", None, {})
+    odd = json.loads(reply[2]) | {"usage": {"prompt_tokens": "many", "completion_tokens": 3}}
+    assert read(200, {}, json.dumps(odd).encode()).usage == {"completion_tokens": 3}
+
+
+def test_extraction_keeps_texts_that_break_lines_and_encodings(tmp_path, capsys):
+    odd = "Half a pair: \ud83d, a line\u2028separator, a\x00nul, \u4e2d.\nSo \\boxed{60}."
+
+    def script(handler, body, number):
+        text = body["messages"][0]["content"]
+        return fake_model(handler, body, number) if "Describe how" in text or "Score the" in text else odd
+
+    data, out = extraction_data(tmp_path, 1, solutions=False), tmp_path / "out.jsonl"
+    with ChatServer(script) as server:
+        for _ in range(2):
+            assert extract.main(extraction_flags(server.url, data, out)) == 0
+        assert len(server.requests) == 9
+    assert load_problems(out)[0].solution == odd
+    code = "import sys, extract; extract.main(sys.argv[1:]); print(sorted({'torch', 'tqdm'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, "--report", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "1 strategies" in done.stdout and done.stdout.endswith("\n[]\n"), done.stderr  # the report needs no torch
+
+
+def test_extraction_interrupted_keeps_what_is_on_its_way(tmp_path, capsys):
+    def script(handler, body, number):
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # the program waits for this one, and asks no more
+        return fake_model(handler, body, number)
+
+    data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
+    with ChatServer(script) as server:
+        flags = extraction_flags(server.url, data, out)
+        with pytest.raises(KeyboardInterrupt):
+            extract.main(flags)
+        assert len(server.requests) == len(journal_records(out, "answer")) == 7 and not out.exists()
+        assert "waiting for the answers that are on their way" in capsys.readouterr().err
+        assert extract.main(flags) == 0 and len(server.requests) == 24
+    assert len(load_problems(out)) == 3
+
+
+def test_extraction_counts_what_was_billed_for_nothing(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    with ChatServer(lambda h, b, i: completion("") if i == 0 else fake_model(h, b, i)) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1")) == 0
+    (waste,) = journal_records(out, "waste")
+    assert waste["step"] == "candidate" and "content is empty" in waste["reason"]
+    assert "in all 3 requests, 300 + 30 tokens; now 3 requests" in capsys.readouterr().out
+
+
+def test_extraction_has_each_answer_on_the_disk_before_the_next_question(tmp_path):
+    data, out, kept = extraction_data(tmp_path, 2), tmp_path / "out.jsonl", []
+
+    def script(handler, body, number):
+        kept.append(len(journal_records(out, "answer")))
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        assert extract.main(extraction_flags(server.url, data, out)) == 0
+    assert kept == list(range(16))  # 2 rows of 5 candidates and 3 scores
+
+
+def test_extraction_asks_as_many_at_once_as_it_has_workers(tmp_path):
+    data, out, gate = extraction_data(tmp_path, 4), tmp_path / "out.jsonl", threading.Barrier(4, timeout=5)
+
+    def script(handler, body, number):
+        if number < 4:
+            gate.wait()  # opens only when four requests are there together
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--workers", "4", "--retries", "0")) == 0
+        assert server.most_running == 4
+    assert [p.id for p in load_problems(out)] == [f"row-{i}" for i in range(4)]  # in the order of the data
+
+
+def test_extraction_killed_and_continued_pays_once(tmp_path, capsys):
+    data, workers = extraction_data(tmp_path, 6, solutions=False), 2
+    with ChatServer(fake_model) as server:
+        assert extract.main(extraction_flags(server.url, data, tmp_path / "whole.jsonl")) == 0
+        whole = Counter(raw for raw, _, _ in server.requests)
+    out, killed, enough = tmp_path / "killed.jsonl", threading.Event(), threading.Event()
+
+    def script(handler, body, number):
+        if not killed.is_set() and number >= 20:
+            enough.set()
+            killed.wait(10)  # these two are in flight at the kill
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        flags = extraction_flags(server.url, data, out, "--workers", str(workers))
+        command = [sys.executable, strategy_module.__file__, *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert enough.wait(60)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed.set()
+        assert not out.exists() and 20 < len(server.requests) <= 20 + workers
+        # The kill may have come while a line was written.
+        with extract.journal_path(out).open("ab") as stream:
+            stream.write(b'{"kind": "answer", "key": "abc", "text": "Probl')
+        assert extract.main(flags) == 0
+        assert "dropped 47 bytes of a last line that was cut off" in capsys.readouterr().out
+        paid = Counter(raw for raw, _, _ in server.requests)
+    assert set(paid) == set(whole)
+    assert all(count <= 2 for count in paid.values()) and paid.total() - len(paid) <= workers
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(load_problems(out)) == 6
+    assert len(journal_records(out, "answer")) == len(whole)  # and every line can be read
+
+
+def test_extraction_refuses_a_journal_that_does_not_fit(tmp_path):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out)
+        assert extract.main(flags) == 0
+        count = len(server.requests)
+        for more in (["--temperature", "0.7"], ["--seed", "1"], ["--body", '{"top_k": 3}']):
+            with pytest.raises(ValueError, match="no paid answer would fit"):
+                extract.main([*flags, *more])
+        assert extract.main([*flags, "--candidates", "7"]) == 0  # but more of the same is welcome
+        assert len(server.requests) == count + 4  # two candidates and their scores
+        log = extract.journal_path(out)
+        with extract.closing(extract.Journal(log, journal_records(out, "run")[0])):
+            with pytest.raises(ValueError, match="another run is writing it"):
+                extract.main(flags)
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
+        with pytest.raises(ValueError, match=r"log.jsonl:3: no line of a journal"):
+            extract.main(flags)
+        log.unlink()
+        with pytest.raises(ValueError, match="already there, and not made by this program"):
+            extract.main(flags)
+        assert len(server.requests) == count + 4
+
+
+def test_extraction_asks_again_for_a_wrong_solution(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 3, solutions=False), tmp_path / "out.jsonl"
+
+    def script(handler, body, number):
+        text, seed = body["messages"][0]["content"], body["seed"]
+        if "Describe how" in text or "Score the" in text:
+            return fake_model(handler, body, number)
+        if "What is 20" in text and seed < 2:
+            return ("It is \\boxed{61}.", completion("Half of it is \\boxed{60}", finish="length"))[seed]
+        if "What is 21" in text:
+            return ("It is \\boxed{7}.", "No idea.", "<think>\\boxed{64}")[seed]
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        assert extract.main(extraction_flags(server.url, data, out)) == 1
+    error = capsys.readouterr().err
+    assert "failed: row-1: 3 solutions, none with the answer '64': answer '7', no answer, nothing but thoughts" in error
+    assert "1 of 3 rows failed" in error
+    assert [(p.id, p.solution) for p in load_problems(out)] == [
+        ("row-0", "Adding gives \\boxed{60}."), ("row-2", "Adding gives \\boxed{68}.")
+    ]  # fmt: skip
+    assert len(server.requests) == 3 + 3 + 1 + 2 * 8
+    assert extract.main(["--report", str(out)]) == 0
+    assert "rows without a strategy: 1\n  row-1: 3 solutions" in capsys.readouterr().out
+
+
+def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
+    strategy = strategy_example().to_dict()
+    rows = [
+        {"id": "a", "problem": "What is 1 + 2?", "answer": "3", "solution": "It is #### 4"},  # wrong: no strategy from it
+        {"id": "b", "problem": "What is 2 + 2?", "solution": "It is \\boxed{4}."},  # its answer becomes the row's
+        {"id": "c", "problem": "What is 3 + 2?"},  # the model's answer becomes the row's
+        {"id": "d", "problem": "What is 4 + 2?", "answer": "6", "solution": "Six.", "strategy": strategy},  # kept as it is
+        {"id": "e", "problem": "What is 5 + 2?", "answer": "7", "strategy": strategy},  # only the solution is asked for
+    ]
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ChatServer(fake_model) as server:
+        assert extract.main(extraction_flags(server.url, data, out)) == 1
+        assert len(server.requests) == 8 + 9 + 0 + 1
+        got = {p.id: (p.answer, p.strategy.type) for p in load_problems(out)}
+        new, own = "a sum, way d", "sum of two"
+        assert got == {"b": ("4", new), "c": ("5", new), "d": ("6", own), "e": ("7", own)}
+        assert "failed: a: the data's solution ends in '4', the data's answer is '3'" in capsys.readouterr().err
+        for line, words in (
+            ('{"id": "x", "problem": "p", "answer": "3", "note": 1}', "data.jsonl:6: unknown field 'note'"),
+            ('{"id": "b", "problem": "p"}', "data.jsonl:6: duplicate id"),
+            ('{"id": "x", "answer": "3"}', "data.jsonl:6: field 'problem' is missing"),
+            ("{", "data.jsonl:6: not a line of JSON"),
+        ):
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows) + line + "\n")
+            with pytest.raises(ValueError, match=re.escape(words)):
+                extract.main(extraction_flags(server.url, data, tmp_path / "new.jsonl"))
+        assert len(server.requests) == 18
+
+
+def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsys):
+    good = "Problem type: sum\nStrategy: Join.\nSteps:\n1. Add {}."
+
+    def script(handler, body, number):
+        text, seed = body["messages"][0]["content"], body["seed"]
+        if "Score the" in text:
+            if "Add parts" in text:
+                return "faithful: 5\nreusable: 5\nno_leak: 1\nactionable: 5"
+            return "fine!" if "Add both" in text else fake_model(handler, body, number)
+        if seed == 0:
+            return good.format("parts")  # readable by the scorer
+        if seed == 1:
+            return completion(good.format("it"), finish="length")  # it parses, but is half an answer
+        return good.format(("both", "both", "them", "all")[seed - 2]) if "What is 20" in text else good.format("parts")
+
+    data, out = extraction_data(tmp_path, 2), tmp_path / "out.jsonl"
+    with ChatServer(script) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "3")) == 1
+    records = {r["row"]: r for r in journal_records(out, "row")}
+    kinds = [c["rejected"] and c["rejected"][0] for c in records["row-0"]["candidates"]]
+    assert kinds == ["leak by score", "cut off", "not scored", "repeated", None, None] and records["row-0"]["kept"] == 4
+    assert len(server.requests) == (6 + 4) + (6 + 1)
+    assert "row-1: no candidate is left of 6: 4 repeated, 1 leak by score, 1 cut off" in capsys.readouterr().err
+
+
+def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):
+    data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out, "--dry_run", "--show", "1", "--price_in", "1", "--price_out", "100")
+        assert extract.main([*flags, "--max_tokens", "1000"]) == 0
+        assert server.requests == []
+    printed = capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and key not in printed
+    solution = "The sum is \\boxed{60}."
+    assert extraction_prompt("What is 20 + 40?", solution)[0]["content"] in printed and "What is 21 + 43?" not in printed
+    # 3 rows of 5 candidates and 5 scores; out 15 * (220 + 40), at most 30 * 1000
+    assert "3 rows, 30 requests" in printed and "and 3,900 out" in printed and "at most 30,000 out" in printed
+    tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
+    assert f"cost about {tokens / 1e6 + 0.39:.2f}, at most {tokens / 1e6 + 3:.2f}" in printed and "nothing was sent" in printed
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--endpoint", "http://example.com/v1"], "would travel unencrypted"),
+        (["--endpoint", "http://127.evil.com/v1"], "would travel unencrypted"),
+        (["--endpoint", "https://me:pass@example.com/v1"], "holds a user name or password"),
+        (["--endpoint", "ftp://example.com"], "expected http"),
+        (["--endpoint", "example.com/v1"], "expected http"),
+        (["--endpoint", "https://example.com/v1?key=1"], "expected http"),
+        (["--local", "x"], "one of --endpoint and --local"),
+        (["--candidates", "0"], "--candidates must be at least 1, got 0"),
+        (["--top_p", "0"], "--top_p must be in (0, 1]"),
+        (["--read_timeout", "0"], "--read_timeout must be above 0"),
+        (["--temperature", "nan"], "--temperature must be at least 0"),
+        (["--price_in", "1"], "the cost needs both"),
+        (["--body", "[1]"], "--body must be a JSON object"),
+        (["--body", '{"stream": true}'], "--body must be a JSON object"),
+        (["--out", "/nowhere/x.jsonl"], "its folder does not exist"),
+        (["--data", "/nowhere.jsonl"], "no such file"),
+        (["--report", "/nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_extraction_checks_its_flags_first(tmp_path, monkeypatch, key, change, words):
+    monkeypatch.setattr(extract, "post", None)  # nothing may be sent
+    flags = extraction_flags("https://example.com/v1", extraction_data(tmp_path), tmp_path / "out.jsonl", *change)
+    with pytest.raises(ValueError) as error:
+        extract.main(flags)
+    assert words in str(error.value) and "pass@" not in str(error.value) and key not in str(error.value)
+    assert not (tmp_path / "out.jsonl.log.jsonl").exists()
+
+
+def test_extraction_has_no_flag_for_the_key_and_knows_its_servers(monkeypatch, capsys):
+    for flag in ("--key", "--api_key", "--key_en"):
+        with pytest.raises(SystemExit):
+            extract.main([flag, "sk-1"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+    def server(url, *flags, **environment):
+        args = extract.build_parser().parse_args(["--endpoint", url, *flags])
+        return extract.make_server(args, environment)
+
+    assert server("https://api.deepseek.com/").name == "https://api.deepseek.com:443/chat/completions"
+    assert server("http://localhost:8000/v1/chat/completions", OPENAI_API_KEY="k").name.endswith(":8000/v1/chat/completions")
+    assert server("http://[::1]:8000/v1", OPENAI_API_KEY="k").host == "::1"
+    assert server("http://example.com/v1").key is None  # without a key there is nothing to lose
+    assert server("http://example.com/v1", "--allow_http", OPENAI_API_KEY="k").key == "k"
+    assert server("https://h/v1", "--key_env", "MINE", MINE=" k\n", OPENAI_API_KEY="other").key == "k"
+    with pytest.raises(ValueError, match="no HTTP header can carry") as error:
+        server("https://h/v1", OPENAI_API_KEY="a\r\nHost: evil")
+    assert "evil" not in str(error.value)
+    assert "secret" not in repr(server("https://h/v1", OPENAI_API_KEY="secret"))
+    monkeypatch.setenv("https_proxy", "http://me:p%40ss@proxy:3128")
+    through = extract._connection(server("https://h/v1"))
+    assert (through.host, through.port, through._tunnel_host, through._tunnel_port) == ("proxy", 3128, "h", 443)
+    assert through._tunnel_headers["Proxy-Authorization"] == "Basic bWU6cEBzcw=="  # printf 'me:p@ss' | base64
+    assert extract._connection(server("http://127.0.0.1:1/v1")).host == "127.0.0.1"
+
+
+def test_extraction_body_adds_and_removes_fields_and_keys_name_the_exact_request():
+    settings = extract.Settings("m", 0.6, 0.0, 0.95, 100, 7, {"max_tokens": None, "max_completion_tokens": 9, "seed": None})
+    body = extract.request_body(settings, "score", 2, auto_messages("p"))
+    assert body == {"model": "m", "messages": auto_messages("p"), "temperature": 0.0, "top_p": 0.95, "max_completion_tokens": 9}
+    keys = {extract.request_key(body | change, step, index) for change in ({}, {"top_p": 0.9}, {"model": "n"}, {"messages": []})
+            for step in ("score", "candidate") for index in (0, 1)}  # fmt: skip
+    assert len(keys) == 16
+    assert extract.request_key(dict(reversed(body.items())), "score", 2) == extract.request_key(body, "score", 2)
+
+
+def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
+    local = extract.LocalModel(str(TINY_BASE), "float32", "cpu", 8)
+    problems = load_problems(ROOT / "data/tiny/test.jsonl")[:6]
+    sizes, plain = [], rollout.generate
+
+    def counting(model, prompts, **settings):
+        sizes.append(len(prompts))
+        return plain(model, prompts, **settings)
+
+    monkeypatch.setattr(rollout, "generate", counting)
+    settings = extract.Settings("tiny", 0.0, 0.0, 1.0, 32, 0, {})
+    answers, gate = {}, threading.Barrier(6)
+
+    def ask(problem):
+        body = extract.request_body(settings, "solution", 0, guided_messages(problem.problem, problem.strategy))
+        gate.wait()
+        answers[problem.id] = local.ask(body, threading.Event(), None)
+
+    threads = [threading.Thread(target=ask, args=(problem,)) for problem in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(sizes) == 6 and len(sizes) < 6
+    with MathWorker() as worker:  # greedy and guided, the tiny base is always right
+        assert all(is_correct(answers[p.id].text, p.answer, worker) for p in problems)
+    for problem in problems:
+        prompt = encode_chat(local.tokenizer, guided_messages(problem.problem, problem.strategy))
+        answer = answers[problem.id]
+        assert answer.usage["prompt_tokens"] == len(prompt) and answer.finish == "stop"
+        assert 0 < answer.usage["completion_tokens"] <= 32
+    with pytest.raises(extract.RowFailed, match="fills the context"):
+        local.ask({"messages": auto_messages("add " * 2000), "temperature": 0.0}, threading.Event(), None)
+
+
+def test_extraction_by_our_own_sampler_runs_from_the_command_line(tmp_path, capsys):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    with data.open("w") as stream:
+        for line in (ROOT / "data/tiny/test.jsonl").read_text().splitlines()[:2]:
+            row = json.loads(line)
+            stream.write(json.dumps({name: row[name] for name in ("id", "problem", "answer")}) + "\n")
+    flags = ["--data", str(data), "--local", str(TINY_BASE), "--out", str(out), "--dtype", "float32", "--quiet"]
+    # The tiny base knows no other prompts than its own: its rows must fail one by one, with their reasons.
+    assert extract.main([*flags, "--device", "cpu", "--max_tokens", "16"]) == 1
+    assert capsys.readouterr().err.count("failed: ") == 2
+    assert journal_records(out, "run")[0]["endpoint"] == f"local: {TINY_BASE}"
 
 
 # ---------------------------------------------------------------------------------------------------- grader and evaluation
