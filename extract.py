@@ -995,7 +995,7 @@ def share(part: int, whole: int) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     # There is no flag for the key: command lines end up in shell histories, process lists and logs.
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="strategy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", metavar="FILE", help="jsonl: id, problem, and answer and solution where there are any")
     add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1; /chat/completions is added")
