@@ -40,7 +40,7 @@ import urllib.parse
 import urllib.request
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -165,7 +165,8 @@ class Server:
 
     @property
     def name(self) -> str:
-        return f"{'https' if self.secure else 'http'}://{self.host}:{self.port}{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.secure else 'http'}://{host}:{self.port}{self.path}"
 
     def hide_key(self, text: object) -> str:
         """Some servers quote the key when they refuse it."""
@@ -244,7 +245,7 @@ def _hold_back(server: Server, wait: float, reason: str) -> None:
 
 def _wait_until(server: Server, stop: threading.Event) -> None:
     while not stop.is_set() and (rest := server.not_before - time.monotonic()) > 0:
-        stop.wait(rest)
+        stop.wait(rest * random.uniform(1, 1.1))  # not all at the same moment
     if stop.is_set():
         raise Stop("stopped")
 
@@ -517,7 +518,7 @@ def to_line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def read_journal(path: Path):
+def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each whole line of a journal as (record, where it ends in bytes). A torn last line is left out."""
     end = 0
     with path.open("rb") as stream:

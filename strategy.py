@@ -496,6 +496,7 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\frac\s?\{\s?([0-9.,]+)\s?\}\s?\{?\s?([0-9.,]+)\s?\}?", r" \1/\2 "),
     (r"\\(?:cdot|times)(?![a-zA-Z])|[×·∙]", "*"),
     (r"√|(?<![\\a-zA-Z])sqrt", r"\\sqrt"),
+    (r"π", r"\\pi "),
     (r"\\sqrt\s?\(([^()]*)\)|\\sqrt\s?([0-9a-z])", r"\\sqrt{\1\2}"),
     (r"[−–](?=\s?[0-9a-z\\(])", "-"),
     (r"\\([%$])", r"\1"),
@@ -523,7 +524,7 @@ def _numbers(plain):
     Signs are left out: whether a text says -299 or 299, it gives the number away. Ordinals are no numbers.
     """
     for match in _NUMBER.finditer(plain):
-        if match["ordinal"] or match["nth"]:
+        if match["ordinal"] or match["nth"] or len(match[0]) > 100:  # int() refuses what a stuck model writes: 9999...
             continue
         if match["words"]:
             values = {_spelled_value(match["words"]) / _SHARES.get(match["share"], 1)}
@@ -612,7 +613,8 @@ def leaks(strategy, problem, solution, answer):
     for name, text in texts.items():
         text = _plain(text)
         for match, values in _numbers(text):
-            before, after = text[: match.start()], text[match.end() :]
+            # 80 characters are all that the patterns look at; over a long text they would take quadratic time.
+            before, after = text[max(0, match.start() - 80) : match.start()], text[match.end() : match.end() + 80]
             if re.search(r"[\^_]\{?-?$", before) or _REFERENCE.search(before):
                 continue
             place = f"in {name}: {text[max(0, match.start() - 30) : match.end() + 20]!r}"
@@ -681,14 +683,11 @@ def _holds_answer(text, answer, problem):
         # "Is it even or odd?": a strategy may speak of both, but not say which.
         said = r"(?<!whether )\b(?:answer|result|conclusion|it|so|which)\W{1,3}(?:(?:it|is|are|must|be|always)\s){0,4}\W{0,2}"
         return re.search(said + whole + r"(?!\sor\b)", text)
-    short = _compact(answer)
-    if len(short) < 3 or short in _compact(problem):
-        return False
-    return re.search(rf"(?<![a-z0-9.]){re.escape(short)}(?![a-z0-9])", _compact(text))
-
-
-def _compact(plain):
-    return re.sub(r"\\(?=sqrt|pi|frac)|[\s{}*]", "", plain)
+    # An expression: the same characters with any blanks, braces and times signs in between, and no longer one around it.
+    short = re.sub(r"[\s{}*]", "", answer)
+    spaced = r"[\s{}*]*".join(r"\\?" if character == "\\" else re.escape(character) for character in short)
+    whole = rf"(?<![a-z0-9.\\]){spaced}(?![a-z0-9])"
+    return len(short) > 2 and not re.search(whole, problem) and re.search(whole, text)
 
 
 # -------------------------------------------------------------------------------------------- the choice

@@ -3065,6 +3065,8 @@ def with_step(step):
         ("Simplify to 2√3.", "2\\sqrt3"),
         ("Simplify to 2*sqrt(3).", "$2\\sqrt{3}$"),
         ("The point is $\\left( 3, 4 \\right)$.", "(3,4)"),
+        ("It becomes $\\left(x + 1\\right) (x-2)$.", "(x+1)(x-2)"),
+        ("It comes to $\\dfrac{\\pi}{x}$.", "\\frac{\\pi}{x}"),
         ("So it is Monday.", "\\text{Monday}"),
         ("Conclude that it is even.", "\\text{even}"),
         ("So the answer is yes.", "Yes"),
@@ -3115,6 +3117,7 @@ def test_leaks_finds_the_number_in_every_spelling(step, answer):
         ("Find the side AB.", "B"),
         ("Use the volume $\\frac{4}{3} \\pi r^3$.", "25"),
         ("Use $\\frac{n(n-3)}{2}$.", "25"),
+        ("Write $2x+1$ for the odd ones.", "x+1"),
         ("Compare 1234 with 12345.", "234"),
         ("Multiply 125 by x.", "25"),
     ],
@@ -3124,8 +3127,17 @@ def test_leaks_leaves_harmless_numbers_alone(step, answer):
     assert strategy_module.leaks(with_step(step), LEAK_PROBLEM, solution, answer) == []
 
 
+def test_leaks_outlasts_what_a_stuck_model_writes():
+    start = time.perf_counter()
+    for piece in ("9", "9,", "/9", "9 9/", "{", "x9", "twenty ", "\\frac", "\\sqrt(", "divide 9 ", "\u4e009"):
+        text = (piece * 1500).strip()
+        strategy_module.leaks(with_step(text), "What is 9?", text, text[:1000])
+    assert time.perf_counter() - start < 10
+    assert strategy_module.leaks(with_step("It is 8" + "9" * 5000), "p", "9" * 5000, "9" * 99) == []
+
+
 def leak_half(row_id):
-    """The filter was developed on half 0 of the labelled candidates; half 1 was looked at once, when it was done."""
+    """The filter's rules were tuned on half 0 of the labelled candidates; half 1 only measures them."""
     return hashlib.sha256(row_id.encode()).digest()[0] % 2
 
 
@@ -3165,7 +3177,7 @@ def test_leaks_spares_good_strategies_and_finds_what_is_planted_into_them(name):
         strategy = Strategy.from_dict(row["strategy"])
         texts = row["problem"], row["solution"], row["answer"]
         spared += strategy_module.leaks(strategy, *texts) == []
-        for step in steps if i % 3 == 0 else ():
+        for step in steps if i % 5 == 0 else ():
             planted += 1
             worse = replace(strategy, steps=(*strategy.steps, step.format(row["answer"])))
             found += strategy_module.leaks(worse, *texts) != []
@@ -3825,7 +3837,7 @@ def test_extraction_has_no_flag_for_the_key_and_knows_its_servers(monkeypatch, c
 
     assert server("https://api.deepseek.com/").name == "https://api.deepseek.com:443/chat/completions"
     assert server("http://localhost:8000/v1/chat/completions", OPENAI_API_KEY="k").name.endswith(":8000/v1/chat/completions")
-    assert server("http://[::1]:8000/v1", OPENAI_API_KEY="k").host == "::1"
+    assert server("http://[::1]:8000/v1", OPENAI_API_KEY="k").name == "http://[::1]:8000/v1/chat/completions"
     assert server("http://example.com/v1").key is None  # without a key there is nothing to lose
     assert server("http://example.com/v1", "--allow_http", OPENAI_API_KEY="k").key == "k"
     assert server("https://h/v1", "--key_env", "MINE", MINE=" k\n", OPENAI_API_KEY="other").key == "k"
