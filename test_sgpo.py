@@ -1895,6 +1895,33 @@ def test_update_with_bf16_activations_trains_every_parameter(tmp_path, worker, m
         assert gradient.dtype == torch.float32 and cosine > 0.9, (name, cosine)
 
 
+def test_the_sampler_sees_the_weights_of_the_last_update(tmp_path, worker):
+    """An update whose last pass has no gradient (dead groups, no distillation): gathered weights must not outlive it."""
+    run, examples = make_run(tmp_path, worker, "--method", "grpo")
+    samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.target = None
+    samples[-1].advantages = [0.0] * 8
+    before = weights_of(run.model)
+    train.update(run, samples, 1e-2)
+    with parallel.whole_model(run.model) as policy:
+        for old, now, seen in zip(before, weights_of(run.model), policy.parameters(), strict=True):
+            assert torch.equal(now, seen) and not torch.equal(old, seen)
+
+
+def test_the_saved_model_has_the_dtype_it_sampled_in(tmp_path, worker):
+    out = tmp_path / "run"
+    flags = "--steps 1 --problems_per_step 2 --no-eval_guided --device cpu --dtype bfloat16".split()
+    train.main([*flags, "--eval_data", "", "--out", str(out)])
+    saved, _ = load_model(str(out / "model"), dtype=torch.float32, device="cpu")
+    assert json.loads((out / "model/config.json").read_text())["torch_dtype"] == "bfloat16"
+    run, _ = make_run(tmp_path / "other", worker)
+    checkpoint.load_checkpoint(out / "checkpoints/step-000001", run.model, run.optimizer)
+    for master, rounded in zip(weights_of(run.model), saved.parameters(), strict=True):
+        assert torch.equal(master.bfloat16().float(), rounded)
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in weights_of(run.model))
+
+
 def test_truncated_trajectories_can_leave_the_loss_but_not_the_mean(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker, "--mask_truncated")
     samples = fake_samples(run, examples)
