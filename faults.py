@@ -259,8 +259,8 @@ def attack(trial: Trial, kills: int, also: list[str], reference: Path) -> None:
     process = trial.start(trial.out)  # how long a start takes, to the first checkpoint: kills come before and behind that
     wait_for_a_checkpoint(trial, process, "first start")
     kill_all(process)
-    seconds = 1.6 * (time.monotonic() - began)
-    trial.say(f"a start takes {seconds / 1.6:.1f} s to its first step; kills come within {seconds:.1f} s")
+    seconds = 1.35 * (time.monotonic() - began)
+    trial.say(f"a start takes {seconds / 1.35:.1f} s to its first step; kills come within {seconds:.1f} s")
     for event in events:
         if (trial.out / "model").exists():
             trial.say(f"{event}: left out, the run is finished", wrong=True)
@@ -312,7 +312,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks, a trial each")
     parser.add_argument("--kills", type=int, default=30, help="kills at random moments in each trial")
     parser.add_argument("--also", nargs="*", choices=ONCE, default=list(ONCE), help="what else happens, once each")
-    parser.add_argument("--steps", type=int, default=150, help="RL steps of the run: enough for all faults")
+    parser.add_argument("--steps", type=int, default=200, help="RL steps of the run: enough for all faults")
     parser.add_argument("--seed", type=int, default=0, help="draws the order and the moments")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
