@@ -23,6 +23,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -160,9 +161,12 @@ def _merge_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:80]!r}")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------- the decoder
@@ -547,10 +551,25 @@ def resolve_model(name_or_path: str) -> Path:
         raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
 
 
+def refuse_code(folder: Path) -> None:
+    """ValueError naming the file where a model folder brings code, or asks for some: code from a folder is never run.
+
+    Without this check transformers would quietly take a class of its own in place of the custom one, and compute something
+    else than the folder's author meant.
+    """
+    instead = "code of a model folder is never run; take a checkpoint that transformers loads without trust_remote_code"
+    for script in sorted(folder.glob("*.py")):
+        raise ValueError(f"{script}: {instead}")
+    for file in sorted(folder.glob("*config.json")):  # the model's, the tokenizer's, a processor's
+        if "auto_map" in (config := _read_json(file)):
+            raise ValueError(f"{file}: asks for {config['auto_map']!r} (auto_map), but {instead}")
+
+
 def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
     """(model, tokenizer) of a folder or hub name; the weights are read once, cast to `dtype`, straight onto `device`.
 
-    Raises ValueError naming the file for an unknown architecture, and missing, truncated or mismatching weights.
+    Raises ValueError naming the file for code in the folder, an unknown architecture, and missing, truncated or mismatching
+    weights.
     """
     folder = resolve_model(name_or_path)
     model, tokenizer = blank_model(folder)
@@ -560,6 +579,7 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
 
 def blank_model(folder: Path) -> tuple[CausalLM, Any]:
     """(model, tokenizer) of a folder, the model with shapes only, on the meta device: nothing is read or allocated yet."""
+    refuse_code(folder)
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is not None:
@@ -574,6 +594,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through transformers, never with remote code."""
     from transformers import AutoTokenizer  # imported here: 1 s, and the decoder itself does not need it
 
+    refuse_code(folder)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in known):  # transformers would hand out an empty vocabulary
         raise ValueError(f"{folder}: no tokenizer file ({', '.join(known)})")
@@ -584,19 +605,32 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued."""
+    """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued.
+
+    The template is a program (Jinja) from the model folder. transformers runs it in a sandbox that keeps it from files,
+    processes and Python's internals, but not from a loop without end. ValueError for whatever it raises.
+    """
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; take an instruct model")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # Jinja's own kinds, and whatever an expression in the template raises
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} failed: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else model.safetensors."""
+    """The safetensors files of a model folder: those its index names, else model.safetensors.
+
+    ValueError for an index that names anything but files of its own folder, and for a file that is not there.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
-        if not weight_map:
+        if not weight_map or not isinstance(weight_map, dict):
             raise ValueError(f"{index}: no weight_map")
+        for name in weight_map.values():  # the hub's own layout has no subfolders, and "../x" or "/x" would leave this one
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise ValueError(f"{index}: weight_map names {name!r}, which is not a safetensors file of this folder")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / "model.safetensors"]

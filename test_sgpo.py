@@ -500,6 +500,221 @@ def test_encode_chat_needs_a_template():
         encode_chat(tokenizer, auto_messages("A kalo machine gets 1 and 2. What comes out?"))
 
 
+# ------------------------------------------------------------------------------------------------ hostile model folders
+
+
+@pytest.fixture
+def hostile_model(small_model, tmp_path):
+    """(edit, canary): edit(file, **fields) adds fields to a JSON file of a good model folder and gives the folder."""
+    folder = write_model(tmp_path / "model", small_model)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types")
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def edit(file, **fields):
+        path = folder / file
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(content | fields))
+        return folder
+
+    return edit, tmp_path / "canary"
+
+
+CUSTOM_CODE = {
+    "config.json": {"auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}},
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["custom.Tokenizer", None]}, "tokenizer_class": "Tokenizer"},
+    "preprocessor_config.json": {"auto_map": {"AutoProcessor": "someone/else--custom.Processor"}},
+}
+
+
+@pytest.mark.parametrize("file", CUSTOM_CODE)
+def test_model_folders_that_ask_for_code_are_refused(hostile_model, file):
+    edit, _ = hostile_model
+    folder = edit(file, **CUSTOM_CODE[file])
+    with pytest.raises(ValueError,
+        match=rf"{file}: asks for .*custom.* \(auto_map\), but code of a model folder is never run"):
+        load_model(str(folder), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="never run"):
+        models.load_tokenizer(folder)
+
+
+def test_model_folders_that_bring_code_are_refused(hostile_model):
+    edit, canary = hostile_model
+    folder = edit("tokenizer_config.json", tokenizer_class="Tokenizer")
+    code = f"open({str(canary)!r}, 'w')\nclass Tokenizer: pass\n"
+    for name in ("tokenization_custom.py", "tokenizer.py"):
+        (folder / name).write_text(code)
+        with pytest.raises(ValueError, match=rf"{name}: code of a model folder is never run"):
+            load_model(str(folder), dtype=torch.float32, device="cpu")
+        (folder / name).unlink()
+    (folder / "nested").mkdir()
+    (folder / "nested/custom.py").write_text(code)  # nothing looks there
+    try:
+        load_model(str(folder), dtype=torch.float32, device="cpu")
+    except ValueError as error:  # a class that transformers does not have
+        assert "tokenizer could not be loaded" in str(error)
+    assert not canary.exists() and "custom" not in sys.modules
+
+
+HOSTILE_TEMPLATES = [
+    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
+    "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__['__builtins__']['open']('CANARY', 'w') }}",
+    "{{ strftime_now.__globals__['__builtins__']['open']('CANARY', 'w') }}",
+    "{{ (messages | map(attribute='__class__') | first).__mro__ }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ (messages | attr('__class__')).__mro__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{% set _ = messages.append({'role': 'user', 'content': 'x'}) %}",
+    "{% set _ = messages[0].update(content='x') %}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ range(999999999) | list }}",
+    "{{ raise_exception('no') }}",
+    "{{ 1 / 0 }}",
+    "{{ undefined.attribute.of.nothing }}",
+    "{% for",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE_TEMPLATES)
+def test_chat_templates_cannot_leave_their_sandbox(template, tmp_path):
+    tokenizer = tiny_world.build_tokenizer()
+    tokenizer.chat_template = template.replace("CANARY", str(tmp_path / "canary"))
+    messages = auto_messages("What is 1 + 2?")
+    with pytest.raises(ValueError, match="the chat template of .* failed: "):
+        encode_chat(tokenizer, messages)
+    assert messages == auto_messages("What is 1 + 2?") and list(tmp_path.iterdir()) == []
+
+
+def safetensors_bytes(header, data=b"\0" * 64, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def tensor_entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HOSTILE_WEIGHTS = {
+    "empty": b"",
+    "header of 2^63 bytes": safetensors_bytes(b"{}", length=2**63),
+    "header of 4 GB": safetensors_bytes(b"{}", length=2**32),
+    "header past the end": safetensors_bytes(b"{}", data=b"", length=3),
+    "no JSON": safetensors_bytes(b"\x80\x04pickle"),
+    "deep JSON": safetensors_bytes(b"[" * 100_000),
+    "no object": safetensors_bytes([1]),
+    "negative offset": safetensors_bytes({"a": tensor_entry([16], -64, 0)}),
+    "offset past the end": safetensors_bytes({"a": tensor_entry([32], 0, 128)}),
+    "end before beginning": safetensors_bytes({"a": tensor_entry([0], 64, 0)}),
+    "overlap": safetensors_bytes({"a": tensor_entry([16], 0, 64), "b": tensor_entry([8], 32, 64)}),
+    "hole": safetensors_bytes({"a": tensor_entry([4], 0, 16), "b": tensor_entry([8], 32, 64)}),
+    "shape that overflows": safetensors_bytes({"a": tensor_entry([2**62, 8], 0, 64)}),
+    "negative shape": safetensors_bytes({"a": tensor_entry([-16], 0, 64)}),
+    "unknown dtype": safetensors_bytes({"a": tensor_entry([16], 0, 64, "OBJECT")}),
+    "size and shape differ": safetensors_bytes({"a": tensor_entry([15], 0, 64)}),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_WEIGHTS)
+def test_hostile_weights_are_a_clear_error(kind, hostile_model):
+    edit, _ = hostile_model
+    folder = edit("generation_config.json")
+    (folder / "model.safetensors").write_bytes(HOSTILE_WEIGHTS[kind])
+    with pytest.raises(ValueError, match=r"model.safetensors: broken or truncated safetensors file"):
+        load_model(str(folder), dtype=torch.float32, device="cpu")
+
+
+HOSTILE_NAMES = ["../../etc/passwd", "/etc/passwd", "../model.safetensors", "/tmp/model.safetensors", "a/../../b.safetensors"]
+HOSTILE_NAMES += ["sub/model.safetensors", "..\\model.safetensors", "model.bin", "pytorch_model.pt", "model.safetensors\n",
+    "", 7, None]
+HOSTILE_NAMES += [["model.safetensors"], "\0.safetensors"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_an_index_names_files_of_its_folder_only(name, hostile_model):
+    edit, _ = hostile_model
+    shutil.copy(edit("config.json") / "model.safetensors",
+    edit("config.json").parent)  # where ../model.safetensors would lead
+    folder = edit("model.safetensors.index.json", weight_map={"model.norm.weight": name})
+    with pytest.raises(ValueError, match=r"index.json: weight_map names .*, which is not a safetensors file of this folder"):
+        models.weight_files(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '{"weight_map": ["model.safetensors"]}', "[" * 100_000, "{", '"x"'])
+def test_json_files_of_a_model_folder_that_are_no_objects(content, hostile_model):
+    edit, _ = hostile_model
+    folder = edit("model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index.json: (not valid JSON|expected a JSON object|no weight_map)"):
+        models.weight_files(folder)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json"):
+        ModelConfig.from_folder(folder)
+
+
+# What turns data into code: modules that unpickle or interpret, and calls by their name (re.compile is another name).
+LOADERS = r"(c?[pP]ickle|cloudpickle|dill|marshal|shelve|joblib|yaml|code|runpy|pty)"
+CODE_FROM_DATA = re.compile(
+    rf"eval|exec|compile|__import__|(importlib\.)?(import_module|reload)|{LOADERS}\.\w+|\w+\.read_pickle|torch\.hub\.\w+"
+    r"|os\.(system|popen|exec\w+|spawn\w+)|(subprocess\.)?(getoutput|getstatusoutput)|(dist|torch\.distributed)\.\w*object\w*"
+)
+SAFE_LOADERS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle",
+    False)}
+
+
+def code_from_data(source):
+    """What of `source` could run code that stands in data, as "line: name"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            bad = [name for name in names if re.fullmatch(rf"{LOADERS}(\..*)?", name)]
+            found += [f"{node.lineno}: import {name}" for name in bad]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {k.arg: k.value.value if isinstance(k.value, ast.Constant) else ... for k in node.keywords}
+        constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
+        if CODE_FROM_DATA.fullmatch(name) and not (constant and name.endswith(("__import__", "import_module"))):
+            found.append(f"{node.lineno}: {name}")
+        if name in SAFE_LOADERS and keywords.get(SAFE_LOADERS[name][0]) is not SAFE_LOADERS[name][1]:
+            found.append(f"{node.lineno}: {name} without {SAFE_LOADERS[name]}")
+        if name.endswith((".recv", ".send")):  # of a multiprocessing connection: a pickle; its bytes have send_bytes
+            found.append(f"{node.lineno}: {name}")
+        found += [f"{node.lineno}: {key}" for key in ("shell", "trust_remote_code") if keywords.get(key, False) is not False]
+    return found
+
+
+def test_the_search_for_code_from_data_finds_it():
+    bad = ["eval(x)", "exec(x)", "compile(x, '', 'exec')", "pickle.load(f)", "import pickle", "from pickle import loads",
+        "marshal.loads(x)"]
+    bad += ["import shelve", "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=flag)",
+        "np.load(f)"]
+    bad += ["np.load(f, allow_pickle=True)", "os.system(x)", "os.popen(x)", "subprocess.run(x, shell=True)",
+        "run(x, shell=flag)"]
+    bad += ["AutoModel.from_pretrained(x, trust_remote_code=True)", "__import__(x)", "importlib.import_module(x)",
+        "pipe.recv()"]
+    bad += ["yaml.load(f)", "import yaml", "dist.broadcast_object_list(x)", "torch.hub.load(x)", "os.execv(x, y)",
+        "pd.read_pickle(x)"]
+    assert [line for line in bad if not code_from_data(line)] == []
+    good = ["re.compile(x)", "model.eval()", "torch.compile(f)", "torch.load(f, weights_only=True)",
+        "np.load(f, allow_pickle=False)"]
+    good += ["subprocess.run([x])", "f(trust_remote_code=False)", "pipe.recv_bytes()", "json.load(f)",
+        "import_module('torch')"]
+    assert [line for line in good if code_from_data(line)] == []
+
+
+def test_nothing_in_the_project_runs_code_that_stands_in_data():
+    files = [path for path in ROOT.rglob("*.py") if path != ROOT / "test_sgpo.py"]
+    foreign = {path.parent for path in ROOT.rglob("pyvenv.cfg")}  # a virtual environment in the checkout
+    files = [path for path in files if not foreign & set(path.parents)]
+    assert {"train.py", "eval.py", "model.py", "starter.py"} <= {path.name for path in files}
+    assert {str(path): found for path in files if (found := code_from_data(path.read_text(encoding="utf-8")))} == {}
+
+
 # ---------------------------------------------------------------------------------------------------- rollout
 
 
