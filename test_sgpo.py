@@ -2914,6 +2914,34 @@ def test_a_killed_run_and_a_lost_rank_on_two_ranks(tmp_path):
     trial = faults.Trial(run, 2, 25, random.Random(0), (tmp_path / "other.txt").open("w"))
     faults.compare(trial, tmp_path / "runs/2-alone")
     assert trial.faults == 1
+# ------------------------------------------------------------------------------------------------ secrets
+
+
+def test_no_token_of_the_environment_is_written_anywhere(tmp_path, monkeypatch, capfd):
+    secrets = {"HF_TOKEN": "hf_canaryOfTheHub", "OPENAI_API_KEY": "sk-canary-of-an-api",
+        "WANDB_API_KEY": "canary-of-a-tracker"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    flags = "--steps 1 --problems_per_step 2 --group_auto 2 --group_guided 2 --eval_limit 2 --eval_n 1 --device cpu"
+    train.main([*flags.split(), "--out", str(tmp_path / "run")])
+    errors = []
+    for wrong in (["--model", "no-such-model"], ["--model", "no-such-org/no-such-model"], ["--data", "no-such-file"]):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*flags.split(), *wrong, "--out", str(tmp_path / "other")])
+        errors.append(str(stopped.value))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"metrics.jsonl", "samples.jsonl", "config.json", "model.safetensors",
+        "tokenizer.json"} <= {path.name for path in written}
+    shown = "".join([*capfd.readouterr(), *errors])
+    assert "model saved in" in shown and "no such file" in shown
+    for value in secrets.values():
+        assert value not in shown and [path for path, content in written.items() if value.encode() in content] == []
+
+
+def test_no_setting_takes_a_token():
+    names = [field.name for field in train.dataclasses.fields(train.Config)]
+    names += [action.dest for action in grading.build_parser()._actions]
+    assert [name for name in names if re.search("token(?!s)|secret|password|api_?key|auth$", name)] == []
 
 
 # ---------------------------------------------------------------------------------------------------- strategies
