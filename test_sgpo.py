@@ -4487,6 +4487,14 @@ def test_killed_child_is_replaced():
         assert worker.timeouts == 1
 
 
+def test_a_signal_to_the_whole_group_leaves_the_child_to_its_parent():
+    with MathWorker() as worker:
+        assert same_answer("\\sqrt{16}", "4", worker)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            worker._process.send_signal(number)
+        assert same_answer("\\sqrt{25}", "5", worker) and worker.timeouts == 0
+
+
 def test_child_has_a_memory_limit():
     with MathWorker(timeout_s=20.0, memory_bytes=600 * 1024**2) as worker:
         assert same_answer("\\sqrt{16}", "4", worker)
