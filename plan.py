@@ -5,9 +5,9 @@
 
 Only a config.json is read: no weights, no GPU. Settings have train.py's names and defaults. Memory is counted tensor by tensor
 at the moments where it can be largest (`sampling_moments`, `update_moments`), as model.py, rollout.py, loss.py, parallel.py
-and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 10 % of the measured peak
-(results/plan.md), and so is the update with eight ranks of which only one runs. On a GPU nothing here was measured: there the
-count of tensors is reasoning, and the seconds are bytes and operations divided by stated speeds.
+and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 3 % of the measured peak
+(results/plan.md), and so is the update of one rank of eight, the exchanges left out. On a GPU nothing here was measured:
+there the count of tensors is reasoning, and the seconds are bytes and operations divided by stated speeds.
 
 What it is not: a simulator. Every assumption is a flag with a default and is printed with the result. Evaluation, grading and
 the writing of checkpoints are in neither figure.
@@ -576,35 +576,53 @@ def largest_rows(shape: Shape, settings: Settings, workload: Workload, gpus: int
 
 
 def remedies(shape: Shape, settings: Settings, workload: Workload, gpus: int, budget: float) -> list[tuple[Settings, int]]:
-    """Settings and numbers of GPUs with which everything fits: one change each where one is enough, else the fewest in the
-    order below, else more GPUs; empty where nothing helps. Each change goes as far as it must and no further."""
+    """Settings and numbers of GPUs with which everything fits: one change each where one is enough, else several together,
+    else more GPUs; empty where nothing helps. A number is lowered as far as it must be and no further."""
 
-    def works(changed: Settings, on: int = gpus) -> bool:
-        return not memory_of(shape, changed, workload, on, budget).refusals
+    def refusals(changed: Settings, on: int = gpus) -> list[str]:
+        return memory_of(shape, changed, workload, on, budget).refusals
 
-    def reduced(start: Settings, name: str, step: int) -> Settings:
-        value = largest(lambda v: works(replace(start, **{name: v})), getattr(start, name), step)
-        return replace(start, **{name: value or min(step, getattr(start, name))})
+    def reduced(start: Settings, name: str, step: int, high: int = 0) -> Settings:
+        """Lowered until it helps as much as it can; unchanged where it does not help at all."""
+        least, now = refusals(replace(start, **{name: step})), refusals(start)
+        if least == now:
+            return start
+        fits = largest(lambda v: set(refusals(replace(start, **{name: v}))) <= set(least), high or getattr(start, name), step)
+        return replace(start, **{name: fits or step})
+
+    def smaller_cache(start: Settings) -> Settings:
+        """Less than 90 % of the free memory, so that prompts and logits find a place beside it."""
+        cache = memory_of(shape, start, workload, gpus, budget).cache
+        tokens = largest(
+            lambda v: v < cache.least * PAGE or "sampling" not in refusals(replace(start, cache_tokens=v)),
+            cache.given * PAGE, PAGE,
+        )  # fmt: skip
+        return replace(start, cache_tokens=tokens) if cache.least * PAGE <= tokens < cache.given * PAGE else start
 
     ways: list[Callable[[Settings], Settings]] = [
         lambda s: replace(s, recompute=True),
         lambda s: replace(s, shard_ranks=0),
+        lambda s: replace(s, cache_tokens=0),
         lambda s: reduced(s, "micro_tokens", 256),
-        lambda s: reduced(s, "max_rows", 8),
         lambda s: reduced(s, "chunk_tokens", 32),
+        smaller_cache,
+        lambda s: reduced(s, "max_rows", 8),
         lambda s: reduced(s, "max_new_tokens", PAGE),
         lambda s: replace(s, offload=True),
     ]
-    alone = [changed for changed in (way(settings) for way in ways) if changed != settings and works(changed)]
+    alone = [changed for changed in (way(settings) for way in ways) if changed != settings and not refusals(changed)]
     if alone:
         return [(changed, gpus) for changed in alone]
     changed = settings
     for way in ways:
         changed = way(changed)
-        if works(changed):
+        if not refusals(changed):
+            for field in dataclasses.fields(Settings):  # what turned out not to be needed is taken back
+                without = replace(changed, **{field.name: getattr(settings, field.name)})
+                changed = changed if refusals(without) else without
             return [(changed, gpus)]
     lean = replace(settings, recompute=True, shard_ranks=0)
-    return [(lean, n * gpus) for n in (2, 4, 8, 16) if works(lean, n * gpus)][:1]
+    return [(lean, n * gpus) for n in (2, 4, 8, 16) if not refusals(lean, n * gpus)][:1]
 
 
 def flags_between(before: Settings, after: Settings) -> str:
@@ -951,7 +969,8 @@ def _verdict_lines(plan: Plan) -> list[str]:
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    lines = [f"seconds of a step, estimated: {plan.step_s:.1f} for {plan.step_tokens:,} sampled tokens"]
+    as_if = " (as if it did fit)" if plan.memory.refusals else ""
+    lines = [f"seconds of a step, estimated{as_if}: {plan.step_s:.1f} for {plan.step_tokens:,} sampled tokens"]
     lines += [f"    {seconds:8.2f}  {part}" for part, seconds in plan.sampling.items()]
     lines += [f"    {seconds:8.2f}  {part}" for part, seconds in plan.update.items() if not part.startswith("update, ")]
     inside = [f"{part.removeprefix('update, ')} {s:.2f}" for part, s in plan.update.items() if part.startswith("update, ")]

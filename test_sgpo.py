@@ -6697,17 +6697,19 @@ SMALL_HEAD = dict(
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
 SMOL_CUT = dict(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+    vocab_size=24576, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
     num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
 PLANNED = {  # name: (shape, settings, problems)
-    "d 256, V 8192": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="float32"), 2),
-    "d 256, V 8192, bf16": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="bfloat16"), 2),
+    "d 256, V 8192": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="float32"), 1),
+    "d 256, V 8192, bf16": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="bfloat16"), 1),
     "d 256, V 8192, 8 blocks, own head, recompute": (
         SMALL_HEAD | dict(num_hidden_layers=8, tie_word_embeddings=False),
         dict(micro_tokens=1024, chunk_tokens=32, dtype="float32", recompute=True), 1,
     ),
-    "SmolLM2-135M, 2 of 30 blocks": (SMOL_CUT, dict(micro_tokens=256, chunk_tokens=64, dtype="float32", group_auto=4), 1),
+    "SmolLM2-135M, 2 of 30 blocks, half of V": (
+        SMOL_CUT, dict(micro_tokens=256, chunk_tokens=64, dtype="float32", group_auto=4), 1,
+    ),
 }  # fmt: skip
 
 
@@ -6770,7 +6772,7 @@ def test_plan_predicts_the_measured_peak(setting):
     for part, measure in (("sampling", planned_sampling), ("update", planned_update)):
         predicted, measured, name = measure(run, samples)
         print_planned(setting, part, predicted, measured, name)
-        assert abs(predicted / measured - 1) < 0.1, (part, name, predicted, measured)
+        assert abs(predicted / measured - 1) < 0.03, (part, name, predicted, measured)
 
 
 WIDE_BLOCKS = SMALL_HEAD | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=1024)
@@ -6798,7 +6800,7 @@ def test_plan_predicts_the_peak_of_one_rank_of_eight():
     assert [result[0] for result in results] == [8, 4]
     for shared_by, predicted, measured, name in results:
         print_planned(f"d 512, V 1024, bf16, recompute, {shared_by} of 8 ranks a copy", "update", predicted, measured, name)
-        assert abs(predicted / measured - 1) < 0.1
+        assert abs(predicted / measured - 1) < 0.03
 
 
 def test_plan_of_the_largest_terms_by_hand():
@@ -6886,24 +6888,25 @@ def test_plan_largest_values_are_the_edge(name, gpus, settings):
     assert prompts + made.largest_rows * own <= room < prompts + (made.largest_rows + 1) * own
 
 
-@pytest.mark.parametrize(
-    "name, gpus, memory, settings",
-    [
-        ("Qwen2.5-7B-Instruct", 8, 80, {}),  # activations: --recompute, or fewer --micro_tokens
-        ("Qwen2.5-7B-Instruct", 8, 40, {"recompute": True, "chunk_tokens": 8192}),  # chunks of logits
-        ("Qwen2.5-1.5B-Instruct", 8, 24, {}),  # needs more than one change
-        ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "shard_ranks": 1}),  # whole optimizer states on each GPU
-        ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "max_new_tokens": 32000, "cache_tokens": 1024}),  # the cache
-    ],
-)
-def test_plan_remedies_are_remedies(name, gpus, memory, settings):
+TOO_LARGE = [  # model, GPUs, GB of one, settings, what helps
+    ("Qwen2.5-7B-Instruct", 8, 80, {}, ["--recompute", "--micro_tokens N"]),  # activations
+    ("Qwen2.5-7B-Instruct", 8, 50, {"recompute": True, "chunk_tokens": 8192}, ["--chunk_tokens N", "--offload"]),  # logits
+    ("Qwen2.5-7B-Instruct", 8, 40, {}, ["--cache_tokens N --recompute"]),  # no place for the prompts beside the cache, and both
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "shard_ranks": 1}, ["--shard_ranks N", "--offload"]),
+    ("Qwen2.5-7B-Instruct", 1, 80, {"recompute": True}, ["--offload"]),
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "cache_tokens": 1024}, ["--cache_tokens N", "--max_new_tokens N"]),
+]
+
+
+@pytest.mark.parametrize("name, gpus, memory, settings, helps", TOO_LARGE)
+def test_plan_remedies_are_remedies(name, gpus, memory, settings, helps):
     config, settings = known_config(name), plan.Settings(**settings)
     made = plan.make_plan(config, settings, gpus=gpus, gpu_memory=memory)
     assert made.memory.refusals and made.remedies
     text = plan.plan_text(config, settings, gpus=gpus, gpu_memory=memory)
     assert text.count("DOES NOT FIT") == len(made.memory.refusals)
     offered = re.findall(r"^  it fits with (.*)$", text, re.M)
-    assert len(offered) == len(made.remedies)
+    assert [re.sub(r"\d+", "N", line) for line in offered] == helps and len(offered) == len(made.remedies)
     for line, (changed, on) in zip(offered, made.remedies, strict=True):
         given = [f"--{f.name}" if v is True else f"--{f.name}={v}" for f in plan.dataclasses.fields(settings)
                  if (v := getattr(settings, f.name)) is not False]  # fmt: skip
