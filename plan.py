@@ -1,7 +1,8 @@
 """What a run will need, before anyone rents the node: the memory of each GPU, what fits, the time of a step, the whole recipe.
 
     python plan.py --model Qwen2.5-7B-Instruct --gpus 8 --gpu_memory 80
-    python plan.py --config DIR_or_config.json --gpus 32 --recompute --micro_tokens 8192
+    python plan.py --config DIR_or_config.json --gpus 32 --no-recompute --micro_tokens 8192
+    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8 --gpu_memory 80     the same, with all of train.py's flags
 
 Only a config.json is read: no weights, no GPU. Settings have train.py's names and defaults. Memory is counted tensor by tensor
 at the moments where it can be largest (`sampling_moments`, `update_moments`), as model.py, rollout.py, loss.py, parallel.py
@@ -175,7 +176,7 @@ class Settings:
     sft_fraction: float = flag(1 / 3, "share of the problems used for the SFT warm-up")
     sft_epochs: float = flag(1.0, "passes over them")
     sft_batch: int = flag(64, "solutions in one SFT update")
-    recompute: bool = flag(False, "recompute each block in the backward pass")
+    recompute: bool = flag(True, "recompute each block in the backward pass")
     dtype: str = flag("auto", "auto or bfloat16 (a GPU's), or float32")
     shard_ranks: int = flag(0, "ranks that share one copy of the weights; 0: all")
     offload: bool = flag(False, "keep weights, gradients and optimizer states in host memory")
@@ -441,7 +442,6 @@ class Cache:
 class Memory:
     """Bytes on each GPU: what is alive at the moments that can be the largest, and the KV cache."""
 
-    loading: Moment
     sampling: dict[str, Moment]
     update: dict[str, Moment]
     cache: Cache
@@ -451,7 +451,6 @@ class Memory:
     def refusals(self) -> list[str]:
         """Which parts of a run cannot work."""
         too_large = {
-            "loading": sum(self.loading.values()) > self.budget,
             "sampling": peak(self.sampling)[1] > self.budget or self.cache.given < self.cache.least,
             "update": peak(self.update)[1] > self.budget,
         }
@@ -537,9 +536,7 @@ def memory_of(shape: Shape, settings: Settings, workload: Workload, gpus: int, b
         prompts=len(groups),
         scored_tokens=max(settings.micro_tokens, workload.prompt_tokens + longest) if settings.method == "sgpo" else 0,
     )
-    # parallel.shard cuts a model that stands whole on the device, and the largest tensor is read before it is cast
-    loading = {"whole weights in fp32": 4.0 * shape.parameters, "the largest tensor as it was read": 2.0 * shape.head}
-    return Memory(loading, sampling, update, cache, budget)
+    return Memory(sampling, update, cache, budget)
 
 
 def largest(fits: Callable[[int], bool], high: int, step: int = 1) -> int:
@@ -924,7 +921,6 @@ def _memory_lines(plan: Plan) -> list[str]:
         lines += [f"    {nbytes / GB:8.2f}  {term}" for term, nbytes in moments[name].items() if nbytes]
         others = sorted(((sum(m.values()), n) for n, m in moments.items() if n != name), reverse=True)[:3]
         lines.append("    smaller: " + "; ".join(f"{other} {nbytes / GB:.1f}" for nbytes, other in others))
-    lines.append(f"  loading, before the weights are sharded: {sum(memory.loading.values()) / GB:.1f}")
     if plan.settings.offload:
         here = min(plan.gpus, plan.hardware.node_gpus)
         shard = plan.shape.shard(plan.settings.shard_ranks or plan.gpus)
@@ -935,7 +931,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _verdict_lines(plan: Plan) -> list[str]:
     memory, settings, cache, lines = plan.memory, plan.settings, plan.memory.cache, []
     for part in memory.refusals:
-        moments = {"loading": {"loading": memory.loading}, "sampling": memory.sampling, "update": memory.update}[part]
+        moments = {"sampling": memory.sampling, "update": memory.update}[part]
         name, total = peak(moments)
         term, nbytes = max(moments[name].items(), key=lambda item: item[1])
         why = f"{name}: {total / GB:.1f} GB where {memory.budget / GB:.1f} are; the largest term: {term}, {nbytes / GB:.1f} GB"
@@ -1004,28 +1000,39 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config", help="a config.json, or a folder with one")
     model.add_argument("--model", help="the same, or org/name, or a known family's bare name")
+    add_flags(parser, Settings, Workload, Hardware)
+    return parser.parse_args(arguments)
+
+
+def add_flags(parser: argparse.ArgumentParser, *parts: type) -> None:
+    """--gpus, --gpu_memory, and a flag for each field of the parts (Settings, Workload, Hardware)."""
     parser.add_argument("--gpus", type=int, default=8, help="in all, over all nodes (default: 8)")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="GB of one GPU (default: 80)")
-    for part in (Settings, Workload, Hardware):
-        for field in dataclasses.fields(part):
-            text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-            kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-            parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
-    return parser.parse_args(arguments)
+    for field in (field for part in parts for field in dataclasses.fields(part)):
+        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+
+
+def from_flags(args: argparse.Namespace, part: type) -> Any:
+    """A Settings, Workload or Hardware of the flags that add_flags made."""
+    return part(**{field.name: getattr(args, field.name) for field in dataclasses.fields(part)})
+
+
+def print_plan(args: argparse.Namespace, name: str, settings: Any) -> None:
+    """The plan for a model's name, in words; exit status 1 with the reason where there is none."""
+    where = dict(workload=from_flags(args, Workload), hardware=from_flags(args, Hardware))
+    try:
+        config, source = model_config(name)
+        where |= dict(gpus=args.gpus, gpu_memory=args.gpu_memory)
+        print(plan_text(config, settings, name=name, source=source, **where))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    settings, workload, hardware = (
-        part(**{field.name: getattr(args, field.name) for field in dataclasses.fields(part)})
-        for part in (Settings, Workload, Hardware)
-    )
-    where = dict(gpus=args.gpus, gpu_memory=args.gpu_memory, workload=workload, hardware=hardware)
-    try:
-        config, source = model_config(args.config or args.model)
-        print(plan_text(config, settings, name=args.config or args.model, source=source, **where))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    print_plan(args, args.config or args.model, from_flags(args, Settings))
 
 
 if __name__ == "__main__":

@@ -6642,9 +6642,9 @@ def planned_run(shape, **settings):
     generator = torch.Generator().manual_seed(0)
     model = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=torch.float32, device=CPU)
     model.model.recompute = cfg.recompute
-    parallel.shard(model, dtype=train.compute_dtype(cfg, CPU), shard_ranks=cfg.shard_ranks, offload=False)
+    parallel.shard(model, device=CPU, dtype=train.compute_dtype(cfg, CPU), shard_ranks=cfg.shard_ranks, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    run = train.Run(cfg, model, None, optimizer, None, CPU, Path("."))
+    run = train.Run(cfg, model, None, optimizer, None, CPU, Path("."), None)
     train.update(run, planned_samples(run, 1, 3, 3, 2, 4), 1e-6)
     return run
 
@@ -6701,14 +6701,14 @@ SMOL_CUT = dict(
     num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
 PLANNED = {  # name: (shape, settings, problems)
-    "d 256, V 8192": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="float32"), 1),
-    "d 256, V 8192, bf16": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="bfloat16"), 1),
+    "d 256, V 8192": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="float32", recompute=False), 1),
+    "d 256, V 8192, bf16": (SMALL_HEAD, dict(micro_tokens=512, chunk_tokens=64, dtype="bfloat16", recompute=False), 1),
     "d 256, V 8192, 8 blocks, own head, recompute": (
         SMALL_HEAD | dict(num_hidden_layers=8, tie_word_embeddings=False),
         dict(micro_tokens=1024, chunk_tokens=32, dtype="float32", recompute=True), 1,
     ),
     "SmolLM2-135M, 2 of 30 blocks, half of V": (
-        SMOL_CUT, dict(micro_tokens=256, chunk_tokens=64, dtype="float32", group_auto=4), 1,
+        SMOL_CUT, dict(micro_tokens=256, chunk_tokens=64, dtype="float32", group_auto=4, recompute=False), 1,
     ),
 }  # fmt: skip
 
@@ -6832,7 +6832,8 @@ def test_plan_of_the_largest_terms_by_hand():
     assert last["activations of the block at work"] == 16384 * (saved + 2 * (2 * W + D)) + keys
     block = 2 * D * D + 2 * 512 * D + D + 2 * 512 + 3 * D * W + 2 * D
     assert last["blocks, gathered"] == 2 * 2 * block and last["gradients of a block"] == 2 * D * W
-    plain = plan.make_plan(config, plan.Settings(), gpus=8, gpu_memory=80).memory.update["loss at the head (policy loss)"]
+    kept = plan.make_plan(config, plan.Settings(recompute=False), gpus=8, gpu_memory=80)
+    plain = kept.memory.update["loss at the head (policy loss)"]
     assert plain["activations kept for the backward pass"] == L * (16384 * saved + keys)
 
 
@@ -6858,8 +6859,8 @@ def test_plan_of_copies_and_of_offloading():
 
 
 PLANS = [
-    ("Qwen2.5-1.5B-Instruct", 8, {}),
-    ("Qwen2.5-7B-Instruct", 8, {}),
+    ("Qwen2.5-1.5B-Instruct", 8, {"recompute": False}),
+    ("Qwen2.5-7B-Instruct", 8, {"recompute": False}),
     ("Llama-3.1-8B-Instruct", 8, {"recompute": True}),
     ("Llama-3.1-8B-Instruct", 32, {"recompute": True, "shard_ranks": 8}),
     ("Qwen2.5-7B-Instruct", 32, {"recompute": True, "max_new_tokens": 16384}),
@@ -6889,9 +6890,9 @@ def test_plan_largest_values_are_the_edge(name, gpus, settings):
 
 
 TOO_LARGE = [  # model, GPUs, GB of one, settings, what helps
-    ("Qwen2.5-7B-Instruct", 8, 80, {}, ["--recompute", "--micro_tokens N"]),  # activations
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False}, ["--recompute", "--micro_tokens N"]),  # activations
     ("Qwen2.5-7B-Instruct", 8, 50, {"recompute": True, "chunk_tokens": 8192}, ["--chunk_tokens N", "--offload"]),  # logits
-    ("Qwen2.5-7B-Instruct", 8, 40, {}, ["--cache_tokens N --recompute"]),  # no place for the prompts beside the cache, and both
+    ("Qwen2.5-7B-Instruct", 8, 40, {"recompute": False}, ["--cache_tokens N --recompute"]),  # no place for the prompts either
     ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "shard_ranks": 1}, ["--shard_ranks N", "--offload"]),
     ("Qwen2.5-7B-Instruct", 1, 80, {"recompute": True}, ["--offload"]),
     ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "cache_tokens": 1024}, ["--cache_tokens N", "--max_new_tokens N"]),
@@ -6908,8 +6909,8 @@ def test_plan_remedies_are_remedies(name, gpus, memory, settings, helps):
     offered = re.findall(r"^  it fits with (.*)$", text, re.M)
     assert [re.sub(r"\d+", "N", line) for line in offered] == helps and len(offered) == len(made.remedies)
     for line, (changed, on) in zip(offered, made.remedies, strict=True):
-        given = [f"--{f.name}" if v is True else f"--{f.name}={v}" for f in plan.dataclasses.fields(settings)
-                 if (v := getattr(settings, f.name)) is not False]  # fmt: skip
+        given = [f"--{'no-' * (v is False)}{f.name}" if isinstance(v, bool) else f"--{f.name}={v}"
+                 for f in plan.dataclasses.fields(settings) for v in [getattr(settings, f.name)]]  # fmt: skip
         args = plan.parse_arguments(["--config", "x", *given, *line.split()])
         again = plan.Settings(**{f.name: getattr(args, f.name) for f in plan.dataclasses.fields(plan.Settings)})
         assert again == changed and (args.gpus if "--gpus" in line else gpus) == on
@@ -6918,11 +6919,27 @@ def test_plan_remedies_are_remedies(name, gpus, memory, settings, helps):
     assert largest_term
 
 
+def test_plan_of_a_training_command(capsys, monkeypatch):
+    """train.py --plan: its own flags and plan.py's, no weights, no GPU; anything else is an error."""
+    monkeypatch.setattr(train, "prepare", None)
+    folder = str(TINY_BASE)
+    flags = "--plan --gpus 4 --gpu_memory 24 --max_new_tokens 64 --mean_response 9 --prompt_tokens 30 --guided_prompt_tokens 60"
+    train.main(["--model", folder, *flags.split()])
+    text = capsys.readouterr().out
+    assert "4 GPUs, 4 shards; 20.0 GB a GPU" in text and re.search(r"--max_new_tokens +64 ", text)
+    assert re.search(r"--mean_response +9 ", text) and re.search(r"--problems_per_step +128 ", text)
+    with pytest.raises(SystemExit):
+        train.main(["--model", folder, "--plan", "--gpu", "4"])
+    assert "unrecognized arguments: --gpu 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--shard_ranks 3 does not divide the 8 GPUs"):
+        train.main(["--model", folder, *flags.replace("--gpus 4", "--gpus 8 --shard_ranks 3").split()])
+
+
 def test_plan_says_where_nothing_helps():
-    """An 8B model does not load on a card of 24 GB: it stands there whole, in fp32, before it is sharded."""
+    """An 8B model does not sample on a card of 16 GB: it stands there whole, in bf16."""
     config = known_config("Llama-3.1-8B-Instruct")
-    text = plan.plan_text(config, plan.Settings(), gpus=8, gpu_memory=24)
-    assert "DOES NOT FIT: loading" in text and "nothing that train.py has a flag for" in text and "it fits with" not in text
+    text = plan.plan_text(config, plan.Settings(), gpus=8, gpu_memory=16)
+    assert "DOES NOT FIT: sampling" in text and "nothing that train.py has a flag for" in text and "it fits with" not in text
 
 
 def test_plan_lengths_have_their_mean_and_end():

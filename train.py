@@ -2,6 +2,7 @@
 
     python train.py                                                     the tiny world, 2 CPU cores, no network
     python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
+    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8         what that would need (plan.py)
     torchrun --nproc_per_node=2 train.py ...                            the same, problems dealt to ranks
 
 One process per device; weights, gradients and optimizer states are sharded over the ranks (parallel.py). The result does not
@@ -13,8 +14,8 @@ The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, c
 open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
 the methods part: what is sampled (sample_problems), what is decided (weigh), which loss (policy_terms).
 
-Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py, parallel.py, checkpoint.py. Axes: P problems, G and J
-group sizes, M tokens.
+Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py, parallel.py, checkpoint.py, plan.py. Axes: P problems,
+G and J group sizes, M tokens.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from parallel import (
     whole_model,
     world,
 )
+from plan import Hardware, Workload, add_flags, print_plan
 from rollout import Packed, Trajectory, decode_kernel, generate, micro_batches, pack, shared_tokens
 from strategy import auto_messages, guided_messages
 from weighting import (
@@ -191,7 +193,8 @@ STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE /
 
 def parse_config(argv: Sequence[str] | None) -> Config:
     """Flags -> Config. A flag beats a preset, a preset beats the default; an unknown flag is an error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    also = "--plan [--gpus 8] [--gpu_memory 80]: say what the run would need (memory, time), and do nothing else"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=also, allow_abbrev=False)
     for spec in dataclasses.fields(Config):
         text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
@@ -1272,7 +1275,21 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\nheld-out accuracy\n" + "\n".join(lines) if lines else "\nno --eval_data: accuracy was not measured"
 
 
+def plan_run(argv: Sequence[str]) -> None:
+    """--plan: what the run would need, from the model's config.json alone. Besides its flags there are plan.py's, for the
+    lengths of the texts and the speeds of the hardware."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--plan", action="store_true")
+    add_flags(parser, Workload, Hardware)
+    known, rest = parser.parse_known_args(argv)
+    cfg = parse_config(rest)
+    print_plan(known, cfg.model, cfg)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--plan" in argv:
+        return plan_run(argv)
     cfg = parse_config(argv)
     joined = dist.is_initialized()
     device = start_ranks(cfg.device, cfg.timeout_minutes)
