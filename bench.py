@@ -606,7 +606,7 @@ def bench_run(model: CausalLM, tokenizer: Any, worker: Any, args, device: torch.
     cfg = replace(cfg, **changes)
     shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), control_group(timeout_minutes=10))
+    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), control_group())
 
 
 def autocast(args, device: torch.device) -> Any:

@@ -68,16 +68,16 @@ class RankLost(RuntimeError):
     """Another rank did not come to where all ranks meet."""
 
 
-def control_group(timeout_minutes: float) -> dist.ProcessGroup:
+def control_group() -> dist.ProcessGroup:
     """The group for `meet`: gloo, on CPUs, because it can say who is missing, where NCCL aborts the process."""
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    return dist.new_group(backend="gloo")
 
 
-def meet(group: dist.ProcessGroup, word: int) -> int:
-    """Wait for all ranks and exchange a word: the largest of all. RankLost where one does not come in the group's timeout."""
+def meet(group: dist.ProcessGroup, word: int, timeout_minutes: float) -> int:
+    """Wait for all ranks and exchange a word: the largest of all. RankLost where one does not come in that time."""
     words = torch.tensor([word])
     try:
-        dist.monitored_barrier(group, wait_all_ranks=True)
+        dist.monitored_barrier(group, timedelta(minutes=timeout_minutes), wait_all_ranks=True)
         dist.all_reduce(words, dist.ReduceOp.MAX, group)
     except RuntimeError as error:
         raise RankLost(

@@ -413,7 +413,7 @@ def interruptible(run: Run, work: Callable[[], Any]) -> Any:
             run.stop.at_once = False
     except Interrupted:
         pass
-    if meet(run.control, int(run.stop.asked)):
+    if meet(run.control, int(run.stop.asked), run.cfg.timeout_minutes):
         raise Interrupted
     return result
 
@@ -940,7 +940,7 @@ def after_step(run: Run, *, last: bool) -> None:
     SIGTERM asked for it."""
     every = 60 * run.cfg.checkpoint_minutes
     due = world()[0] == 0 and (time.monotonic() - run.saved_at >= every or (last and every < math.inf))
-    word = meet(run.control, 2 if run.stop.asked else int(due))
+    word = meet(run.control, 2 if run.stop.asked else int(due), run.cfg.timeout_minutes)
     if word == 2:
         raise Interrupted
     if word == 1:
@@ -1165,7 +1165,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     shard(model, device=device, dtype=compute_dtype(cfg, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, folder, torch.device("cpu") if cfg.offload else device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    control = control_group(cfg.timeout_minutes)
+    control = control_group()
     return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), control), examples, held_out
 
 
@@ -1214,9 +1214,10 @@ def train(cfg: Config, device: torch.device) -> None:
             save_progress(run)
             say(f"SIGTERM: a checkpoint is in {run.out / 'checkpoints'}; the same command with --resume goes on from it")
         finally:
-            signal.signal(signal.SIGTERM, before)
             if run.lock is not None:
                 run.lock.close()
+        # not behind an error: torchrun sends SIGTERM to the ranks that are left, and they must still say what they saw
+        signal.signal(signal.SIGTERM, before)
 
 
 def stages(
@@ -1298,6 +1299,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (Refused, CheckpointError, NotFinite, RankLost) as error:
         where = f" on rank {world()[0]}" if world()[1] > 1 else ""
         sys.exit(f"error{where}: {error}")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's errors have no class of their own
+            raise
+        lost = f"contact with another rank was lost ({error}). It ended, its own message says why; --resume goes on"
+        sys.exit(f"error on rank {world()[0]}: {lost}")
     finally:
         if not joined:
             dist.destroy_process_group()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The paper's recipe for Qwen2.5-7B-Instruct, from raw data to table, on one node of 8 GPUs of 80 GB. Not run by us.
+#
+#     export OPENAI_API_KEY=...
+#     ENDPOINT=https://api.deepseek.com/v1 STRONG=deepseek-reasoner OPENR1=openr1.parquet bash runs/paper_7b.sh
+#
+# Expected (estimates: `python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8`): 17 hours of training at responses of 2,048
+# tokens on average, 73 GB of each GPU; and beside it the benchmarks, 2 x 10,760 responses. Disk: model 15 GB twice, two checkpoints
+# of 92 GB each, data 2 GB. Strategies: 8,500 problems x (5 candidates + up to 5 scores), see `python strategy.py --dry_run`.
+# Any variable can be set from outside; several nodes: LAUNCH as in the README.
+set -euo pipefail
+: "${ENDPOINT:?an OpenAI-compatible server, up to /v1}" "${STRONG:?the name of the strong model there}"
+export WORK=${WORK:-runs/paper_7b} MODEL=${MODEL:-Qwen2.5-7B-Instruct}
+export BENCH_SOURCE=${BENCH_SOURCE:-hub}
+export TRAIN_COMMAND=${TRAIN_COMMAND:-openr1} TRAIN_SOURCE=${OPENR1:?the parquet file of LUFFY\'s OpenR1-Math}
+export TRAIN_FLAGS=${TRAIN_FLAGS:---count 8500 --seed 0 --need_solution --think strip}
+export STRATEGY_FLAGS=${STRATEGY_FLAGS:---endpoint $ENDPOINT --model $STRONG --workers 32}
+export LAUNCH=${LAUNCH:-torchrun --nproc_per_node=8}
+export RUN_FLAGS=${RUN_FLAGS:---eval_every 0}
+export EVAL_FLAGS=${EVAL_FLAGS:---dtype bfloat16 --max_new_tokens 32768 --max_rows 256}
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
