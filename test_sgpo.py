@@ -4710,8 +4710,10 @@ def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
     assert result["truncation"] == pytest.approx(2 / 6)
     assert result["tokens"] == pytest.approx((10 + 12 + 10 + 10 + 3 + 8) / 6)  # the end token counts, the cut has none
     assert [r["id"] for r in result["responses"]] == ["r0", "r1", "r2"]
-    sample = {"text": "\\boxed{1}", "correct": True, "truncated": False, "length": 10}
+    sample = {"text": "\\boxed{1}", "answer": "1", "correct": True, "truncated": False, "timed_out": False, "length": 10}
     assert result["responses"][1]["samples"][0] == sample
+    assert [r["majority"] for r in result["responses"]] == [0, 0, None]  # a tie goes to the first; without an answer no vote
+    assert result["maj_at_n"] == pytest.approx(2 / 3) and result["correct"] == {"r0": 2, "r1": 1, "r2": 0}
     assert [(len(call["prompts"]), call["max_rows"]) for call in calls] == [(3, 4)]
     assert calls[0]["temperature"] == 0.6 and calls[0]["top_p"] == 0.95 and calls[0]["eos_ids"] == (0,)
     assert calls[0]["max_new_tokens"] == 50 and calls[0]["n"] == 2
@@ -4787,6 +4789,7 @@ def _eval_command(monkeypatch, tmp_path, *extra):
         return model, _eval_tokenizer()
 
     monkeypatch.setattr(grading, "load_model", load)
+    monkeypatch.setattr(grading, "model_identity", lambda name: (name, "0" * 64))
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", "some/tiny", "--n", "2", "--device", "cpu", *extra]
     return calls, arguments
@@ -4796,15 +4799,16 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     calls, arguments = _eval_command(monkeypatch, tmp_path)
     path = _eval_file(tmp_path, _eval_row(1), _eval_row(2), _eval_row(3))
     results = grading.main([*arguments, "--data", str(path), "--limit", "2", "--seed", "5"])
-    assert calls[0] == ("load", "some/tiny", torch.float32, "cpu")
+    assert calls[0] == ("load", "some/tiny", torch.float32, CPU)
     out = capsys.readouterr().out
-    assert f"{path}: avg@2 50.0 ± 50.0  pass@2 50.0  truncated 0.0 %  tokens 10  problems 2" in out
-    assert "results in eval-tiny.json" in out
+    assert f"{path}: avg@2 50.0 ± 50.0  pass@2 50.0  maj@2 50.0  truncated 0.0 %  tokens 10  problems 2" in out
+    assert "results in eval-tiny.json, responses in eval-tiny-responses.jsonl" in out
     written = json.loads((tmp_path / "eval-tiny.json").read_text())
     assert written == results
     assert written["config"]["temperature"] == 0.6 and written["config"]["top_p"] == 0.95
     assert written["config"]["seed"] == 5 and written["versions"]["math-verify"]
     assert written["files"][str(path)]["accuracy"] == 0.5 and "responses" not in written["files"][str(path)]
+    assert len((tmp_path / "eval-tiny-responses.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="already there"):  # and the first results stay
         grading.main([*arguments, "--data", str(path)])
     assert len([call for call in calls if isinstance(call, tuple)]) == 1
@@ -4830,8 +4834,8 @@ def test_command_line_refuses_unknown_flags(extra, monkeypatch, tmp_path, capsys
 
 def test_command_line_defaults():
     args = grading.build_parser().parse_args(["--model", "m", "--data", "d"])
-    assert (args.n, args.temperature, args.top_p, args.max_new_tokens, args.seed) == (1, 0.6, 0.95, 2048, 0)
-    assert (args.guided, args.limit, args.dtype, args.device, args.responses) == (False, None, "float32", "auto", False)
+    assert (args.n, args.temperature, args.top_p, args.max_new_tokens, args.seed) == (None, 0.6, 0.95, None, 0)
+    assert (args.guided, args.both, args.limit, args.dtype, args.device) == (False, False, None, "float32", "auto")
     with pytest.raises(ValueError, match="--n must be at least 1, got 0"):
         grading.main(["--model", "m", "--data", "d", "--n", "0"])
 
