@@ -3,12 +3,13 @@ r"""Evaluation: the grader (which is also the training reward), the loader of pr
     python eval.py --model DIR --data test.jsonl other.jsonl --n 4       # a line per file, and a JSON file of results
     python eval.py --model DIR --benchmarks data/bench                   # the paper's, each with its n (data/prepare.py)
     python eval.py --model DIR --data test.jsonl --n 8 --both            # without and with each row's strategy
-    torchrun --nproc_per_node 8 eval.py --model DIR ...                  # any of these, the problems dealt to the ranks
+    torchrun --nproc_per_node 8 -- eval.py --model DIR ...               # the problems dealt to the ranks (mind the --)
     python eval.py --compare a.json b.json                               # the paired difference of two models
     python eval.py --table a.json b.json                                 # Markdown, beside the paper's figures
 
 Every response is written beside the results as soon as its problem is graded (OUT-responses.jsonl). The same command
 again goes on from there after a crash. The figures themselves are stats.py's.
+Without the "--" torchrun takes --n for the beginning of a flag of its own, and refuses it.
 
 What it is not: a harness with prompts per benchmark, and not a judge of the reasoning. One prompt (strategy.py's), one
 verdict per response: is the final answer equal to the row's. No tolerance either: an answer rounded by the model is

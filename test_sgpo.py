@@ -60,6 +60,7 @@ import parallel
 import plan
 import report
 import rollout
+import stats
 import strategy as strategy_module
 import sweep
 import train
@@ -5351,6 +5352,661 @@ def test_problem_files_that_attack_the_reader(tmp_path, eval_worker):
             load_problems(path, eval_worker)
         assert str(error.value).startswith(f"{path}:2: ")
     assert time.perf_counter() - start < 5
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_pass_at_k_equals_counting_all_subsets():
+    for n in range(1, 8):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            hits = [any(sample < c for sample in chosen) for chosen in itertools.combinations(range(n), k)]
+            assert stats.pass_at_k(n, c, k) == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+    assert stats.pass_at_k(2000, 1, 500) == pytest.approx(0.25)  # C(2000, 500) has 487 digits
+    for bad in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)):
+        with pytest.raises(ValueError, match="expected 0 <= c <= n"):
+            stats.pass_at_k(*bad)
+
+
+def test_pass_at_every_power_of_two_by_hand():
+    ks = {n: stats.sample_counts(n) for n in (1, 2, 3, 4, 6, 32)}
+    assert ks == {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 4], 6: [1, 2, 4, 6], 32: [1, 2, 4, 8, 16, 32]}
+    correct, nothing = [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]], [[0] * 4] * 3
+    result = summarise(correct, nothing, nothing, [True, False, True])
+    # pass@2: 1 - C(3,2)/C(4,2) = 1/2, 0, 1 - 0 = 1
+    assert result["pass_at"] == pytest.approx({"1": 4 / 12, "2": 1.5 / 3, "4": 2 / 3})
+    assert result["pass_at_n"] == result["pass_at"]["4"] and result["maj_at_n"] == pytest.approx(2 / 3)
+    assert "maj_at_n" not in summarise(correct, nothing, nothing)
+    with pytest.raises(ValueError, match="a vote for each of 3 problems, got 2"):
+        summarise(correct, nothing, nothing, [True, False])
+
+
+EVAL_VOTES = [
+    (["7", "8", "8"], 1),
+    (["7", "8", "8", "7"], 0),  # a tie: the group that was opened first
+    (["8", "7", "7", "8"], 0),
+    (["9", "7", "8", "8", "7"], 1),  # not the first of all, but the first of those with two votes
+    ([None, None, "3"], 2),  # one vote is more than none
+    ([None, "4", None, None], 1),
+    ([None, None], None),
+    (["0.5", "3", "3", "\\frac12", "1/2"], 0),  # three ways to write a half outvote two threes
+    (["3", "\\sqrt{8}", "2\\sqrt{2}"], 1),  # only math-verify sees that these are the same
+    (["1, 2", "2, 1", "(1,2)", "(1,2)", "(1,2)"], 2),
+]
+
+
+@pytest.mark.parametrize(("answers", "winner"), EVAL_VOTES)
+def test_majority_by_hand(answers, winner, eval_worker):
+    assert stats.majority(answers, grading._same_vote(eval_worker)) == winner
+
+
+def test_majority_asks_no_more_than_it_must():
+    asked = []
+
+    def same(answer, reference):
+        asked.append((answer, reference))
+        return answer.lower() == reference.lower()
+
+    assert stats.majority(["a", "b", "a", "B", "c", "b", "B"], same) == 1
+    # only with the first of each group, the same text once, the later answer against the earlier one
+    assert asked == [("b", "a"), ("B", "a"), ("B", "b"), ("c", "a"), ("c", "b")]
+
+
+def test_majority_answers_without_a_verdict_stand_alone():
+    questions = []
+
+    def same(answer, reference):
+        questions.append(answer)
+        return None if "slow" in answer + reference else answer == reference
+
+    assert stats.majority(["slow 1", "slow 2", "slow 3", "slow 2"], same) == 1
+    assert questions == ["slow 2", "slow 3"]  # one limit each, not one for every pair
+    worker = types.SimpleNamespace(timeouts=0)
+
+    def equal(gold, prediction):
+        worker.timeouts += 1
+        raise TimeoutError
+
+    worker.equal = equal
+    assert grading._same_vote(worker)("x+1", "1+x") is None and worker.timeouts == 1
+    assert grading._same_vote(worker)("3", "4") is False
+
+
+def test_bootstrap_equals_a_slow_loop():
+    values, generator = [3, -1, 0, 2, 2, -4, 1], np.random.default_rng([5, 2])
+    slow = []
+    for _ in range(300):
+        slow.append(sum(values[i] for i in generator.integers(7, size=7)) / 7)
+    drawn = stats.bootstrap_means(values, seed=[5, 2], resamples=300)
+    assert drawn.tolist() == slow
+    many = np.tile(values, 100_000)  # more than one block of indices
+    block = stats.bootstrap_means(many, seed=1, resamples=12)
+    generator = np.random.default_rng(1)
+    assert block.tolist() == [many[generator.integers(len(many), size=len(many))].sum() / len(many) for _ in range(12)]
+
+
+def test_paired_interval_against_the_normal_approximation():
+    generator = np.random.default_rng(0)
+    difficulty = generator.beta(0.5, 0.5, 600)
+    a, b = generator.binomial(8, difficulty), generator.binomial(8, np.clip(difficulty + 0.03, 0, 1))
+    result, drawn = stats.paired_difference(a, b, 8, seed=3)
+    change = (b - a) / 8
+    error = change.std(ddof=1) / 600**0.5
+    assert result["difference"] == pytest.approx(change.mean()) and len(drawn) == 10_000
+    assert result["low"] == pytest.approx(change.mean() - 1.96 * error, abs=0.08 * error)
+    assert result["high"] == pytest.approx(change.mean() + 1.96 * error, abs=0.08 * error)
+    assert result["p"] == pytest.approx(math.erfc(abs(change.mean()) / error / 2**0.5), rel=0.3, abs=0.001)
+    unpaired = ((a / 8).var(ddof=1) / 600 + (b / 8).var(ddof=1) / 600) ** 0.5
+    assert result["high"] - result["low"] < 0.6 * 2 * 1.96 * unpaired  # what pairing is for
+    again, swapped = stats.paired_difference(a, b, 8, seed=3)[0], stats.paired_difference(b, a, 8, seed=3)[0]
+    assert again == result != stats.paired_difference(a, b, 8, seed=4)[0]
+    assert (swapped["low"], swapped["high"]) == pytest.approx((-result["high"], -result["low"]))
+    assert stats.paired_difference([1, 2], [1, 2], 2, seed=0)[0] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    assert stats.paired_difference([0] * 9, [2] * 9, 2, seed=0)[0]["p"] == 0.0
+
+
+def _eval_results(correct, file="x/math500.jsonl", *, n=4, guided=False, model="m", **changes):
+    """A result file with one problem file, as main writes it: `correct` right samples of n per problem."""
+    part = grading.figures([
+        {"id": problem, "majority": 0, "samples": [
+            {"correct": i < count, "truncated": False, "timed_out": False, "length": 9} for i in range(n)]}
+        for problem, count in correct.items()
+    ])  # fmt: skip
+    settings = {"data_sha256": "d" * 64, "max_new_tokens": 32_768}
+    config = {"model": model, "temperature": 0.6, "top_p": 0.95, "guided": guided}
+    assert not changes.keys() - config.keys() - settings.keys() - {"problems"}
+    part |= {name: changes.get(name, value) for name, value in settings.items()}
+    part["problems"] = changes.get("problems", part["problems"])
+    config |= {name: value for name, value in changes.items() if name in config}
+    return {"config": config, "files": {file: part}}
+
+
+def test_compare_by_hand_and_its_average(tmp_path, capsys):
+    a, b = _eval_results({"p": 0, "q": 2}), _eval_results({"q": 3, "p": 4}, "elsewhere/copy.jsonl")
+    (row,) = stats.compare(a, b)
+    assert (row["a"], row["b"], row["difference"]) == (0.25, 0.875, 0.625)
+    assert (row["low"], row["high"], row["p"], row["problems"]) == (0.25, 1.0, 0.0, 2)  # +4 and +1 of 4, never below zero
+    for results, counts in ((a, {"r": 4, "s": 1}), (b, {"r": 0, "s": 1})):
+        results["files"] |= _eval_results(counts, "x/second.jsonl", data_sha256="e" * 64)["files"]
+    for name, results in (("a.json", a), ("b.json", b)):
+        (tmp_path / name).write_text(json.dumps(results))
+    names = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    rows = grading.main(["--compare", *names])
+    assert [r["file"] for r in rows] == ["x/math500.jsonl", "x/second.jsonl", "average of the files"]
+    assert rows[2]["difference"] == pytest.approx((0.625 - 0.5) / 2) and rows[2]["problems"] == 4
+    assert rows[2]["low"] == pytest.approx((0.25 - 1) / 2) and rows[2]["high"] == pytest.approx((1 + 0) / 2)
+    # the two files are drawn apart from each other: their average also takes the values between the extremes
+    out = capsys.readouterr().out
+    assert "x/math500.jsonl: A 25.0  B 87.5  difference +62.5 [+25.0, +100.0]  p below 0.0002  problems 2" in out
+    assert rows == grading.main(["--compare", *names]) and f"A: {names[0]}" in out
+
+
+def test_compare_draws_each_file_by_itself():
+    a, b = ({"files": {}, "config": None} for _ in range(2))
+    for name in "de":
+        for results, counts in ((a, [0] * 50), (b, [0, 1] * 25)):
+            one = _eval_results({str(i): c for i, c in enumerate(counts)}, name, n=1, data_sha256=name * 64)
+            results["files"] |= one["files"]
+            results["config"] = one["config"]
+    first, second, mean = stats.compare(a, b)
+    width, both = first["high"] - first["low"], mean["high"] - mean["low"]
+    assert both == pytest.approx(width / 2**0.5, rel=0.1)  # as wide as one's if they moved together
+    assert second["high"] - second["low"] == pytest.approx(width, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(n=2), "has n 4 in A, 2 in B"),
+        (dict(temperature=1.0), "has temperature 0.6 in A, 1.0 in B"),
+        (dict(top_p=1.0), "has top_p 0.95 in A, 1.0 in B"),
+        (dict(max_new_tokens=2048), "has max_new_tokens 32768 in A, 2048 in B"),
+        (dict(data_sha256="0" * 64), "x/math500.jsonl without strategies is in A; B has no file of that checksum"),
+        (dict(guided=True), "x/math500.jsonl without strategies is in A; B has no file"),
+        (dict(correct={"p": 1}), "problem 'q' of x/math500.jsonl is in one of A and B only"),
+        (dict(correct={"p": 1, "q": 1, "r": 1}), "problem 'r' of"),
+    ],
+)
+def test_compare_refuses(changes, message):
+    a = _eval_results({"p": 0, "q": 2})
+    changes = {"correct": {"p": 0, "q": 2}} | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stats.compare(a, _eval_results(**changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"f": {"accuracy": 1}}, "config": {}}', '{"files": 3}'])
+def test_compare_and_table_name_a_file_that_is_none_of_ours(text, tmp_path):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(_eval_results({"p": 1})))
+    bad.write_text(text)
+    for command in (["--compare", str(good), str(bad)], ["--table", str(good), str(bad)]):
+        with pytest.raises(ValueError, match="bad.json: not a results file of eval.py"):
+            grading.main(command)
+    with pytest.raises(ValueError, match="none.json: not a results file"):
+        grading.main(["--table", str(tmp_path / "none.json")])
+
+
+def test_guidance_by_hand():
+    auto, guided = [0, 4, 2, 2, 0], [4, 4, 1, 2, 0]
+    alpha = weighting.instance_weight(torch.tensor(auto) / 4, torch.tensor(guided) / 4)
+    result = stats.guidance(auto, guided, 4, alpha.tolist(), ["sum", "sum", "area", "sum", "odd"])
+    overall = result["overall"]
+    assert (overall["p_auto"], overall["p_guide"]) == (8 / 20, 11 / 20)
+    assert (overall["helps"], overall["hurts"], overall["same"]) == (0.2, 0.2, 0.6)
+    # 0.8 at 0 -> 1; 0.5 * 0.1 / 1.1; 0 where guidance hurts by 0.25; 0.5 * 0.1 / 0.6; 0.5 at 0 -> 0
+    weights = [0.8, 0.05 / 1.1, 0.0, 0.05 / 0.6, 0.5]
+    assert overall["alpha"] == pytest.approx(sum(weights) / 5, abs=1e-6)
+    assert overall["difference"] == pytest.approx(3 / 20) and overall["low"] <= 0 < overall["high"]
+    assert list(result["families"]) == ["(other)", "sum"] and result["families"]["(other)"]["problems"] == 2
+    own = result["families"]["sum"]
+    assert (own["p_auto"], own["p_guide"], own["helps"], own["hurts"]) == (6 / 12, 10 / 12, 1 / 3, 0)
+    assert own["alpha"] == pytest.approx((weights[0] + weights[1] + weights[3]) / 3, abs=1e-6)
+    assert stats.guidance(auto, guided, 4, alpha.tolist(), list("abcde"))["families"] == {}
+    lines = stats.guidance_lines(result)
+    assert lines[0].startswith("  guidance: p_auto 40.0  p_guide 55.0  helps 20.0 %  hurts 20.0 %  same 60.0 %  alpha 0.286")
+    assert len(lines) == 3 and lines[2].startswith("  sum: p_auto 50.0  p_guide 83.3")
+
+
+def test_table_layout():
+    ours = _eval_results({"p": 1, "q": 3}, "b/math500.jsonl", model="runs/x/model", problems=500)
+    assert stats.table([ours]).splitlines()[2] == "| runs/x/model | 50.0 ± 25.0 | – | – | – | – |"
+    for name, n, counts in (("amc23", 32, (8, 8)), ("olympiad", 4, (4, 0)), ("aime24", 32, (0, 0)), ("aime25", 32, (16, 16))):
+        one = _eval_results(dict(zip("pq", counts, strict=True)), f"b/{name}.jsonl", n=n, data_sha256=name)
+        ours["files"] |= one["files"]
+        one["files"][f"b/{name}.jsonl"]["problems"] = stats.BENCHMARKS[name].problems
+    other = _eval_results({"p": 4}, "math500.jsonl", n=4, model="hot", temperature=1.0, max_new_tokens=2048, guided=True)
+    lines = stats.table([ours, other]).splitlines()
+    assert lines[:2] == ["| model | MATH500 | AMC23 | Olympiad | AIME24 | avg |", "|---|---|---|---|---|---|"]
+    # avg: (50 + 25 + 50 + 0) / 4, and sqrt(25^2 + 0 + 50^2 + 0) / 4
+    assert lines[2] == "| runs/x/model | 50.0 ± 25.0 | 25.0 ± 0.0 | 50.0 ± 50.0 | 0.0 ± 0.0 | 31.2 ± 14.0 |"
+    assert lines[3] == "| hot, guided | 100.0 | – | – | – | – |"
+    assert lines[9] == "| Qwen2.5-1.5B-Instruct, SGPO [paper] | 57.7 | 29.0 | 23.7 | 9.0 | 29.9 |"
+    assert len(stats.PAPER_ROWS) == 11
+    notes = lines[15:]
+    assert lines[14] == "| Llama 8B, SGPO [paper] | 52.0 | 25.6 | 22.9 | 10.0 | 27.6 |" and notes[0] == ""
+    assert "not measured here" in notes[1] and "temperature 0.6, top_p 0.95" in notes[1]
+    assert notes[2:] == [
+        "runs/x/model: aime25 50.0 (avg@32) has no column in the paper's table",
+        "hot, guided: with strategies in the prompts, the paper evaluates without",
+        "hot, guided: MATH500 differs from the paper in temperature 1.0 (paper 0.6), max_new_tokens 2048 (paper 32768), "
+        "problems 1 (paper 500)",
+    ]
+    for name, figures in stats.PAPER_ROWS.items():  # copied right: each average is that of its row
+        assert sum(figures[:4]) / 4 == pytest.approx(figures[4], abs=0.0501), name
+    ours["files"]["c/amc23.jsonl"] = ours["files"]["b/amc23.jsonl"] | {"data_sha256": "another"}
+    with pytest.raises(ValueError, match="two files are called amc23"):
+        stats.table([ours])
+
+
+def test_benchmarks_are_those_that_prepare_writes():
+    assert {name: benchmark.problems for name, benchmark in stats.BENCHMARKS.items()} == prepare.BENCHMARKS
+    assert set(stats.COLUMNS) <= set(stats.BENCHMARKS)
+
+
+def test_figures_import_alone_and_need_numpy_only(tmp_path):
+    shutil.copy(ROOT / "stats.py", tmp_path)
+    check = "import sys, stats; assert not {'torch', 'transformers', 'eval', 'math_verify'} & set(sys.modules)"
+    done = run_script("-c", check, cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ whole evaluations
+
+
+def _eval_benchmarks(tmp_path, *names):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    for i, name in enumerate(names):
+        rows = [{"id": f"{name}-{j}", "problem": f"What is {j} + {i}?", "answer": "1"} for j in range(2)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_benchmarks_have_the_papers_settings_and_others_small_ones(monkeypatch, tmp_path):
+    calls, arguments = _eval_command(monkeypatch, tmp_path)
+    del arguments[2:4]  # --n 2
+    monkeypatch.setattr(grading, "figures", lambda records: {})  # the scripted sampler has two responses, not 32
+    folder = _eval_benchmarks(tmp_path, "math500", "amc23", "olympiad", "aime24", "aime25", "minerva")
+    own = _eval_file(tmp_path, _eval_row(1))
+    with MathWorker() as worker:
+        def settings(*flags):
+            args = grading.build_parser().parse_args([*arguments, *map(str, flags)])
+            return [(Path(p.file).stem, p.n, p.max_new_tokens) for p in grading.read_parts(args, worker)]
+
+        papers = [("math500", 4), ("amc23", 32), ("olympiad", 4), ("aime24", 32), ("aime25", 32), ("minerva", 4)]
+        assert settings("--benchmarks", folder) == [(name, n, 32_768) for name, n in papers]
+        assert settings("--data", own) == [(own.stem, 1, 2048)]
+        assert settings("--data", own, "--benchmarks", folder)[:2] == [(own.stem, 1, 2048), ("math500", 4, 32_768)]
+        assert {s[1:] for s in settings("--benchmarks", folder, "--n", 4, "--max_new_tokens", 9)} == {(4, 9)}
+        per_file = settings("--data", own, "--benchmarks", folder, "--n", 1, 2, 3, 4, 5, 6, 7)
+        assert [n for _, n, _ in per_file] == [1, 2, 3, 4, 5, 6, 7]
+        for flags, message in (
+            (["--data", own, "--n", 1, 2], "--n has 2 numbers for 1 files"),
+            (["--data", own, own], "is given twice"),
+            (["--benchmarks", tmp_path / "none"], "none: no folder with math500.jsonl"),
+            (["--data", own, "--both"], "1 problems have no strategy, the first is 'r1'"),
+            (["--data", own, "--guided"], "1 problems have no strategy"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                settings(*flags)
+        (folder / "mine.jsonl").write_text((folder / "amc23.jsonl").read_text())
+        with pytest.raises(ValueError, match="mine.jsonl is none of math500, .* with --data"):
+            settings("--benchmarks", folder)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model m", "--model needs problems"),
+        ("--compare a b --n 4", "--n has no meaning with --compare"),
+        ("--compare a b --data x", "--data has no meaning"),
+        ("--table a --guided", "--guided has no meaning with --table"),
+        ("--model m --data d --n 4 0", "--n must be at least 1, got 0"),
+    ],
+)
+def test_command_line_refuses_flags_without_effect(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grading.main(arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--data d", "--model m --compare a b", "--model m --data d --both --guided", "--compare a"]
+)
+def test_command_line_takes_one_thing_at_a_time(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        grading.main(arguments.split())
+    assert error.value.code == 2
+
+
+def _eval_both_rows(tmp_path, count=3):
+    strategy = {"type": "sum", "strategy": "Add.", "steps": ["Add."]}
+    return _eval_file(tmp_path, *(_eval_row(i, strategy=strategy) for i in range(1, 1 + count)))
+
+
+def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
+    _, arguments = _eval_command(monkeypatch, tmp_path, "--both")
+    data = _eval_both_rows(tmp_path)
+    answers = [json.loads(line)["answer"] for line in data.read_text().splitlines()]
+    assert answers == ["1", "2", "3"]
+
+    def script(prompt):  # alone: 1 of 2, 0 of 2, 2 of 2 right; guided: 2, 0, 1
+        which = [json.loads(line)["problem"] in prompt for line in data.read_text().splitlines()].index(True)
+        right, wrong = f"\\boxed{{{which + 1}}}", "\\boxed{99}"
+        counts = (2, 0, 1) if "Add." in prompt else (1, 0, 2)
+        return [right] * counts[which] + [wrong] * (2 - counts[which])
+
+    model = _eval_scripted(monkeypatch, script, [])
+    monkeypatch.setattr(grading, "load_model", lambda name, *, dtype, device: (model, _eval_tokenizer()))
+    results = grading.main([*arguments, "--data", str(data)])
+    part = results["files"][str(data)]
+    assert part["accuracy"] == pytest.approx(3 / 6) and part["guided"]["accuracy"] == pytest.approx(3 / 6)
+    assert list(part["correct"].values()) == [1, 0, 2] and list(part["guided"]["correct"].values()) == [2, 0, 1]
+    overall = part["guidance"]["overall"]
+    assert (overall["helps"], overall["hurts"], overall["same"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    # 0.5 * 0.6 / 0.6; 0.5 at 0 -> 0; 0 at 1 -> 0.5
+    assert overall["alpha"] == pytest.approx((0.5 + 0.5 + 0) / 3, abs=1e-6)
+    assert list(part["guidance"]["families"]) == ["sum"]
+    out = capsys.readouterr().out
+    assert f"{data} guided: avg@2 50.0" in out and "  guidance: p_auto 50.0  p_guide 50.0  helps 33.3 %" in out
+    assert (tmp_path / "eval-tiny-both.json").is_file()
+    rows = stats.compare(results, results)
+    assert [(row["guided"], row["difference"]) for row in rows] == [(False, 0.0), (True, 0.0)]
+
+
+def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_worker):
+    model, sampled = _eval_scripted(monkeypatch, lambda prompt: ["x"], []), []
+
+    def sample(model, prompts, *, n, seed, on_row, **settings):
+        for p, prompt in enumerate(prompts):
+            sampled.append(p)
+            on_row(Trajectory(prompt, [65, 0], [0.0] * 2, True, p), 0)
+            time.sleep(0.02)
+
+    def full(record):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(grading, "generate", sample)
+    with pytest.raises(OSError, match="disk full"):
+        settings = EVAL_SETTINGS | {"n": 1}
+        grading.evaluate(model, _eval_tokenizer(), _eval_problems(50), **settings, worker=eval_worker, on_problem=full)
+    assert len(sampled) < 10
+
+
+def _eval_kept(monkeypatch, tmp_path, *extra):
+    """A finished evaluation of three problems, put back to where its results were not written yet: (arguments, the file of
+    responses, calls of the sampler from here on)."""
+    calls, arguments = _eval_command(monkeypatch, tmp_path, "--data", str(_eval_both_rows(tmp_path)), *extra)
+    grading.main(arguments)
+    (tmp_path / "eval-tiny.json").unlink()
+    calls.clear()
+    return arguments, tmp_path / "eval-tiny-responses.jsonl", calls
+
+
+def test_what_is_kept_is_not_sampled_again(monkeypatch, tmp_path, capsys):
+    arguments, file, calls = _eval_kept(monkeypatch, tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    grading.main(arguments)
+    assert calls == []  # all there: not even the model is loaded
+    whole = (tmp_path / "eval-tiny.json").read_bytes()
+    for torn in (b"", lines[1][:-1], lines[1][:40], b"\0" * 30):  # a whole line without its end does not count either
+        (tmp_path / "eval-tiny.json").unlink()
+        file.unlink()
+        (tmp_path / "eval-tiny-responses-rank0.jsonl").write_bytes(lines[2] + torn)
+        (tmp_path / "eval-tiny-responses-rank7.jsonl").write_bytes(lines[0] + torn)
+        calls.clear()
+        capsys.readouterr()
+        grading.main(arguments)
+        assert "2 of 3 problems are there already, going on" in capsys.readouterr().out
+        assert [len(call["prompts"]) for call in calls if isinstance(call, dict)] == [1]
+        assert file.read_bytes() == b"".join(lines) and (tmp_path / "eval-tiny.json").read_bytes() == whole
+        assert not list(tmp_path.glob("*rank*")) and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--temperature", "1.0"], "responses.jsonl:1: is of another evaluation (temperature 0.6, now 1.0)"),
+        (["--top_p", "1.0"], "top_p 0.95, now 1.0"),
+        (["--seed", "1"], "seed 0, now 1"),
+        (["--max_new_tokens", "9"], "max_new_tokens 2048, now 9"),
+        (["--n", "1"], "n 2, now 1"),
+        (["--dtype", "bfloat16"], "dtype 'float32', now 'bfloat16'"),
+        (["--guided", "--out", "eval-tiny.json"], "guided False, now True"),
+        (["--limit", "2"], "responses.jsonl:3: problem 'r3' with 2 samples is not among what is evaluated now"),
+    ],
+)
+def test_responses_of_another_evaluation_are_refused(change, message, monkeypatch, tmp_path):
+    arguments, file, calls = _eval_kept(monkeypatch, tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grading.main([*arguments, *change])
+    assert calls == [] and file.read_bytes() == before and not list(tmp_path.glob("*rank*"))
+
+
+def test_responses_of_other_data_or_another_model_or_broken_ones_are_refused(monkeypatch, tmp_path):
+    arguments, file, calls = _eval_kept(monkeypatch, tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(grading, "model_identity", lambda name: (name, "1" * 64))
+        with pytest.raises(ValueError, match=r"another evaluation \(model_sha256 '0000.*', now '1111"):
+            grading.main(arguments)
+    for broken, message in (
+        ([lines[0], b'{"key": \n', lines[1]], "responses.jsonl:2: not a record of responses"),
+        ([lines[0], b"[]\n"], "responses.jsonl:2: not a record"),
+        ([lines[0], lines[1], lines[0].replace(b'"length": 10', b'"length": 11', 1)], ":3: a second record of problem 'r1'"),
+    ):
+        file.write_bytes(b"".join(broken))
+        with pytest.raises(ValueError, match=message):
+            grading.main(arguments)
+    file.write_bytes(b"".join([*lines, lines[0]]))  # the very same line: a merge was cut off between writing and deleting
+    grading.main(arguments)
+    assert file.read_bytes() == b"".join(lines) and calls == []
+    (tmp_path / "eval-tiny.json").unlink()
+    data = Path(arguments[arguments.index("--data") + 1])
+    data.write_text(data.read_text() + "\n".join([json.dumps(_eval_row(9)), ""]))
+    with pytest.raises(ValueError, match="another evaluation .data_sha256"):
+        grading.main(arguments)
+
+
+def test_more_of_a_file_goes_on_from_less_of_it(monkeypatch, tmp_path):
+    arguments, file, calls = _eval_kept(monkeypatch, tmp_path, "--limit", "1")
+    (line,) = file.read_bytes().splitlines(keepends=True)
+    results = grading.main([*arguments, "--limit", "3"])
+    assert [len(call["prompts"]) for call in calls if isinstance(call, dict)] == [2]
+    assert file.read_bytes().startswith(line) and len(next(iter(results["files"].values()))["correct"]) == 3
+
+
+def test_two_evaluations_cannot_write_into_one_file(monkeypatch, tmp_path):
+    _, arguments = _eval_command(monkeypatch, tmp_path, "--data", str(_eval_both_rows(tmp_path)))
+    with grading.own_responses(tmp_path / "eval-tiny.json", 0):
+        with pytest.raises(ValueError, match="rank0.jsonl: another process is writing"):
+            grading.main(arguments)
+    assert not list(tmp_path.glob("*.jsonl.tmp")) and not (tmp_path / "eval-tiny.json").exists()
+
+
+def test_a_rank_whose_file_is_not_seen_is_missed(monkeypatch, tmp_path):
+    arguments, file, _ = _eval_kept(monkeypatch, tmp_path)
+    args = grading.build_parser().parse_args(arguments)
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
+    with MathWorker() as worker, pytest.raises(ValueError, match="1 problems are not there, the first is 'r3'; .* 2 ranks"):
+        grading.merge_responses(grading.read_parts(args, worker), tmp_path / "eval-tiny.json", 2)
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_their_size_alone(tmp_path):
+    names = {"same": None, "weights": "model.safetensors", "config": "config.json", "tokenizer": "tokenizer.json"}
+    found = {}
+    for name, changed in names.items():
+        folder = shutil.copytree(TINY_BASE, tmp_path / name)
+        if changed:
+            content = bytearray((folder / changed).read_bytes())
+            content[-2] ^= 1
+            (folder / changed).write_bytes(content)
+        found[name] = grading.model_identity(str(folder))
+    assert found["same"] == (str((tmp_path / "same").resolve()), grading.model_identity(str(TINY_BASE))[1])
+    assert len({digest for _, digest in found.values()}) == 4
+    (tmp_path / "same/checkpoint").mkdir()
+    assert grading.model_identity(str(tmp_path / "same")) == found["same"]
+    big = tmp_path / "big"  # 64 blocks do not cover all of it, but they reach from the first byte to the last
+    shutil.copytree(TINY_BASE, big)
+    weights = random.Random(0).randbytes(10 * 2**20)
+    digests = set()
+    for at in (None, 0, len(weights) // 2, len(weights) - 1):
+        content = bytearray(weights)
+        if at is not None:
+            content[at : at + 2**18] = bytes(len(content[at : at + 2**18]))
+            content[at] ^= 1
+        (big / "model.safetensors").write_bytes(content)
+        digests.add(grading.model_identity(str(big))[1])
+    assert len(digests) == 4
+
+
+def _eval_tiny(out, *extra):
+    flags = "--n 3 --both --limit 24 --max_new_tokens 32 --device cpu --seed 1".split()
+    data = ROOT / "data/tiny/test.jsonl"
+    return [*map(str, ("--model", TINY_BASE, "--data", data, "--out", out)), *flags, *map(str, extra)]
+
+
+@pytest.fixture(scope="module")
+def eval_undisturbed(tmp_path_factory):
+    """(the results, the bytes of the responses) of an evaluation in one go: 24 problems, alone and guided."""
+    out = tmp_path_factory.mktemp("eval") / "whole.json"
+    return grading.main(_eval_tiny(out)), (out.parent / "whole-responses.jsonl").read_bytes()
+
+
+def test_killed_and_resumed_equals_undisturbed(eval_undisturbed, tmp_path, capsys):
+    results, responses = eval_undisturbed
+    out, part = tmp_path / "killed.json", tmp_path / "killed-responses-rank0.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "eval.py"), *_eval_tiny(out, "--max_rows", 1)], env=environment, stderr=subprocess.DEVNULL
+    )
+    limit = time.monotonic() + 60
+    while not part.exists() or part.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    kept = part.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1].splitlines(keepends=True)
+    assert 5 <= len(kept) < 48
+    with part.open("ab") as stream:
+        stream.write(b'{"file": "torn')
+    again = grading.main(_eval_tiny(out))
+    assert f"{len(kept)} of 48 problems are there already, going on" in capsys.readouterr().out
+    whole = (tmp_path / "killed-responses.jsonl").read_bytes()
+    assert again["files"] == results["files"] and whole == responses and set(kept) <= set(whole.splitlines(keepends=True))
+    assert len(whole.splitlines()) == 48 and not part.exists()
+
+
+def test_two_ranks_go_on_from_one_and_equal_it(eval_undisturbed, tmp_path):
+    results, responses = eval_undisturbed
+    lines = responses.splitlines(keepends=True)
+    (tmp_path / "two-responses-rank4.jsonl").write_bytes(b"".join(lines[3:8]) + lines[9][:50])
+    # behind "--": torchrun would take our --n for the beginning of one of its own flags
+    done = on_ranks(2, "--", ROOT / "eval.py", *_eval_tiny(tmp_path / "two.json"))
+    written = json.loads((tmp_path / "two.json").read_text())
+    assert written["files"] == results["files"] and written["config"]["ranks"] == 2
+    assert (tmp_path / "two-responses.jsonl").read_bytes() == responses
+    assert done.stdout.count("5 of 48 problems are there already") == 1 and done.stdout.count("results in") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two-responses.jsonl", "two.json"]
+
+
+def test_work_left_is_dealt_to_all_ranks(monkeypatch):
+    problems = [grading.Problem(str(i), "x" * length, "1", None, None) for i, length in enumerate((5, 90, 7, 80, 1, 60, 3))]
+    parts = [grading.Part("a", False, 1, 9, problems[:4], {"a": 1}), grading.Part("b", True, 2, 9, problems[4:], {"b": 1})]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(grading, "world", lambda rank=rank: (rank, 2))
+        shares.append(grading._my_share(parts, {(0, "2"): b"", (1, "4"): b""}))
+    done = [(part.file, problem.id) for share in shares for part, own in share for problem in own]
+    assert sorted(done) == [("a", "0"), ("a", "1"), ("a", "3"), ("b", "5"), ("b", "6")]
+    # costs 5, 90, 80, 2 * 60, 2 * 3: the longest is by itself for as long as it can be
+    cost = [sum(part.n * len(problem.problem) for part, own in share for problem in own) for share in shares]
+    assert sorted(cost) == [130, 171] or max(cost) <= 176
+
+
+# ------------------------------------------------------------------------------------------------ plain math-verify
+
+# Where math-verify by itself (parse both in dollars, verify) says something else than the tables above.
+PLAIN_REJECTS = [
+    # TeX's thin spaces and Unicode's square root are not in its grammar
+    ("1000000", "1\\,000\\,000"), ("\\sqrt{65}", "√65"), ("1 + i \\sqrt{3}", "1+i√3"), ("2\\sqrt{5}", "2√5"),
+    # numbers: a point without digits behind, a mixed number in plain text, e-notation, one percent sign without a backslash
+    ("-1./3", "-\\frac{1}{3}"), ("2.5", "2 1/2"), ("4.5e33", "4.5 \\times 10^{33}"), ("3e8", "300000000"), ("17.5%", "17.5"),
+    ("0.56 = 56\\%", "0.56"),
+    # words behind a number become factors
+    ("5", "5 dollars"), ("\\$5", "5 dollars"), ("3", "3 km/hr"), ("55", "55 miles per hour"), ("0.16", "0.16 liters of water"),
+    ("6", "6 years old"), ("\\frac13", "1/3 (≈ 0.333)"),
+    # words: it compares what it parsed, letter by letter, or the string with all its punctuation
+    ("\\text{A5}_{11}", "A5_{11}"), ("\\text{Evelyn}", "evelyn."), ("\\text{(E)},", "E"), ("\\text{A, B}", "A,B"),
+    ("\\text{October 30}", "October 30"),
+]  # fmt: skip
+PLAIN_ACCEPTS = [
+    # rounded to six digits before they are compared, and small differences vanish altogether
+    ("\\frac{1}{3}", "0.333333"), ("0.000000001", "0.000000002"), ("10^{-20}\\pi", "10^{-21}\\pi"), ("\\pi", "3.14159265358"),
+    # numbers next to each other are added, cut off or multiplied to zero
+    ("5", "2(3)"), ("5", "2 3"), ("5", "(2)(3)"), ("0", "10 000"), ("\\frac{7}{2}", "2\\frac{3}{2}"),
+    ("5", "5–6"), ("0", "\\text{not } 0"), ("0", "n o t 0"),
+    # letters: upper and lower case are one symbol, primes are dropped, words are products of letters
+    ("n", "N"), ("\\frac{n}{2}", "\\frac{N}{2}"), ("2n", "2N"), ("\\frac{a}{b}", "\\frac{A}{B}"), ("x", "x'"),
+    ("CBAD", "ABCD"),
+    # what looks like a unit is dropped from one side or both: metres, degrees, cents for dollars, the base of a number
+    ("6m", "6"), ("65m", "65"), ("2", "2m"), ("2\\pi", "2\\pi mm"), ("\\frac{1}{\\sqrt{2}}c", "\\frac{1}{\\sqrt{2}}"),
+    ("5 \\text{ cents}", "5 \\text{ dollars}"), ("\\$5", "5 cents"), ("12\\text{ cm}", "12\\text{ km}"),
+    ("30^\\circ", "30\\text{ radians}"), ("\\sin 30^\\circ", "\\sin 30"), ("5\\text{ cm}^2", "5\\text{ cm}^3"),
+    ("20\\text{ square units}", "20^\\circ"), ("5", "5\\text{ out of 6}"), ("1", "1%"),
+    ("52", "52_8"), ("52_8", "52_9"), ("4", "4 _8"),
+    # of an equation or inequality one side is enough, whatever stands on the other
+    ("7", "8=7"), ("7", "x=8=7"), ("5", "x+y=5"), ("3", "\\ge 3"), ("SRAC=LRAC", "LRAC"),
+    # lists are sets: multiplicity, order and the kind of bracket are lost, and a hedge counts as its first part
+    ("3", "3, 3"), ("-2,-2", "-2"), ("1, 1, 2", "1, 2, 2"), ("(1,2)", "\\{1,2\\}"), ("(2,4)", "2, 4"), ("1,-2", "(1,-2)"),
+    ("\\text{Amy}, \\text{Bob}", "\\text{Bob}, \\text{Amy}"), ("3", "3 or more"),
+    # sympy's conventions
+    ("1", "\\infty^0"),
+    # right as mathematics: we refuse brackets twenty deep, because 500 deep take minutes
+    ("x+1", "(" * 20 + "x+1" + ")" * 20),
+]  # fmt: skip
+PLAIN_SCRIPT = """
+import json, logging, sys
+from math_verify import parse, verify
+
+logging.disable(logging.CRITICAL)
+pairs = json.load(sys.stdin)
+print(json.dumps([bool(verify(*(parse(f"${text}$") for text in pair))) for pair in pairs]))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_math_verify():
+    """(pairs) -> math-verify's own verdicts, the reference first, in a process with a fixed order of sympy's rules."""
+
+    def verdicts(pairs):
+        environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", PLAIN_SCRIPT], input=json.dumps(pairs), env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return verdicts
+
+
+def test_where_plain_math_verify_differs_from_our_tables(plain_math_verify):
+    pairs = [pair for pair in EVAL_SAME + EVAL_DIFFERENT if len(pair[1]) <= grading.MAX_ANSWER]
+    assert len(set(pairs)) >= 300  # each with a verdict in its table, which the tests of the tables hold our grader to
+    verdicts = dict(zip(pairs, plain_math_verify(pairs), strict=True))
+    assert {pair for pair in EVAL_SAME if not verdicts[pair]} == set(PLAIN_REJECTS)
+    assert {pair for pair in EVAL_DIFFERENT if verdicts.get(pair)} == set(PLAIN_ACCEPTS)
+
+
+def test_on_real_answers_we_agree_with_plain_math_verify_but_for_two(plain_math_verify, eval_worker):
+    path = EVAL_DATA / "grader_pairs" / "math500_qwen3_answers.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    pairs = [(row["answer"], extract_answer(row["prediction"])) for row in json.loads(path.read_text())]
+    ours = [same_answer(prediction, answer, eval_worker) for answer, prediction in pairs]
+    differ = [pair for pair, own, plain in zip(pairs, ours, plain_math_verify(pairs), strict=True) if own != plain]
+    # Ours are the strict ones on both, and wrong on both: 498 of 500 verdicts agree.
+    assert set(differ) <= {("12", "12^{\\mathrm{th}} grade"), ("(0,9) \\cup (9,36)", "(0, 36) \\setminus \\{9\\}")}
 
 
 # ---------------------------------------------------------------------------------------------------- starter set
