@@ -5731,6 +5731,41 @@ def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_work
     assert len(sampled) < 10
 
 
+def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
+    worker = types.SimpleNamespace(timeouts=0)
+
+    def equal(gold, prediction):
+        worker.timeouts += 1
+        raise TimeoutError
+
+    worker.equal = equal
+    responses = ["\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}", "\\boxed{(1+x)^2}"]
+    model = _eval_scripted(monkeypatch, lambda prompt: responses, [])
+    problem = grading.Problem("r", "Expand.", "x^2+2x+1", None, None)
+    settings = EVAL_SETTINGS | {"n": 3}
+    result = grading.evaluate(model, _eval_tokenizer(), [problem], **settings, worker=worker, keep_responses=True)
+    (record,) = result["responses"]
+    assert [sample["timed_out"] for sample in record["samples"]] == [True, False, True]
+    assert [sample["correct"] for sample in record["samples"]] == [False, True, False]
+    # the vote's own two lost questions are not samples that were graded wrong
+    assert result["grader_timeouts"] == 2 and worker.timeouts > 2 and record["majority"] == 0
+
+
+def test_a_record_is_on_disk_when_it_is_written(tmp_path):
+    part = grading.Part("f.jsonl", False, 1, 9, [grading.Problem("p", "q", "1", None, None)], {"seed": 0})
+    out = tmp_path / "x.json"
+    (tmp_path / "x-responses-rank3.jsonl").write_bytes(b'{"torn')
+    with grading.own_responses(out, 3) as write:
+        write(part, {"id": "p", "samples": [{"text": "\ud800 ∞\n\u2028"}], "majority": None})  # half a pair
+        (line,) = (tmp_path / "x-responses-rank3.jsonl").read_bytes().splitlines(keepends=True)
+        record = json.loads(line)
+        assert record["file"] == "f.jsonl" and record["key"] == {"seed": 0} and "∞\n\u2028" in record["samples"][0]["text"]
+        assert grading.read_responses([part], out) == {(0, "p"): line[:-1]}
+    with grading.own_responses(tmp_path / "y.json", 0):
+        pass
+    assert not (tmp_path / "y-responses-rank0.jsonl").exists()  # nothing was written, nothing is left
+
+
 def _eval_kept(monkeypatch, tmp_path, *extra):
     """A finished evaluation of three problems, put back to where its results were not written yet: (arguments, the file of
     responses, calls of the sampler from here on)."""
