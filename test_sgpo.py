@@ -5532,6 +5532,14 @@ def test_compare_refuses(changes, message):
         stats.compare(a, _eval_results(**changes))
 
 
+def test_compare_refuses_a_file_that_one_of_them_lacks():
+    a, b = _eval_results({"p": 0, "q": 2}), _eval_results({"p": 0, "q": 2})
+    b["files"] |= _eval_results({"p": 1}, "more.jsonl", data_sha256="e" * 64)["files"]
+    for pair, message in (((a, b), "is in B; A has no file"), ((b, a), "is in A; B has no file")):
+        with pytest.raises(ValueError, match="more.jsonl without strategies " + message):
+            stats.compare(*pair)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"f": {"accuracy": 1}}, "config": {}}', '{"files": 3}'])
 def test_compare_and_table_name_a_file_that_is_none_of_ours(text, tmp_path):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
@@ -5560,6 +5568,8 @@ def test_guidance_by_hand():
     assert (own["p_auto"], own["p_guide"], own["helps"], own["hurts"]) == (6 / 12, 10 / 12, 1 / 3, 0)
     assert own["alpha"] == pytest.approx((weights[0] + weights[1] + weights[3]) / 3, abs=1e-6)
     assert stats.guidance(auto, guided, 4, alpha.tolist(), list("abcde"))["families"] == {}
+    twice = stats.guidance(auto, guided, 4, alpha.tolist(), list("axbxc"))["families"]
+    assert {name: family["problems"] for name, family in twice.items()} == {"(other)": 3, "x": 2}
     lines = stats.guidance_lines(result)
     assert lines[0].startswith("  guidance: p_auto 40.0  p_guide 55.0  helps 20.0 %  hurts 20.0 %  same 60.0 %  alpha 0.286")
     assert len(lines) == 3 and lines[2].startswith("  sum: p_auto 50.0  p_guide 83.3")
@@ -5688,25 +5698,25 @@ def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
     answers = [json.loads(line)["answer"] for line in data.read_text().splitlines()]
     assert answers == ["1", "2", "3"]
 
-    def script(prompt):  # alone: 1 of 2, 0 of 2, 2 of 2 right; guided: 2, 0, 1
+    def script(prompt):  # alone: 1 of 2, 0 of 2, 2 of 2 right; guided: 2, 2, 1
         which = [json.loads(line)["problem"] in prompt for line in data.read_text().splitlines()].index(True)
         right, wrong = f"\\boxed{{{which + 1}}}", "\\boxed{99}"
-        counts = (2, 0, 1) if "Add." in prompt else (1, 0, 2)
+        counts = (2, 2, 1) if "Add." in prompt else (1, 0, 2)
         return [right] * counts[which] + [wrong] * (2 - counts[which])
 
     model = _eval_scripted(monkeypatch, script, [])
     monkeypatch.setattr(grading, "load_model", lambda name, *, dtype, device: (model, _eval_tokenizer()))
     results = grading.main([*arguments, "--data", str(data)])
     part = results["files"][str(data)]
-    assert part["accuracy"] == pytest.approx(3 / 6) and part["guided"]["accuracy"] == pytest.approx(3 / 6)
-    assert list(part["correct"].values()) == [1, 0, 2] and list(part["guided"]["correct"].values()) == [2, 0, 1]
+    assert part["accuracy"] == pytest.approx(3 / 6) and part["guided"]["accuracy"] == pytest.approx(5 / 6)
+    assert list(part["correct"].values()) == [1, 0, 2] and list(part["guided"]["correct"].values()) == [2, 2, 1]
     overall = part["guidance"]["overall"]
-    assert (overall["helps"], overall["hurts"], overall["same"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    # 0.5 * 0.6 / 0.6; 0.5 at 0 -> 0; 0 at 1 -> 0.5
-    assert overall["alpha"] == pytest.approx((0.5 + 0.5 + 0) / 3, abs=1e-6)
+    assert (overall["helps"], overall["hurts"], overall["same"]) == pytest.approx((2 / 3, 1 / 3, 0))
+    # 0.5 * 0.6 / 0.6; 0.8 at 0 -> 1; 0 at 1 -> 0.5
+    assert overall["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6)
     assert list(part["guidance"]["families"]) == ["sum"]
     out = capsys.readouterr().out
-    assert f"{data} guided: avg@2 50.0" in out and "  guidance: p_auto 50.0  p_guide 50.0  helps 33.3 %" in out
+    assert f"{data} guided: avg@2 83.3" in out and "  guidance: p_auto 50.0  p_guide 83.3  helps 66.7 %" in out
     assert (tmp_path / "eval-tiny-both.json").is_file()
     rows = stats.compare(results, results)
     assert [(row["guided"], row["difference"]) for row in rows] == [(False, 0.0), (True, 0.0)]
@@ -5946,7 +5956,7 @@ def test_two_ranks_go_on_from_one_and_equal_it(eval_undisturbed, tmp_path):
 
 
 def test_work_left_is_dealt_to_all_ranks(monkeypatch):
-    problems = [grading.Problem(str(i), "x" * length, "1", None, None) for i, length in enumerate((5, 90, 7, 80, 1, 60, 3))]
+    problems = [grading.Problem(str(i), "x" * length, "1", None, None) for i, length in enumerate((90, 5, 7, 6, 1, 60, 3))]
     parts = [grading.Part("a", False, 1, 9, problems[:4], {"a": 1}), grading.Part("b", True, 2, 9, problems[4:], {"b": 1})]
     shares = []
     for rank in range(2):
@@ -5954,9 +5964,23 @@ def test_work_left_is_dealt_to_all_ranks(monkeypatch):
         shares.append(grading._my_share(parts, {(0, "2"): b"", (1, "4"): b""}))
     done = [(part.file, problem.id) for share in shares for part, own in share for problem in own]
     assert sorted(done) == [("a", "0"), ("a", "1"), ("a", "3"), ("b", "5"), ("b", "6")]
-    # costs 5, 90, 80, 2 * 60, 2 * 3: the longest is by itself for as long as it can be
+    # costs 90, 5, 6, 2 * 60, 2 * 3: dealt in turn, the two long ones would meet on one rank
     cost = [sum(part.n * len(problem.problem) for part, own in share for problem in own) for share in shares]
-    assert sorted(cost) == [130, 171] or max(cost) <= 176
+    assert sorted(cost) == [90 + 6, 120 + 6 + 5]
+
+
+def test_ranks_meet_before_anybody_writes_and_before_the_merge(monkeypatch, tmp_path):
+    _, arguments = _eval_command(monkeypatch, tmp_path, "--data", str(_eval_both_rows(tmp_path)))
+    events = []
+
+    def noted(name, call, *args):
+        events.append(name)
+        return call(*args)
+
+    for name in ("read_responses", "meet", "sample_parts", "merge_responses"):
+        monkeypatch.setattr(grading, name, partial(noted, name, getattr(grading, name)))
+    grading.main(arguments)
+    assert events == ["read_responses", "meet", "sample_parts", "meet", "merge_responses", "read_responses"]
 
 
 # ------------------------------------------------------------------------------------------------ plain math-verify
