@@ -88,7 +88,8 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool | No
     In sampling order, an answer joins the first group whose first member it equals. Of groups with equally many votes the one
     that was opened first wins: deterministic, and blind to which is right. Equality as a grader sees it is not transitive
     (50, 50 %, 0.5), which is why only first members are compared. The same text is never compared twice, so n samples with m
-    distinct answers cost at most m (m - 1) / 2 questions: microseconds each for plain numbers, 3 to 5 ms for expressions.
+    distinct answers cost at most m (m - 1) / 2 questions. Measured at m = 32, 496 questions, on a busy core: 0.02 s for plain
+    numbers, 9.6 s for expressions, all of which went to math-verify.
     """
     group_of: dict[str, int] = {}  # text -> the index of the first sample of its group
     firsts: list[int] = []
