@@ -1120,18 +1120,18 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
 
     The ranks meet twice and communicate nothing else: when all have read what is kept, and when all are done.
     """
-    control = control_group(args.timeout_minutes)
+    control = control_group()
     rank, ranks = world()
     with MathWorker(timeout_s=args.timeout) as worker:
         parts = read_parts(args, worker)
         with own_responses(out, rank) as write:
             kept = read_responses(parts, out)
-            meet(control, 0)  # nobody writes before everybody has read: all must see the same work left
+            meet(control, 0, args.timeout_minutes)  # nobody writes before everybody has read: all must see the same work left
             if kept and rank == 0:
                 print(f"{len(kept)} of {sum(len(part.problems) for part in parts)} problems are there already, going on")
             if shares := _my_share(parts, kept):
                 sample_parts(args, shares, device, worker, write)
-    meet(control, 0)
+    meet(control, 0, args.timeout_minutes)
     if rank:
         return {}
     files = collect(parts, merge_responses(parts, out, ranks), args.seed)

@@ -340,10 +340,15 @@ def read_answer(status: int, headers: Any, payload: bytes) -> Answer:
     if finish != "length" and not (isinstance(text, str) and text.strip()):
         raise Temporary(f"the reply's content is empty: {text!r}, finish_reason {finish!r}", usage=usage)
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    return Answer(
-        text if isinstance(text, str) else "", finish, usage, reasoning if isinstance(reasoning, str) else "",
-        str(reply.get("model", "")),
-    )  # fmt: skip
+    texts = (whole_characters(part) if isinstance(part, str) else "" for part in (text, reasoning, reply.get("model")))
+    text, reasoning, model = texts
+    return Answer(text, finish, usage, reasoning, model)
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which a model leaves that is cut off inside a character: such a
+    text cannot be written as UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _server_message(payload: bytes) -> str:
@@ -514,8 +519,8 @@ class Journal:
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """One line of JSON. Half a surrogate pair, as a model cut off inside a character leaves it, stays an escape: \\ud83d."""
-    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    """One line of JSON."""
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -1074,10 +1079,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return dry_run(args) if args.dry_run else extract(args)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """main as a program: its exit status, or the message of what stopped it."""
     try:
         sys.exit(main())
     except ValueError as problem:
         sys.exit(f"strategy.py: {problem}")
     except KeyboardInterrupt:
         sys.exit("strategy.py: stopped; the same command again goes on from here")
+
+
+if __name__ == "__main__":
+    run()

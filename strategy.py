@@ -19,9 +19,9 @@ the untouched problem and closes with INSTRUCTION; they differ by one inserted b
 closings, the first response token would differ for reasons of template, and the divergence there would measure that.
 """
 
+import importlib
 import json
 import re
-import runpy
 import sys
 import unicodedata
 from collections.abc import Mapping
@@ -716,11 +716,10 @@ def quality(scores):
 # -------------------------------------------------------------------------------------------- the program
 
 def main():
-    """python strategy.py ...: extract.py's command line. Run, not imported: this file stays one that stands alone."""
-    program = Path(__file__).with_name("extract.py")
-    if not program.is_file():
-        sys.exit(f"strategy.py: as a program it needs {program.name} beside it; as a module it needs nothing")
-    runpy.run_path(str(program), run_name="__main__")
+    """python strategy.py ...: extract.py's command line. Imported here and by name: this file stays one that stands alone."""
+    if not Path(__file__).with_name("extract.py").is_file():
+        sys.exit("strategy.py: as a program it needs extract.py beside it; as a module it needs nothing")
+    importlib.import_module("extract").run()
 
 
 if __name__ == "__main__":

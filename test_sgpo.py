@@ -713,8 +713,12 @@ def test_nothing_in_the_project_runs_code_that_stands_in_data():
     files = [path for path in ROOT.rglob("*.py") if path != ROOT / "test_sgpo.py"]
     foreign = {path.parent for path in ROOT.rglob("pyvenv.cfg")}  # a virtual environment in the checkout
     files = [path for path in files if not foreign & set(path.parents)]
+    # ranks of one run exchange Python objects with each other: what was written, and what went wrong
+    own = {ROOT / "checkpoint.py": ["dist.all_gather_object"]}
     assert {"train.py", "eval.py", "model.py", "starter.py"} <= {path.name for path in files}
-    assert {str(path): found for path in files if (found := code_from_data(path.read_text(encoding="utf-8")))} == {}
+    for path in files:
+        found = code_from_data(path.read_text(encoding="utf-8"))
+        assert [line.partition(": ")[2] for line in found] == own.get(path, []), path
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -3850,7 +3854,7 @@ def test_extraction_keeps_texts_that_break_lines_and_encodings(tmp_path, capsys)
         for _ in range(2):
             assert extract.main(extraction_flags(server.url, data, out)) == 0
         assert len(server.requests) == 9
-    assert load_problems(out)[0].solution == odd
+    assert load_problems(out)[0].solution == odd.replace("\ud83d", "\ufffd")
     code = "import sys, extract; extract.main(sys.argv[1:]); print(sorted({'torch', 'tqdm'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, "--report", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -6712,7 +6716,7 @@ def test_prepare_ids_must_differ(tmp_path):
 
 
 def test_prepare_counts_the_comparisons_that_ran_out_of_time(tmp_path, monkeypatch, capsys):
-    def equal(self, gold, prediction):
+    def equal(self, gold, prediction, limit_s=None):
         self.timeouts += 1
         raise TimeoutError
 
