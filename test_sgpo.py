@@ -2,7 +2,7 @@
 
 Everything is checked against something we did not write (transformers' logits, autograd, slow loops) or worked out by hand.
 Sections: model, rollout, loss, weighting, tiny world, training, ranks, checkpoints, strategy, grader, starter set,
-prepare, plan, bench, sweep, report.
+prepare, recipe, plan, bench, sweep, report.
 """
 
 import ast
@@ -7222,6 +7222,75 @@ def test_prepare_real_solutions(tmp_path):
     assert rows[0]["answer"] == "\\frac{\\sqrt{2}}{2}"
     assert rows[0]["solution"].endswith("= 1/√2 = √2/2.\n\nThe final answer is \\boxed{√2/2}")
     assert not any("think>" in row["solution"] or "<answer>" in row["solution"] for row in rows)
+# ---------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
+    """runs/recipe.sh, which runs/paper_7b.sh and its like set the variables of, from raw rows to the comparison."""
+    rows = {row["problem"]: row for row in tiny_rows(14)}
+    raw = [{"question": row["problem"], "answer": row["answer"], "worked": row["solution"]} for row in rows.values()]
+    test = write_rows(tmp_path / "test.jsonl", [tiny_world.make_rows(0)["test"][0]])
+
+    def strong_model(handler, body, number):
+        text = body["messages"][0]["content"]
+        if "Score the description" in text:
+            return "\n".join(f"{name}: 4" for name in CRITERIA)
+        strategy = next(row["strategy"] for problem, row in rows.items() if problem in text)
+        return format_strategy(Strategy.from_dict(strategy))
+
+    with ChatServer(strong_model) as server:
+        variables = {
+            "WORK": tmp_path / "work", "MODEL": TINY_BASE, "PYTHON": sys.executable, "LAUNCH": sys.executable,
+            "BENCH_SOURCE": "none", "EVAL_FILES": test, "TRAIN_COMMAND": "jsonl",
+            "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", raw),
+            "TRAIN_FLAGS": "--problem_column question --solution_column worked --count 12",
+            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 2",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --sft_batch 4 --eval_every 0 --device cpu",
+            "EVAL_FLAGS": "--n 2 --max_new_tokens 24 --device cpu",
+        }  # fmt: skip
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+        asked = []
+        for _ in range(2):
+            done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            asked.append(len(server.requests))
+        assert asked[0] == asked[1] >= 12
+    assert "the run in" in done.stdout and "is finished" in done.stdout
+    assert {row.problem for row in load_problems(tmp_path / "work/strategies.jsonl")} <= set(rows)
+    first, *_, last = read_metrics(tmp_path / "work/run")
+    assert first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
+    for name in ("base.json", "trained.json", "run/model/config.json"):
+        assert (tmp_path / "work" / name).exists()
+    del settings["TRAIN_FLAGS"]
+    done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode == 2 and "TRAIN_FLAGS is not set" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["paper_7b", "paper_1p5b", "smoke"])
+def test_each_recipe_sets_every_variable(script, tmp_path):
+    """With a recipe.sh in the place of the real one that checks and shows them."""
+    (tmp_path / "runs").mkdir()
+    for name in ("paper_7b", "paper_1p5b", "smoke"):
+        shutil.copy(ROOT / f"runs/{name}.sh", tmp_path / "runs")
+    check = re.search(r"^needed=.*?^done\n", (ROOT / "runs/recipe.sh").read_text(), re.M | re.S)[0]
+    show = 'echo "$RUN_FLAGS" | tr " " "\n"; echo "MODEL=$MODEL LAUNCH=$LAUNCH"\n'
+    (tmp_path / "runs/recipe.sh").write_text(check + show)
+    write_rows(tmp_path / "rows.jsonl", tiny_rows(100))
+    settings = {"PATH": os.environ["PATH"], "ENDPOINT": "http://x/v1", "STRONG": "y", "OPENR1": "z", "ROWS": "rows.jsonl"}
+    if script == "smoke":
+        settings["MODEL"] = str(TINY_BASE)
+    done = subprocess.run(["bash", f"runs/{script}.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *flags, last = done.stdout.splitlines()
+    cfg = train.parse_config(["--model", "x", "--data", "y", *flags])
+    assert cfg.method == "sgpo" and ("torchrun" in last) == (script != "smoke")
+    assert {"paper_7b": "Qwen2.5-7B-Instruct", "paper_1p5b": "Qwen2.5-1.5B-Instruct", "smoke": str(TINY_BASE)}[script] in last
+    if script == "smoke":
+        rows = {name: load_problems(tmp_path / f"runs/smoke/rows/{name}.jsonl") for name in ("train", "test")}
+        assert len(rows["train"]) == 60 and len(rows["test"]) == 32
+        assert not {row.id for row in rows["train"]} & {row.id for row in rows["test"]}
+
+
 # ---------------------------------------------------------------------------------------------------- plan
 
 

@@ -15,7 +15,7 @@ export BENCH_SOURCE=${BENCH_SOURCE:-hub}
 export TRAIN_COMMAND=${TRAIN_COMMAND:-openr1} TRAIN_SOURCE=${OPENR1:?the parquet file of LUFFY\'s OpenR1-Math}
 export TRAIN_FLAGS=${TRAIN_FLAGS:---count 8500 --seed 0 --need_solution --think strip}
 export STRATEGY_FLAGS=${STRATEGY_FLAGS:---endpoint $ENDPOINT --model $STRONG --workers 32}
-export LAUNCH=${LAUNCH:-torchrun --nproc_per_node=8}
+export LAUNCH=${LAUNCH:-torchrun --nproc_per_node=8 --}
 export RUN_FLAGS=${RUN_FLAGS:---eval_every 0}
-export EVAL_FLAGS=${EVAL_FLAGS:---dtype bfloat16 --max_new_tokens 32768 --max_rows 256}
+export EVAL_FLAGS=${EVAL_FLAGS:---dtype bfloat16 --max_rows 256}
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
