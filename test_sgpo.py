@@ -2697,13 +2697,13 @@ with parallel.whole_model(net) as policy:
 group = parallel.control_group()
 assert parallel.meet(group, rank, 1) == 1
 if rank == 1:
-    time.sleep(20)
+    time.sleep(9)
 else:
     start = time.monotonic()
     try:
         parallel.meet(group, 0, 2 / 60)
     except parallel.RankLost as error:
-        print("lost:", time.monotonic() - start < 10, error, flush=True)
+        print("lost:", time.monotonic() - start < 8, error, flush=True)
 """)
     done = on_ranks(2, script, check=False)
     for rank in (0, 1):
@@ -3890,11 +3890,11 @@ def test_extraction_counts_what_was_billed_for_nothing(tmp_path, capsys):
 
 def test_extraction_has_each_answer_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
     data, out, kept, synced = extraction_data(tmp_path, 2), tmp_path / "out.jsonl", [], []
-    monkeypatch.setattr(extract.os, "fsync", lambda file: synced.append(len(journal_records(out))))
+    monkeypatch.setattr(extract.os, "fsync", lambda file: synced.append(len(journal_records(out, "answer"))))
 
     def script(handler, body, number):
         kept.append(len(journal_records(out, "answer")))
-        assert synced[-1] == len(journal_records(out))  # the last fsync saw all of the file
+        assert max(synced) == kept[-1]  # an fsync saw all of the answers; the row's own record may be on its way
         return fake_model(handler, body, number)
 
     with ChatServer(script) as server:
@@ -5423,9 +5423,9 @@ def test_majority_answers_without_a_verdict_stand_alone():
 
     assert stats.majority(["slow 1", "slow 2", "slow 3", "slow 2"], same) == 1
     assert questions == ["slow 2", "slow 3"]  # one limit each, not one for every pair
-    worker = types.SimpleNamespace(timeouts=0)
+    worker = types.SimpleNamespace(timeouts=0, timeout_s=5.0, start=lambda: None)
 
-    def equal(gold, prediction):
+    def equal(gold, prediction, limit_s=None):
         worker.timeouts += 1
         raise TimeoutError
 
@@ -5746,9 +5746,9 @@ def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_work
 
 
 def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
-    worker = types.SimpleNamespace(timeouts=0)
+    worker = types.SimpleNamespace(timeouts=0, timeout_s=5.0, start=lambda: None)
 
-    def equal(gold, prediction):
+    def equal(gold, prediction, limit_s=None):
         worker.timeouts += 1
         raise TimeoutError
 
