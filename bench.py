@@ -53,7 +53,8 @@ from torch import Tensor
 import eval as evaluation
 import rollout
 import train
-from eval import MathWorker, Problem
+from eval import Problem
+from grader import MathWorker
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
 from parallel import control_group, shard, start_ranks, whole_model
@@ -603,7 +604,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def bench_run(model: CausalLM, tokenizer: Any, worker: Any, args, device: torch.device, **changes: Any) -> train.Run:
     """A training run as train.prepare would make it, around a model that exists."""
     cfg = replace(train.Config(), method="grpo", sft_fraction=0.0, micro_tokens=2048 if device.type == "cpu" else 16384)
-    cfg = replace(cfg, **changes)
+    cfg = replace(cfg, recompute=False, **changes)  # nor do the rivals
     shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
     return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), control_group())

@@ -567,7 +567,7 @@ class Grader:
 
     def verdict(self, solution: str, answer: str | None) -> tuple[str | None, bool]:
         """(the answer that a solution gives, whether it is right). Without a reference, any is that train.py would take."""
-        from eval import extract_answer, normalise_answer, same_answer
+        from grader import extract_answer, normalise_answer, same_answer
 
         found = extract_answer(solution)
         if found is None:
@@ -702,7 +702,8 @@ def load_rows(path: Path, worker: Any) -> list[Row]:
 
     For the check, a row without one takes its solution's answer, or a number that stands for none.
     """
-    from eval import extract_answer, load_problems
+    from eval import load_problems
+    from grader import extract_answer
 
     without, lines = set(), []
     for raw in path.read_bytes().rstrip().splitlines() if path.is_file() else ():
@@ -770,7 +771,8 @@ def run_rows(rows: Sequence[Row], work: Callable[[Row], Any], workers: int, stop
 
 def extract(args: argparse.Namespace) -> int:
     """Make the strategies of args.data; returns the exit code: 0, or 1 where rows failed."""
-    from eval import MathWorker, load_problems
+    from eval import load_problems
+    from grader import MathWorker
 
     out = Path(args.out)
     log = journal_path(out)
@@ -879,7 +881,7 @@ def cost(prompt_tokens: float, completion_tokens: float, args: argparse.Namespac
 
 def dry_run(args: argparse.Namespace) -> int:
     """Print the prompts of the first rows, and what the whole would take by a rough estimate. Sends and writes nothing."""
-    from eval import MathWorker
+    from grader import MathWorker
 
     if args.endpoint:
         make_server(args, dict(os.environ))  # its errors show now rather than later

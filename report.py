@@ -438,8 +438,8 @@ Every table is from one run of `bench.py`, whose command, seed, commit and machi
 of the repeats with the range in brackets; a ratio is taken repeat by repeat. Unless said otherwise the sides take turns
 (A B A B ...). Models have the shape of a real one and random weights. All sides get the same prompts and the same response
 lengths, and the checks below a table say whether they compute the same. Peak memory is what a call needs beyond what its
-process held before; on a CPU the process also holds what its allocator kept from earlier calls, so that a figure near 0
-says only that the call fitted into that.
+process held before. On a CPU the process also holds what the C library kept from earlier calls; since commit f6f3f97 that is
+given back before each call, and in reports of earlier ones a figure near 0 says only that the call fitted into it.
 """
 BENCH_PARTS = {
     "sampler": """## Sampler
@@ -711,7 +711,7 @@ def sample_group(
     model: Any, tokenizer: Any, worker: Any, problem: Any, args: argparse.Namespace, *, guided: bool
 ) -> tuple[list[list[int]], list[bool]]:
     """One group of responses, sampled as in training (temperature 1, top_p 1): (their ids, which of them are correct)."""
-    from eval import is_correct
+    from grader import is_correct
     from rollout import generate
     from train import stream_seed
 
@@ -868,7 +868,7 @@ def write_tokens(args: argparse.Namespace) -> dict[str, Any]:
     """Sample, choose o+, map it under --model and under --after, write the page; its data."""
     import torch
 
-    from eval import MathWorker
+    from grader import MathWorker
     from model import load_model
 
     for name in ("group_auto", "group_guided", "max_new_tokens", "top"):
@@ -905,7 +905,7 @@ def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Which tokens carry the strategy: mean d_t per token of the vocabulary, over the targets of many problems, as a csv."""
     import torch
 
-    from eval import MathWorker
+    from grader import MathWorker
     from model import load_model
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,6 +54,7 @@ import checkpoint
 import eval as grading
 import extract
 import faults
+import grader
 import loss as losses
 import model as models
 import parallel
@@ -66,7 +67,8 @@ import sweep
 import train
 import weighting
 from data import hard_world, prepare, tiny_world
-from eval import MathWorker, extract_answer, is_correct, load_problems, same_answer, summarise
+from eval import load_problems, summarise
+from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import ModelConfig, build_model, encode_chat, load_model, save_model
 from rollout import Trajectory, generate, micro_batches, pack
 from strategy import (
@@ -2497,10 +2499,12 @@ def test_every_script_has_help(script):
     assert done.returncode == 2 and "unrecognized arguments: --no_such_flag" in done.stderr
 
 
-@pytest.mark.parametrize("leaf", ["model", "rollout", "loss", "weighting", "strategy", "checkpoint"])
+@pytest.mark.parametrize("leaf", ["model", "rollout", "loss", "weighting", "strategy", "checkpoint", "stats", "grader"])
 def test_each_leaf_imports_alone_from_an_empty_folder(leaf, tmp_path):
     shutil.copy(ROOT / f"{leaf}.py", tmp_path)
-    allowed = {"strategy": "()", "loss": "('torch',)", "weighting": "('torch',)"}.get(leaf, "('torch', 'safetensors')")
+    torch_alone, nothing = "('torch',)", "()"
+    allowed = {"strategy": nothing, "stats": nothing, "grader": nothing, "loss": torch_alone, "weighting": torch_alone}
+    allowed = allowed.get(leaf, "('torch', 'safetensors')")
     check = (
         f"import sys; import {leaf}; third = [m for m in ('torch', 'safetensors', 'transformers', 'numpy') "
         f"if m in sys.modules and m not in {allowed}]; assert set(third) <= {{'numpy'}}, third"
@@ -4373,7 +4377,7 @@ EVAL_NUMBERS = [
 
 @pytest.mark.parametrize(("text", "value"), EVAL_NUMBERS)
 def test_plain_numbers_by_hand(text, value):
-    assert grading._number(text) == (value and Fraction(*value))
+    assert grader._number(text) == (value and Fraction(*value))
 
 
 def test_grader_tables_hold_enough_and_no_pair_twice():
@@ -4517,7 +4521,7 @@ def test_close_ends_the_child_and_a_child_that_cannot_start_is_an_error(monkeypa
         same_answer("\\sqrt{16}", "4", worker)
         process = worker._process
     assert process.poll() is not None
-    monkeypatch.setattr(grading.inspect, "getsource", lambda function: "import no_such_module_at_all")
+    monkeypatch.setattr(grader.inspect, "getsource", lambda function: "import no_such_module_at_all")
     with MathWorker() as worker, pytest.raises(RuntimeError, match="did not start"):
         same_answer("\\sqrt{16}", "4", worker)
     assert "no_such_module_at_all" in capfd.readouterr().err
@@ -4632,8 +4636,8 @@ def test_load_problems_accepts_every_answer_of_the_data_sets(eval_worker):
     rejected = {}
     for name, group in answers.items():
         group = sorted(set(group))  # thousands repeat
-        rejected[name] = [x for x in group if grading._unusable(grading.normalise_answer(x))]
-        assert all(is_correct(f"\\boxed{{{x}}}", grading.normalise_answer(x), eval_worker) for x in group if x)
+        rejected[name] = [x for x in group if grader.unusable(grader.normalise_answer(x))]
+        assert all(is_correct(f"\\boxed{{{x}}}", grader.normalise_answer(x), eval_worker) for x in group if x)
     # two rows of MATH have an empty answer; nothing else is refused
     assert {name: bad for name, bad in rejected.items() if bad} == {"math": [""]}
     assert len(answers) == 9 and eval_worker.timeouts == 0
@@ -5189,7 +5193,7 @@ def test_there_are_ten_thousand_hostile_answers_and_forty_references(hostile_fol
 
 def test_the_references_of_the_hostile_answers_are_paid_when_they_are_given(hostile_worker):
     for gold in HOSTILE_GOLDS:
-        assert not grading._unusable(grading.normalise_answer(gold)), gold
+        assert not grader.unusable(grader.normalise_answer(gold)), gold
         assert is_correct(f"\\boxed{{{gold}}}", gold, hostile_worker), gold
     rng, read = random.Random("true values"), 0
     for _ in range(200):  # the arithmetic is read, not refused
@@ -5215,11 +5219,11 @@ HOSTILE_HOOK = r"""
 def _hostile_watched(monkeypatch, **changes):
     """Children from now on end with status 99 where they evaluate text, write a file, or start a process."""
     ready = '    pipe.send_bytes(b"!")\n'
-    source = inspect.getsource(grading._worker_main)
+    source = inspect.getsource(grader._worker_main)
     for before, after in {ready: HOSTILE_HOOK + ready, **changes}.items():
         assert source.count(before) == 1
         source = source.replace(before, after)
-    monkeypatch.setattr(grading.inspect, "getsource", lambda function: source)
+    monkeypatch.setattr(grader.inspect, "getsource", lambda function: source)
 
 
 def test_code_in_answers_is_never_run(monkeypatch, tmp_path):
@@ -6054,7 +6058,7 @@ def plain_math_verify():
 
 
 def test_where_plain_math_verify_differs_from_our_tables(plain_math_verify):
-    pairs = [pair for pair in EVAL_SAME + EVAL_DIFFERENT if len(pair[1]) <= grading.MAX_ANSWER]
+    pairs = [pair for pair in EVAL_SAME + EVAL_DIFFERENT if len(pair[1]) <= grader.MAX_ANSWER]
     assert len(set(pairs)) >= 300  # each with a verdict in its table, which the tests of the tables hold our grader to
     verdicts = dict(zip(pairs, plain_math_verify(pairs), strict=True))
     assert {pair for pair in EVAL_SAME if not verdicts[pair]} == set(PLAIN_REJECTS)
@@ -6936,7 +6940,7 @@ def test_prepare_manifest_accounts_for_every_row(tmp_path, capsys):
 
 
 def test_prepare_leaves_nothing_behind_where_the_loader_refuses_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_unusable", lambda answer: "")  # a filter that lets everything through
+    monkeypatch.setattr(prepare, "unusable", lambda answer: "")  # a filter that lets everything through
     with pytest.raises(ValueError, match="field 'answer' cannot be read"):
         _prepare_jsonl(tmp_path, [{"problem": "1?", "answer": "3 +"}])
     monkeypatch.setattr(prepare, "normal_text", lambda text: text)  # and one that is finer than the loader's

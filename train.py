@@ -14,8 +14,8 @@ The step, `sgpo_step`, reads like the paper's algorithm: sample, grade, weigh, c
 open is marked "ours" in the README's list of implementation details. A new method gets a line in METHODS and its branch where
 the methods part: what is sampled (sample_problems), what is decided (weigh), which loss (policy_terms).
 
-Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, eval.py, parallel.py, checkpoint.py, plan.py. Axes: P problems,
-G and J group sizes, M tokens.
+Reads: model.py, rollout.py, loss.py, weighting.py, strategy.py, grader.py, eval.py, parallel.py, checkpoint.py, plan.py.
+Axes: P problems, G and J group sizes, M tokens.
 """
 
 import argparse
@@ -43,7 +43,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
-from eval import MathWorker, Problem, evaluate, is_correct, load_problems, sample_and_grade
+from eval import Problem, evaluate, load_problems, sample_and_grade
+from grader import MathWorker, is_correct
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, blank_model, encode_chat, packed_kernel, resolve_model, save_model
 from parallel import (

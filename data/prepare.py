@@ -52,7 +52,8 @@ from tqdm import tqdm
 # Run as a script, Python looks for modules in data/ and not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import MathWorker, _unusable, extract_answer, is_correct, load_problems, normalise_answer, same_answer
+from eval import load_problems
+from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, unusable
 
 GITHUB = "https://raw.githubusercontent.com"
 SHINGLE, JACCARD = 5, 0.5  # near-duplicates: find_overlap
@@ -553,11 +554,11 @@ def check_ids(path: Path, rows: list[Row]) -> None:
         places[row.id] = row.where
 
 
-def drop_unusable(rows: list[Row], dropped: Dropped) -> list[Row]:
+def dropunusable(rows: list[Row], dropped: Dropped) -> list[Row]:
     """The rows without those whose answer eval.load_problems would refuse, because no response could match it."""
     kept = []
     for row in rows:
-        if fault := _unusable(row.answer):
+        if fault := unusable(row.answer):
             dropped.add(f"its answer {fault}", row, row.answer)
         else:
             kept.append(row)
@@ -577,7 +578,7 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
             f"file is known for this: its aime is AIME24 eight times, its amc holds 83 problems, not AMC23's 40, four times"
         )
     check_ids(path, rows)
-    rows = drop_unusable(rows, dropped)
+    rows = dropunusable(rows, dropped)
     rows = drop_overlap(rows, others, dropped)
     rows, missing = check_solutions(rows, options, dropped, worker)
     usable = len(rows)
