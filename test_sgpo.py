@@ -7279,7 +7279,7 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
     check = re.search(r"^needed=.*?^done\n", (ROOT / "runs/recipe.sh").read_text(), re.M | re.S)[0]
     show = 'echo "$RUN_FLAGS" | tr " " "\n"; echo "MODEL=$MODEL LAUNCH=$LAUNCH"\n'
     (tmp_path / "runs/recipe.sh").write_text(check + show)
-    write_rows(tmp_path / "rows.jsonl", tiny_rows(100))
+    write_rows(tmp_path / "rows.jsonl", tiny_rows(600))
     settings = {"PATH": os.environ["PATH"], "ENDPOINT": "http://x/v1", "STRONG": "y", "OPENR1": "z", "ROWS": "rows.jsonl"}
     if script == "smoke":
         settings["MODEL"] = str(TINY_BASE)

@@ -13,9 +13,9 @@ ROWS=${ROWS:-data/starter/train.jsonl}
 export WORK=${WORK:-runs/smoke} MODEL=${MODEL:-models/SmolLM2-135M-Instruct} PYTHON=${PYTHON:-python}
 [ -e "$MODEL" ] || $PYTHON data/smollm2.py --out "$MODEL"
 mkdir -p "$WORK/rows"
-shuffled() { shuf --random-source=<(yes) "$ROWS"; } # the same order each time
-shuffled | head -n 60 > "$WORK/rows/train.jsonl"
-shuffled | tail -n +61 | head -n 32 > "$WORK/rows/test.jsonl"
+shuf --random-source=<(yes) "$ROWS" > "$WORK/rows/all.jsonl" # the same order each time
+sed -n 1,60p "$WORK/rows/all.jsonl" > "$WORK/rows/train.jsonl"
+sed -n 61,92p "$WORK/rows/all.jsonl" > "$WORK/rows/test.jsonl"
 export BENCH_SOURCE=none EVAL_FILES=$WORK/rows/test.jsonl
 export TRAIN_COMMAND=jsonl TRAIN_SOURCE=$WORK/rows/train.jsonl TRAIN_FLAGS="--solution_column solution --id_column id"
 export STRATEGY_FLAGS=none
