@@ -3865,7 +3865,15 @@ def test_extraction_keeps_texts_that_break_lines_and_encodings(tmp_path, capsys)
     assert "1 strategies" in done.stdout and done.stdout.endswith("\n[]\n"), done.stderr  # the report needs no torch
 
 
-def test_extraction_interrupted_keeps_what_is_on_its_way(tmp_path, capsys):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal: a shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_extraction_interrupted_keeps_what_is_on_its_way(tmp_path, capsys, ctrl_c):
     def script(handler, body, number):
         if number == 6:
             os.kill(os.getpid(), signal.SIGINT)
