@@ -315,8 +315,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     faults = 0
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     with args.log.open("w", encoding="utf-8") as log:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
         log.write(f"python {' '.join(sys.argv)}\ncommit {git.stdout.strip()}, {platform.machine()}, {os.cpu_count()} cores\n")
         for ranks in args.ranks:
             reference = args.out / f"{ranks}-alone"
