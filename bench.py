@@ -541,7 +541,8 @@ def bench_sampler(args, device: torch.device) -> dict[str, Any]:
 
 
 def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args, device: torch.device) -> dict[str, Any]:
-    """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches."""
+    """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches,
+    and what the time goes to."""
     flops = forward_flops(model, [(0, len(prompt)) for prompt in prompts], len(prompts))
     work = partial(sample_ours, model, prompts, [0], n=1, max_new_tokens=1, temperature=1.0, seed=args.seed)
     work()
@@ -549,7 +550,26 @@ def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args, devi
     tokens = sum(map(len, prompts))
     share = [flops / s / limits["matmul"] for s in seconds]
     figures = {"tokens_per_s": spread([tokens / s for s in seconds]), "share": spread(share)}
-    return figures | {"prompts": len(prompts), "tokens": tokens}
+    return figures | {"prompts": len(prompts), "tokens": tokens, "time": time_shares(work, device)}
+
+
+def time_shares(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Which part of one call's time goes to matrix products, to attention and to everything else, by PyTorch's profiler.
+
+    On CUDA the time is that of the kernels, so that what the host needs to launch them is not in it.
+    """
+    with torch.profiler.profile() as profile:
+        work()
+        synchronize(device)
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    total = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel: its time is also told at the operation that launched it
+        is_product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+        kind = "attention" if "attention" in event.key else "matrix products" if is_product else "everything else"
+        total[kind] += getattr(event, time_of)
+    return {kind: value / sum(total.values()) for kind, value in total.items()}
 
 
 def sampler_rivals(device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -972,6 +992,7 @@ def print_sampler(part: dict[str, Any]) -> None:
         f"  prefill          {prefill['tokens']} prompt tokens at {rate['median']:.0f} tokens/s: "
         f"{share['median']:.0f} % ({share['min']:.0f} to {share['max']:.0f}) of the matrix peak"
     )
+    print(f"  {'':17}of its time: " + ", ".join(f"{kind} {100 * part:.0f} %" for kind, part in prefill["time"].items()))
     for result in part["workloads"]:
         print_sides(result["workload"]["name"], result, "tokens_per_s", "floor_share")
 

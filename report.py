@@ -569,9 +569,11 @@ def _sides(result: Mapping[str, Any], share: tuple[str, str] | None) -> list[lis
 def _sampler_lines(part: Mapping[str, Any]) -> list[str]:
     limits, prefill = part["limits"], part["prefill"]
     rate, share = _spread(prefill["tokens_per_s"], ",.0f"), _spread(prefill["share"], ".0f", 100)
+    time = ", ".join(f"{kind} {100 * part:.0f} %" for kind, part in prefill.get("time", {}).items())  # older reports: none
     text = (
         f"Limits: {limits['bandwidth'] / 1e9:,.1f} GB/s, {limits['matmul'] / 1e9:,.0f} GFLOP/s. Prefill of "
-        f"{prefill['tokens']:,} prompt tokens: {rate} tokens/s, {share} % of the matrix peak."
+        f"{prefill['tokens']:,} prompt tokens: {rate} tokens/s, {share} % of the matrix peak"
+        f"{f' (of its time: {time})' if time else ''}."
         f"{' Decode steps are CUDA graphs.' if part.get('cuda_graphs') else ''}"
     )
     rows: list[list[str]] = []

@@ -7876,6 +7876,21 @@ def test_bench_peak_memory_counts_memory_that_was_used_before():
         assert 45e6 < peak < 60e6
 
 
+def test_bench_time_shares_sort_operations():
+    a, heads = torch.randn(384, 384), torch.randn(1, 4, 512, 64)
+
+    def share(work):
+        shares = bench.time_shares(work, CPU)
+        assert sum(shares.values()) == pytest.approx(1)
+        return max(shares, key=shares.get)
+
+    assert share(lambda: [a @ a for _ in range(20)]) == "matrix products"
+    assert share(lambda: [torch.addmm(a, a, a) for _ in range(20)]) == "matrix products"
+    assert share(lambda: [torch.bmm(a[None], a[None]) for _ in range(20)]) == "matrix products"
+    assert share(lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)) == "attention"
+    assert share(lambda: [a.exp() for _ in range(20)]) == "everything else"
+
+
 def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, "bench.py", "--quick", "--device", "cpu", "--threads", "1", "--repeats", "2", "--out", str(out)]
@@ -8919,6 +8934,7 @@ def bench_sampler_part(**changes):
     result["ratio"] = {"generate": bench_spread(5.25, 4.0, 6.5)}
     greedy = {"responses": 4, "tokens_each": 12, "equal": 3, "ties": 0, "ok": False}
     prefill = {"tokens_per_s": bench_spread(2000.0, 1900.0, 2100.0), "share": bench_spread(0.6, 0.5, 0.625)}
+    prefill["time"] = {"matrix products": 0.625, "attention": 0.25, "everything else": 0.125}
     part = {"model": {}, "limits": {"bandwidth": 27.84e9, "matmul": 1406e9}, "checks": {"greedy": greedy}}
     return part | {"prefill": prefill | {"prompts": 2, "tokens": 1234}, "workloads": [result]} | changes
 
@@ -9004,7 +9020,8 @@ def test_report_bench_every_figure_by_hand(tmp_path):
         ["", "", "generate_batch", r"not run: needs a\|b", "", "", ""],
     ]
     assert "27.8 GB/s, 1,406 GFLOP/s" in sampler and "Decode steps are CUDA graphs" not in sampler
-    assert "1,234 prompt tokens: 2,000 (1,900 to 2,100) tokens/s, 60 (50 to 62) % of the matrix peak." in sampler
+    assert "1,234 prompt tokens: 2,000 (1,900 to 2,100) tokens/s, 60 (50 to 62) % of the matrix peak (of its time: " in sampler
+    assert "peak (of its time: matrix products 62 %, attention 25 %, everything else 12 %)." in sampler
     assert "- **FAILED**: in fp32, 3 of 4 greedy responses of 12 tokens" in sampler
     assert "    python bench.py --out a b.json\n" in sampler and "[every figure](raw/a%20b.json)" in sampler
     origin = "2 repeats, seed 11, commit 0123456, Chip A|B, 3 threads, python 3.11.0, torch 2.0, load average 0.2 before and "
