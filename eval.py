@@ -20,6 +20,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 import zlib
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, unusable
 from model import encode_chat, load_model, resolve_model, weight_files
-from parallel import RankLost, control_group, deal, meet, start_ranks, world
+from parallel import RankLost, control_group, deal, end_ranks, meet, start_ranks, world
 from rollout import Trajectory, generate
 from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
@@ -302,6 +303,9 @@ def read_parts(args: argparse.Namespace, worker: MathWorker) -> list[Part]:
     counts = [n for _, n, _ in files] if args.n is None else args.n * (len(files) if len(args.n) == 1 else 1)
     path, digest = model_identity(args.model)
     shared = {"model": path, "model_sha256": digest} | {name: getattr(args, name) for name in KEY}
+    wording = json.dumps([auto_messages("p"), guided_messages("p", Strategy("t", "s", ("a",)))])
+    shared["prompts_sha256"] = hashlib.sha256(wording.encode()).hexdigest()
+    shared["grader"] = f"math-verify {metadata.version('math-verify')}"
     parts, seen = [], {}
     for (file, _, tokens), n in zip(files, counts, strict=True):
         problems = load_problems(file, worker)[: args.limit]
@@ -397,7 +401,7 @@ def read_responses(parts: Sequence[Part], out: Path) -> dict[tuple[int, str], by
     """{(index of the part, id): line} of all responses that are on disk for these parts, from however many ranks.
 
     ValueError, naming file, line and what differs, for a line of another evaluation, one that is no record, and two different
-    ones about one problem. Holds all texts at once: 9,000 responses of 3 KB on the paper's four benchmarks are 27 MB.
+    ones about one problem. Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
     """
     found: dict[tuple[int, str], bytes] = {}
     ranks = sorted(out.parent.glob(f"{glob.escape(_responses_path(out).stem)}-rank*.jsonl"))
@@ -496,6 +500,15 @@ def _check(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise ValueError(f"--{name} must be at least 1, got {number}")
+    for name, ok, words in (
+        ("seed", args.seed >= 0, "must not be negative"),
+        ("timeout", 0 < args.timeout < math.inf, "must be positive and finite"),
+        ("timeout_minutes", args.timeout_minutes > 0, "must be positive"),
+        ("temperature", 0 <= args.temperature < math.inf, "must be finite and not negative"),
+        ("top_p", 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+    ):
+        if not ok:
+            raise ValueError(f"--{name} {words}, got {getattr(args, name)}")
     if args.model is None:
         mode = "compare" if args.compare else "table"
         unused = vars(build_parser().parse_args([f"--{mode}", "x", "y"]))
@@ -522,9 +535,10 @@ def _line(result: dict) -> str:
     accuracy, voted, cut = (100 * result[key] for key in ("accuracy", "maj_at_n", "truncation"))
     passed = "  ".join(f"pass@{k} {100 * value:.1f}" for k, value in result["pass_at"].items() if k != "1" or n == 1)
     spread = "" if error is None else f" ± {100 * error:.1f}"
+    lost = f"  graded wrong for want of time {result['grader_timeouts']}" if result["grader_timeouts"] else ""
     return (
         f"avg@{n} {accuracy:.1f}{spread}  {passed}  maj@{n} {voted:.1f}  truncated {cut:.1f} %  "
-        f"tokens {result['tokens']:.0f}  problems {result['problems']}"
+        f"tokens {result['tokens']:.0f}  problems {result['problems']}{lost}"
     )
 
 
@@ -576,7 +590,7 @@ def collect(parts: Sequence[Part], records: Sequence[list[dict]], seed: int) -> 
             continue
         counts = [list(figure["correct"].values()) for figure in (files[part.file], result)]
         p_auto, p_guide = (torch.tensor(values) / part.n for values in counts)
-        families = [problem.strategy.type for problem in part.problems]
+        families = [problem.strategy.type.lower() for problem in part.problems]  # as strategy.py --report counts them
         effect = guidance(*counts, part.n, instance_weight(p_auto, p_guide).tolist(), families, seed=seed)
         files[part.file] |= {"guided": result, "guidance": effect}
         print("\n".join(guidance_lines(effect)))
@@ -634,7 +648,7 @@ def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
         return run(args, out, device)
     finally:
         if not joined:
-            dist.destroy_process_group()
+            end_ranks(device)
 
 
 if __name__ == "__main__":

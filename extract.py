@@ -67,10 +67,15 @@ MAX_BYTES = 32 * 1024**2  # of one reply; 32K tokens with thoughts are below 1 M
 GIVE_UP_AFTER = 20  # requests in a row that failed after all their retries: the server is down, for the other rows too
 CHARACTERS_A_TOKEN = 4  # English and LaTeX, roughly; for the estimate of --dry_run and the lengths in the report only
 EXPECTED_TOKENS = {"solution": 700, "candidate": 220, "score": 40}  # without thoughts, likewise
+ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 is for whatever stopped the program, and 2 for wrong flags
 
 
 class Stop(Exception):
     """Nothing can go on: the server refuses us, or is gone. The message is for the user."""
+
+
+class Refused(Exception):
+    """The server does not take this request (HTTP 400, 413, 422): for what is in it, or for what is in all of them."""
 
 
 class RowFailed(Exception):
@@ -78,11 +83,14 @@ class RowFailed(Exception):
 
 
 class Temporary(Exception):
-    """A request that may succeed when it is sent again. `wait`: seconds the server asks for; `usage`: what it billed."""
+    """A request that may succeed when it is sent again. `wait`: seconds the server asks for; `usage`: what it billed;
+    `limited`: it was not looked at, because of a rate limit."""
 
-    def __init__(self, reason: str, wait: float | None = None, usage: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, reason: str, wait: float | None = None, usage: dict[str, int] | None = None, limited: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.wait, self.usage = wait, usage
+        self.wait, self.usage, self.limited = wait, usage, limited
 
 
 @dataclass(frozen=True)
@@ -206,33 +214,46 @@ def ask_server(server: Server, body: dict[str, Any], stop: threading.Event, wast
     """The answer to one request, after as many retries as it takes.
 
     stop: waits end when it is set. wasted: called with (reason, usage) for a reply that was billed and is of no use.
-    Raises RowFailed when the retries are used up, and Stop for what no retry can mend.
+    Raises RowFailed when the retries are used up, Refused where the server does not take this request, and Stop for what is as
+    wrong with every other.
     """
     data = json.dumps(body).encode()
-    for attempt in range(server.retries + 1):
+    start, tries, failures = time.monotonic(), 0, 0
+    while tries <= server.retries:
         _wait_until(server, stop)
         try:
             answer = read_answer(*post(server, data))
         except Stop as error:
             raise Stop(server.hide_key(error)) from None
+        except Refused as error:
+            _count_failure(server, reason := server.hide_key(error))
+            raise Refused(reason) from None
         except Temporary as error:
             reason = server.hide_key(error)
             if error.usage:
                 wasted(reason, error.usage)
             if error.wait is not None:
                 _hold_back(server, error.wait, reason)
-            if attempt < server.retries:
+            # A rate limit says nothing about this request, so it uses up no try, until all its waits exceed --max_wait.
+            tries += not (error.limited and time.monotonic() - start < server.max_wait)
+            if tries <= server.retries:
                 # Jitter: workers that failed together must not come back together.
-                stop.wait(min(60.0, server.backoff * 2**attempt) * random.uniform(0.5, 1.5))
+                stop.wait(min(60.0, server.backoff * 2 ** min(failures, 20)) * random.uniform(0.5, 1.5))
+            failures += 1
         else:
             with server.lock:
                 server.failures = 0
             return answer
+    _count_failure(server, reason)
+    raise RowFailed(f"no answer in {failures} tries, the last: {reason}")
+
+
+def _count_failure(server: Server, reason: str) -> None:
+    """Stop where so many requests in a row failed for good: such a server is not asked by thousands of rows in turn."""
     with server.lock:
         server.failures += 1
         if server.failures >= GIVE_UP_AFTER:
             raise Stop(f"{server.name}: {server.failures} requests in a row failed for good, the last with: {reason}")
-    raise RowFailed(f"no answer in {server.retries + 1} tries, the last: {reason}")
 
 
 def _hold_back(server: Server, wait: float, reason: str) -> None:
@@ -318,8 +339,11 @@ def read_answer(status: int, headers: Any, payload: bytes) -> Answer:
             target = headers.get("Location", "").partition("?")[0].rpartition("@")[2]
             raise Stop(f"HTTP {status}: the server redirects to {target!r}; no key goes there unasked, name it in --endpoint")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise Temporary(message, wait=retry_after(headers.get("Retry-After"), time.time()))
-        raise Stop(message)  # a wrong key, model, path or field is as wrong the next time
+            wait = retry_after(headers.get("Retry-After"), time.time())
+            raise Temporary(message, wait=wait, limited=status == 429)
+        if status in (400, 413, 422):  # a field that it does not know, or a text that is too long, or that a filter stops
+            raise Refused(message)
+        raise Stop(message)  # a wrong key, model or path is as wrong the next time
     try:
         reply = json.loads(payload)
     except ValueError:
@@ -452,7 +476,8 @@ class Journal:
         self.answers: dict[str, Answer] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.paid = Counter()  # requests, prompt_tokens, completion_tokens, over all runs
-        self.stream = path.open("ab")
+        self.stream = path.open("ab", buffering=0)
+        self.broken = ""  # why nothing more can be written
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
             whole = 0
@@ -461,7 +486,7 @@ class Journal:
         except BlockingIOError:
             self.close()
             raise ValueError(f"{path}: another run is writing it, and both would pay for the same answers") from None
-        except ValueError:
+        except (ValueError, OSError):
             self.close()
             raise
         if (size := path.stat().st_size) > whole:
@@ -495,9 +520,18 @@ class Journal:
     def write(self, record: dict[str, Any]) -> None:
         line = to_line(record | {"time": round(time.time(), 3)})
         with self.lock:
-            self.stream.write(line)
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
+            if self.broken:
+                raise Stop(self.broken)
+            size = os.fstat(self.stream.fileno()).st_size
+            try:
+                while line:  # unbuffered: a write takes what there is room for
+                    line = line[self.stream.write(line) :]
+                os.fsync(self.stream.fileno())
+            except OSError as error:  # half a line would spoil the next one
+                with suppress(OSError):
+                    self.stream.truncate(size)
+                self.broken = f"{self.path}: {error}; an answer could not be kept. Make room, then the same command goes on"
+                raise Stop(self.broken) from None
 
     def add(self, key: str, place: dict[str, Any], answer: Answer) -> None:
         self.write({"kind": "answer", "key": key} | place | asdict(answer))
@@ -534,7 +568,8 @@ def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 if stream.read(1):  # lines follow: this was no kill
-                    raise ValueError(f"{path}:{number}: no line of a journal, {line[:80]!r}") from None
+                    remedy = "remove this line; what it held is asked for again"
+                    raise ValueError(f"{path}:{number}: no line of a journal, {line[:80]!r}; {remedy}") from None
                 return
             end += len(line)
             yield record, end
@@ -770,7 +805,7 @@ def run_rows(rows: Sequence[Row], work: Callable[[Row], Any], workers: int, stop
 
 
 def extract(args: argparse.Namespace) -> int:
-    """Make the strategies of args.data; returns the exit code: 0, or 1 where rows failed."""
+    """Make the strategies of args.data; returns the exit code: 0, or ROWS_FAILED."""
     from eval import load_problems
     from grader import MathWorker
 
@@ -785,24 +820,26 @@ def extract(args: argparse.Namespace) -> int:
         rows = load_rows(Path(args.data), worker)[: args.limit]
         send, endpoint = make_sender(args)
         start = {"settings": asdict(settings), "prompts_hash": prompts_hash(), "endpoint": endpoint, "data": args.data}
-        with closing(Journal(log, start)) as journal:
-            before = Counter(journal.paid)
-            if before["requests"]:
-                print(f"{log}: {before['requests']} answers are there already and are not asked for again")
-            try:
+        try:
+            with closing(Journal(log, start)) as journal:
+                before = Counter(journal.paid)
+                if before["requests"]:
+                    print(f"{log}: {before['requests']} answers are there already and are not asked for again")
                 results, failed = ask_all(rows, journal, send, settings, Grader(worker), args)
-            except Stop as error:
-                kept = f"the answers so far are in {log}: the same command again goes on from there"
-                raise ValueError(f"{error}\n{kept}") from None
+        except Stop as error:
+            kept = f"the answers so far are in {log}: the same command again goes on from there"
+            raise ValueError(f"{error}\n{kept}") from None
         if results:
-            write_rows(out, [results[row.id] for row in rows if row.id in results])
-            load_problems(out, worker)  # as train.py will: nothing it would refuse leaves this program in silence
+            # checked as train.py will, before they take their place: nothing it would refuse leaves this program in silence
+            write_rows(out, [results[row.id] for row in rows if row.id in results], partial(load_problems, worker=worker))
+        elif out.exists():
+            print(f"{out}: no row has a strategy now; the file of an earlier run is left as it is", file=sys.stderr)
     print(f"{out}: {len(results)} rows; in all {spent(journal.paid, args)}; now {spent(journal.paid - before, args)}")
     for row_id, reason in failed.items():
         print(f"failed: {row_id}: {reason}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(rows)} rows failed, reasons above and in {log}", file=sys.stderr)
-    return 1 if failed else 0
+    return ROWS_FAILED if failed else 0
 
 
 def ask_all(
@@ -819,7 +856,12 @@ def ask_all(
             key, place = request_key(body, step, index), {"row": row.id, "step": step, "index": index}
             if (known := journal.answers.get(key)) is not None:
                 return known
-            answer = send(body, stop, partial(journal.add_waste, key, place))
+            try:
+                answer = send(body, stop, partial(journal.add_waste, key, place))
+            except Refused as error:
+                if not journal.answers:  # nothing was ever answered: the reason is in the settings, not in this row
+                    raise Stop(str(error)) from None
+                raise RowFailed(f"the server refuses a request of this row: {error}") from None
             journal.add(key, place, answer)  # on the disk before this worker goes on
             bar.set_postfix_str(spent(journal.paid, args))
             return answer
@@ -852,13 +894,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(args.model or args.local or "", *(getattr(args, name) for name in names))
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The file appears whole or not at all: a reader never finds half of it, whatever happens here."""
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], check: Callable[[Path], Any]) -> None:
+    """The file appears whole and checked, or not at all: a reader never finds half of it, whatever happens here."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as stream:
         stream.writelines(map(to_line, rows))
         stream.flush()
         os.fsync(stream.fileno())
+    check(part)
     part.replace(path)
 
 
@@ -891,11 +934,12 @@ def dry_run(args: argparse.Namespace) -> int:
     totals = Counter()
     for number, row in enumerate(rows):
         solution = row.solution or "(the model's solution)"
-        asked = [("solution", solution_prompt(row.problem), 1)] if row.solution is None else []
+        asked = [("solution", solution_prompt(row.problem), 1, args.solution_tries)] if row.solution is None else []
         if row.strategy is None:
-            asked.append(("candidate", extraction_prompt(row.problem, solution), args.candidates))
-            asked.append(("score", scoring_prompt(row.problem, solution, example), args.candidates))
-        for step, messages, times in asked:
+            rounds = args.candidates, args.candidates * args.rounds
+            asked.append(("candidate", extraction_prompt(row.problem, solution), *rounds))
+            asked.append(("score", scoring_prompt(row.problem, solution, example), *rounds))
+        for step, messages, times, most in asked:
             characters = len(messages[0]["content"])
             if step != "solution" and row.solution is None:
                 characters += EXPECTED_TOKENS["solution"] * CHARACTERS_A_TOKEN
@@ -904,14 +948,19 @@ def dry_run(args: argparse.Namespace) -> int:
             totals["requests"] += times
             totals["in"] += times * characters // CHARACTERS_A_TOKEN
             totals["out"] += times * EXPECTED_TOKENS[step]
-            totals["at most"] += times * args.max_tokens
+            totals["most in"] += most * characters // CHARACTERS_A_TOKEN
+            totals["most out"] += most * args.max_tokens
             if number < args.show:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
     print(f"{len(rows)} rows, {totals['requests']:,} requests, about {totals['in']:,} tokens in and {totals['out']:,} out")
-    print(f"at most {totals['at most']:,} out: a reasoning model's thoughts are billed too, often thousands of tokens each")
+    print(
+        f"at most about {totals['most in']:,} in and {totals['most out']:,} out, where every answer fills --max_tokens and "
+        "every round and try is needed: a reasoning model's thoughts are billed too, often thousands of tokens each. Replies "
+        "that are billed and of no use come on top"
+    )
     if args.price_in is not None:
-        likely, most = cost(totals["in"], totals["out"], args), cost(totals["in"], totals["at most"], args)
-        print(f"cost about {likely:.2f}, at most {most:.2f}")
+        likely, most = cost(totals["in"], totals["out"], args), cost(totals["most in"], totals["most out"], args)
+        print(f"cost about {likely:.2f}, at most about {most:.2f}")
     print("nothing was sent")
     return 0
 
@@ -930,8 +979,10 @@ def report(args: argparse.Namespace) -> int:
             row = json.loads(line)
             if row.get("strategy") is not None:
                 rows.append(row | {"strategy": Strategy.from_dict(row["strategy"]), "id": row["id"], "problem": row["problem"]})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: {error!r}") from None
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: the row has a strategy but no {error}") from None
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: no row with a strategy ({error}), {line[:80]!r}") from None
     if not rows:
         raise ValueError(f"{path}: no row with a strategy")
     print(f"{path}: {len(rows)} strategies")
@@ -1023,9 +1074,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--body", type=json.loads, default={}, metavar="JSON", help="""fields put into every request, null removes one:
         '{"max_tokens": null, "max_completion_tokens": 8192, "temperature": null}'""")
     add("--workers", type=int, default=8, help="rows worked on at once, each with one request at a time; --local: the batch")
-    add("--retries", type=int, default=6, help="after 429, 5xx, timeouts, broken connections and replies that are no answers")
+    add("--retries", type=int, default=6, help="after 5xx, timeouts, broken connections, replies that are no answers, and 429")
     add("--backoff", type=float, default=1.0, help="seconds before the first retry; doubled each time, up to 60")
-    add("--max_wait", type=float, default=900.0, help="stop where the server asks (Retry-After) for a longer wait, in seconds")
+    add("--max_wait", type=float, default=900.0, help="""seconds: stop where the server asks
+        (Retry-After) for a longer wait; up to this in all, waits for a rate limit (429) use up none of a request's retries""")
     add("--connect_timeout", type=float, default=10.0, help="seconds")
     add("--read_timeout", type=float, default=600.0, help="seconds from the request to the end of its answer")
     add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="the environment variable that holds the key")
@@ -1073,7 +1125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 where rows failed. ValueError for everything that stops the program."""
+    """The exit code: 0, or ROWS_FAILED. ValueError or OSError for everything that stops the program."""
     args = build_parser().parse_args(arguments)
     check_arguments(args)
     if args.report:
@@ -1085,7 +1137,7 @@ def run() -> None:
     """main as a program: its exit status, or the message of what stopped it."""
     try:
         sys.exit(main())
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         sys.exit(f"strategy.py: {problem}")
     except KeyboardInterrupt:
         sys.exit("strategy.py: stopped; the same command again goes on from here")

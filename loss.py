@@ -138,9 +138,9 @@ def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
 # "loss", already times its weight, and diagnostics.
 
 
-def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy: loss_t = -weight_t log pi(target_t)."""
-    logprob = token_logprobs(logits, targets)
+def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor, *, temperature: float) -> dict[str, Tensor]:
+    """Cross-entropy: loss_t = -weight_t log pi(target_t), of the policy at `temperature`."""
+    logprob = token_logprobs(logits, targets, temperature)
     return {"loss": -weight * logprob, "logprob": logprob.detach()}
 
 

@@ -17,6 +17,8 @@ Imports model.py.
 """
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,6 +50,25 @@ def start_ranks(device: str, timeout_minutes: float) -> torch.device:
         alone = {} if "WORLD_SIZE" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     return here
+
+
+def end_ranks(device: torch.device) -> None:
+    """Leave the group that start_ranks joined; in a `finally`, so that it is left behind an error too.
+
+    NCCL's own ending waits for the other ranks. Behind an error they are still at work, or gone, and the reason would be held
+    back with it for as long as they wait. So one of several ranks with GPUs says what went wrong and leaves at once: torchrun
+    then ends the others.
+    """
+    error = sys.exception()
+    if error is not None and device.type == "cuda" and world()[1] > 1:
+        if isinstance(error, SystemExit):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
@@ -133,18 +154,21 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
     return model
 
 
-def load_sharded(model: CausalLM, folder: Path, device: torch.device) -> None:
+def load_sharded(model: CausalLM, folder: Path, *, device: torch.device, offload: bool) -> None:
     """Fill a sharded model of shapes only (meta) from a model folder, each rank reading the rows that it holds.
 
-    So N ranks read the file once together, and no host ever holds N copies. ValueError as in model.read_weights.
+    So N ranks read the file once together, and no host ever holds N copies. device and offload as `shard` got them; the
+    angles of the rotary positions are a buffer, which FSDP does not move, so they are on the device in either case. ValueError
+    as in model.read_weights.
     """
+    place = torch.device("cpu") if offload else device
     parameters = dict(model.named_parameters())
     rows = {name: local_rows(parameter) for name, parameter in parameters.items()}
-    model.to_empty(device=device)
+    model.to_empty(device=place)
     model.inv_freq = inverse_frequencies(model.config).to(device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in read_weights(model, folder, device=device, rows=rows.__getitem__):
+        for name, tensor in read_weights(model, folder, device=place, rows=rows.__getitem__):
             local = parameters[name].to_local()
             if len(local):  # a rank beyond the last row holds none
                 local.copy_(tensor)

@@ -6,7 +6,7 @@
 
 Only a config.json is read: no weights, no GPU. Settings have train.py's names and defaults. Memory is counted tensor by tensor
 at the moments where it can be largest (`sampling_moments`, `update_moments`), as model.py, rollout.py, loss.py, parallel.py
-and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 3 % of the measured peak
+and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 2 % of the measured peak
 (results/plan.md), and so is the update of one rank of eight, the exchanges left out. On a GPU nothing here was measured:
 there the count of tensors is reasoning, and the seconds are bytes and operations divided by stated speeds.
 

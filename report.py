@@ -774,8 +774,10 @@ def token_map(
         return chunked_head(hidden[0, unguided.predict], weight, terms, inputs, chunk_tokens=CHUNK_TOKENS)
 
     with torch.no_grad():
-        guided_hidden = model(guided.input_ids, lengths=guided.lengths, head=lambda h, _: h[0, guided.predict])  # (M, D)
-        _, stats = model(unguided.input_ids, lengths=unguided.lengths, head=head)
+        guided_hidden = model(
+            guided.input_ids, lengths=guided.lengths, prefixes=guided.prefixes, head=lambda h, _: h[0, guided.predict]
+        )  # (M, D)
+        _, stats = model(unguided.input_ids, lengths=unguided.lengths, prefixes=unguided.prefixes, head=head)
     rows = {name: value.tolist() for name, value in stats.items()}
     tokens = []
     for m, (blank, text) in enumerate(token_texts(tokenizer, response_ids)):

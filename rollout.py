@@ -19,7 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,12 @@ class Row:
 
 def pages_for(tokens: int) -> int:
     return math.ceil(tokens / PAGE)
+
+
+def smallest_cache(prompt: int, response: int) -> int:
+    """The tokens that a cache must have room for to finish one response of this length to a prompt of that."""
+    # a row that was put back begins with a prompt that holds part of its response: one page more than the two by themselves
+    return PAGE * (pages_for(prompt) + pages_for(response) + 1)
 
 
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -309,13 +315,14 @@ class FixedStep:
 
     def capture(self) -> None:
         """Record `forward` as a graph, after one run that loads its kernels; both write what the replay will write again."""
-        stream = torch.cuda.Stream()
+        stream = capture_stream(self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.forward()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may go on
+        settings = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")  # other threads may go on
+        with torch.cuda.graph(self.graph, **settings):
             self.logits = self.forward()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -330,6 +337,12 @@ def places_for(rows: int) -> int:
     """The size of the step that decodes so many rows: 8, 16, 24, 32, 48, 64, 96, ...: few graphs, little of them idle."""
     size = max(8, 1 << (rows - 1).bit_length())
     return size * 3 // 4 if size > 16 and rows <= size * 3 // 4 else size
+
+
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """The stream on which all graphs are recorded. One for good: cuBLAS keeps 32 MB for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
@@ -397,6 +410,11 @@ def generate(
         sampler.run()
     finally:
         model.train(was_training)
+        del sampler
+        if model.device.type == "cuda":
+            # the cache goes back to the device at once: what the training allocates next would settle in the middle of it, to
+            # stay, and the next call would find only small pieces free
+            torch.cuda.empty_cache()
     return [[row.trajectory() for row in group] for group in groups]
 
 
@@ -428,8 +446,7 @@ def _stream(seed: int, member: int) -> np.random.Generator:
 
 def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, cache_tokens: int | None) -> int:
     """How many pages the cache gets; ValueError naming the prompt that could not be finished in it."""
-    # a row that was put back begins with a prompt that holds part of its response: one page more than the two by themselves
-    single = [pages_for(len(group[0].prompt_ids)) + pages_for(group[0].limit) + 1 for group in groups]
+    single = [smallest_cache(len(group[0].prompt_ids), group[0].limit) // PAGE for group in groups]
     if cache_tokens is None:
         longest = max((pages_for(group[0].limit) for group in groups), default=0)
         pages = sum(single) + longest * min(max_rows, sum(map(len, groups)))
@@ -465,8 +482,7 @@ class _Sampler:
         self.kernel = decode_kernel(model.device, model.config.head_dim)
         self.steps: dict[int, FixedStep] = {}  # by the number of places
         self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
-        rows = [group[0] for group in groups]  # a row that was put back has part of its response in its prompt: one page more
-        self.width = max((pages_for(len(row.prompt_ids)) + pages_for(row.limit) + 1 for row in rows), default=0)
+        self.width = max((smallest_cache(len(group[0].prompt_ids), group[0].limit) // PAGE for group in groups), default=0)
         # reading a step's tokens waits for the device, so there it is done once in eight steps; a row that ended meanwhile
         # has been decoded a few tokens too far, and those are thrown away
         self.read_every = 8 if model.device.type == "cuda" else 1
@@ -573,6 +589,9 @@ class _Sampler:
         for rows, tokens, logprobs in self.unread:
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
                 if not row.finished:
+                    if math.isnan(logprob):
+                        place = f"prompt {row.group}, token {len(row.response_ids)} of a response"
+                        raise RuntimeError(f"{place}: a logit is nan or inf")
                     row.response_ids.append(token)
                     row.logprobs.append(logprob)
                     row.finished = token in self.eos_ids
@@ -615,10 +634,11 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first index whose sum EXCEEDS the target, so a token of probability 0 can never be drawn
     which = torch.searchsorted(mass, target, right=True)  # (B, 1)
+    which = which.clamp(max=V // block - 1)  # only where a logit was nan: the log-probability then says so, and not the device
     before = torch.where(which > 0, mass.gather(-1, (which - 1).clamp(min=0)), 0.0)
     inside = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # (B, block)
     rest = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(total)))
-    token = which * block + torch.searchsorted(inside, rest, right=True)  # (B, 1)
+    token = which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1)  # (B, 1)
     return token[:, 0], (logits.gather(-1, token) - log_total)[:, 0]
 
 
@@ -629,8 +649,8 @@ def nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
     if (torch.exp(best - log_total).double().sum(-1) < top_p).any():
         best = logits.sort(-1, descending=True).values
     p = torch.exp(best - log_total).double()
-    inside = p.cumsum(-1) - p < top_p  # the most probable token has 0 before it
-    return best.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    inside = p.cumsum(-1) - p < top_p  # the most probable token has 0 before it, so there is one, but where a logit was nan
+    return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 # ---------------------------------------------------------------------------------------------------- packing

@@ -482,12 +482,13 @@ _NUMBER = re.compile(
     rf"(?P<power>\s?\*\s?10\^\{{?(?P<exponent>-?[0-9]{{1,2}})\}}?)?(?P<scale>\s(?:{'|'.join(_BIG)})\b)?"
     r"(?P<percent>\s?%|\s?percent\b)?(?P<ordinal>(?:\^\{?)?(?:st|nd|rd|th)\b)?"
     rf"|\b(?P<words>{_SPELLED})\b(?:[- ](?P<share>{'|'.join(_SHARES)})s?\b)?(?P<nth>-(?:first|second|third|[a-z]+th)\b)?"
+    r"(?P<of_100>\spercent\b)?(?P<of_12>\sdozens?\b)?"
     r"|\b(?:a[- ])?(?P<bare_share>half|third|quarter)s?\b|\b(?P<dozen>a dozen)\b"
 )
 # LaTeX and Unicode to one plain notation, in this order.
 _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\!", ""),
-    (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})", ","),  # 10{,}000
+    (r"(?<=[0-9])(?:\{,\}|\\,|[\u2009\u202f\u00a0])(?=[0-9]{3})", ","),  # 10{,}000, and with a narrow or fixed blank
     (r"\\[,;:]|~|\\q?quad\b|\\[()\[\]]", " "),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s?\{([^{}]*)\}", r"\1"),
     (r"\\[dtc]frac", r"\\frac"),
@@ -505,10 +506,12 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\s+", " "),
 )]  # fmt: skip
 _RAISED, _LOWERED, _ASCII_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉", "0123456789"
+_FULL_WIDTH = str.maketrans("０１２３４５６７８９．，％＝＋－／", "0123456789.,%=+-/")
 
 
 def _plain(text):
     """The text in lower case and one notation: x² as x^{2}, ½ and \\frac12 as 1/2, no dollar signs, no \\text."""
+    text = text.translate(_FULL_WIDTH)
     for digits, mark in ((_RAISED, "^"), (_LOWERED, "_")):
         table = str.maketrans(digits, _ASCII_DIGITS)
         text = re.sub(f"[{digits}]+", lambda m, mark=mark, table=table: f"{mark}{{{m[0].translate(table)}}}", text)
@@ -527,7 +530,8 @@ def _numbers(plain):
         if match["ordinal"] or match["nth"] or len(match[0]) > 100:  # int() refuses what a stuck model writes: 9999...
             continue
         if match["words"]:
-            values = {_spelled_value(match["words"]) / _SHARES.get(match["share"], 1)}
+            value = _spelled_value(match["words"]) / _SHARES.get(match["share"], 1) * (12 if match["of_12"] else 1)
+            values = {value, value / 100} if match["of_100"] else {value}
         elif match["bare_share"] or match["dozen"]:
             values = {Fraction(1, _SHARES[match["bare_share"]]) if match["bare_share"] else Fraction(12)}
         else:
@@ -687,7 +691,7 @@ def _holds_answer(text, answer, problem):
     short = re.sub(r"[\s{}*]", "", answer)
     spaced = r"[\s{}*]*".join(r"\\?" if character == "\\" else re.escape(character) for character in short)
     whole = rf"(?<![a-z0-9.\\]){spaced}(?![a-z0-9])"
-    return len(short) > 2 and not re.search(whole, problem) and re.search(whole, text)
+    return (len(short) > 2 or short[:1].isdigit()) and not re.search(whole, problem) and re.search(whole, text)
 
 
 # -------------------------------------------------------------------------------------------- the choice

@@ -12,9 +12,10 @@ a suite go to runs/<suite>/<row>/<seed>/, as many side by side as there are core
 again, one that was cut off is. At the end a suite is one csv line a run, one csv line a row and step, pictures, and for `table`
 a page with means, paired differences against SGPO and a verdict on each claim of the paper, written from the csv files alone.
 
-The sampling budget is counted in sampled responses: every method of METHODS draws 60 * 16 * 12 = 11,520 of them, SGPO 12 a
-problem (8 alone, 4 guided) and the others 8 a problem for half as many steps again. LUFFY's solution counts as one of its 8.
-The ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take SGPO's.
+The sampling budget is counted in sampled responses: every method of METHODS but sft draws 60 * 16 * 12 = 11,520 of them, SGPO
+12 a problem (8 alone, 4 guided) and the others 8 a problem for half as many steps again. LUFFY's solution counts as one of its
+8. The ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take
+SGPO's.
 """
 
 import argparse
@@ -183,6 +184,10 @@ def model_suite(ask: Request) -> list[Job]:
     """
     if "--model" not in ask.base or ask.steps < 2 or ask.steps % 2:
         raise ValueError("model needs --base with a --model among its flags, and --steps: an even number of SGPO's steps")
+    if "--data" in ask.base and "--eval_data" not in ask.base:
+        raise ValueError("--base: --data without --eval_data, so no run would have an accuracy to compare")
+    if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(ask.base):
+        raise ValueError(f"--base: {', '.join(sorted(fixed))} would make the numbers of sampled responses unequal")
     rows = {"sft": ("--method", "sft", "--sft_epochs", "1")}
     for name in MODEL_ROWS:
         steps = ask.steps if name == "sgpo" else ask.steps * 12 // 8
@@ -613,6 +618,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     build, seeds = SUITES[args.suite]
     if args.suite != "model" and (args.base or args.steps):
         parser.error(f"--base and --steps are for the suite model, {args.suite} has its own")
+    if not (args.suite == "rates" or args.rows or args.extra or 2 <= (args.seeds or seeds) <= len(T95) + 1):
+        parser.error(f"--seeds {args.seeds}: the page's intervals need 2 to {len(T95) + 1} seeds")
     try:
         jobs = build(Request(args.seeds or seeds, args.results, tuple(args.base.split()), args.steps))
         unknown = set(args.rows) - {job.row for job in jobs}
@@ -631,6 +638,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
     """<suite>.csv, <suite>_steps.csv and the page made from them."""
     results.mkdir(parents=True, exist_ok=True)
+    commits = {read_log(runs / job.row / str(job.seed))[0]["commit"] for job in jobs}
+    if len(commits) > 1:
+        print(
+            f"note: the runs are of {len(commits)} states of the code ({', '.join(sorted(commits))}); to have all of one, "
+            f"remove the folders in {runs} that are not of it, and give the same command again"
+        )
     lines = [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs]
     write_csv(results / f"{suite}.csv", knob_lines(lines) if suite == "knobs" else lines)
     if suite == "rates":

@@ -6,6 +6,7 @@ prepare, recipe, plan, bench, sweep, report.
 """
 
 import ast
+import copy
 import csv
 import email.utils
 import functools
@@ -69,7 +70,7 @@ import weighting
 from data import hard_world, prepare, tiny_world
 from eval import load_problems, summarise
 from grader import MathWorker, extract_answer, is_correct, same_answer
-from model import ModelConfig, build_model, encode_chat, load_model, save_model
+from model import ModelConfig, blank_model, build_model, encode_chat, load_model, save_model
 from rollout import Trajectory, generate, micro_batches, pack
 from strategy import (
     CRITERIA,
@@ -969,6 +970,18 @@ def test_sample_draws_from_the_distribution():
         torch.testing.assert_close(logprob, p.log()[token], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model):
+    """An index out of range would do, on a CPU; on CUDA it ends the process with a message about neither."""
+    net = copy.deepcopy(small_model)
+    with torch.no_grad():
+        net.head_weight[:] = bad
+    settings = dict(n=2, max_new_tokens=4, temperature=temperature, top_p=top_p, eos_ids=[1], seed=0)
+    with pytest.raises(RuntimeError, match="prompt 0, token 0 of a response: a logit is nan or inf"):
+        generate(net, [[3, 4]], **settings)
+
+
 def test_sample_at_the_ends_of_the_unit_interval():
     logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]] * 2)
     token, _ = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
@@ -1020,6 +1033,30 @@ def test_gpu_sampler_sees_a_changed_weight(on_both):
     with torch.no_grad():
         gpu.model.layers[0].mlp.down_proj.weight.div_(-3)
     assert changed != before and generate(gpu, PROMPTS, **settings) == before
+
+
+def test_gpu_memory_goes_back_to_the_device_after_a_call(on_both):
+    """By default the cache takes 90 % of what is free. Moments that settled inside its block would keep that block from the
+    device, and the next call would find little."""
+    _, gpu = on_both
+    settings = dict(n=2, max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=STOPS)
+    generate(gpu, PROMPTS, seed=0, **settings)
+    reserved = torch.cuda.memory_reserved()
+    generate(gpu, PROMPTS, seed=0, cache_tokens=2**20, **settings)  # 1 GB or more
+    assert torch.cuda.memory_reserved() - reserved < 64e6
+    allocated = torch.cuda.memory_allocated()
+    for call in range(40):  # a stream for each capture would leave 32 MB each time
+        generate(gpu, PROMPTS, seed=call, **settings)
+    assert torch.cuda.memory_allocated() - allocated < 64e6
+
+
+def test_gpu_offload_trains_and_samples(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    flags = "--steps 1 --problems_per_step 2 --offload --eval_limit 4 --no-eval_guided --device cuda".split()
+    done = run_script("train.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_metrics(tmp_path / "run")[-1]["stage"] == "eval"
 
 
 def test_gpu_gradient_of_a_packed_row(on_both):
@@ -1254,6 +1291,9 @@ def test_token_quantities_against_torch():
     torch.testing.assert_close(losses.token_entropy(logits, 0.7), want.entropy())
 
 
+SFT_TERMS = partial(losses.sft_terms, temperature=1.0)
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo", "luffy", "hpt", "distillation", "reverse_kl", "target_sft"])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
@@ -1274,7 +1314,7 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     kd = dict(delta=1.0, temperature=0.9, objective=objective)
     distillation = (partial(losses.distillation_terms, head_weight=weight, **kd), (guided_hidden, targets, w))
     terms, inputs = {
-        "sft": (losses.sft_terms, (targets, w)),
+        "sft": (partial(losses.sft_terms, temperature=0.9), (targets, w)),
         "grpo": (partial(losses.grpo_terms, **clip), (targets, old, advantages, w)),
         "luffy": (partial(losses.luffy_terms, **luffy), (targets, old, advantages, w, demonstration)),
         "hpt": (partial(losses.hpt_terms, sft_weight=0.3, temperature=0.9), (targets, old, advantages, w, demonstration)),
@@ -1288,7 +1328,7 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     # the plain way: all logits at once, torch's own functions, autograd
     logits = hidden @ weight.T
     if kind == "sft":
-        want = (F.cross_entropy(logits, targets, reduction="none") * w).sum()
+        want = (F.cross_entropy(logits / 0.9, targets, reduction="none") * w).sum()
     elif kind == "grpo":
         ratio = torch.exp(F.log_softmax(logits / 0.9, -1)[torch.arange(M), targets] - old)
         want = -(w * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)).sum()
@@ -1345,7 +1385,7 @@ def test_chunked_head_never_holds_the_logits_of_all_tokens():
     for chunk in (8, M):
         with LargestTensor() as mode:
             hidden = torch.randn(M, D, requires_grad=True)
-            losses.chunked_head(hidden, weight, losses.sft_terms, inputs, chunk_tokens=chunk)[0].backward()
+            losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=chunk)[0].backward()
         largest[chunk] = mode.numel
     assert largest == {8: 8 * V, M: M * V}  # and with one chunk it does hold them: the measure measures
 
@@ -1374,12 +1414,12 @@ def test_chunked_head_without_gradient_and_without_tokens():
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     inputs = (torch.arange(5), torch.ones(5))
     with torch.no_grad():
-        value, stats = losses.chunked_head(hidden, weight, losses.sft_terms, inputs, chunk_tokens=2)
+        value, stats = losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=2)
     assert not value.requires_grad and stats["logprob"].shape == (5,)
-    loss, stats = losses.chunked_head(hidden[:0], weight, losses.sft_terms, [x[:0] for x in inputs], chunk_tokens=2)
+    loss, stats = losses.chunked_head(hidden[:0], weight, SFT_TERMS, [x[:0] for x in inputs], chunk_tokens=2)
     loss.backward()  # an empty micro-batch still takes part in the backward pass
     assert loss.item() == 0 and weight.grad.abs().sum() == 0
-    loss, _ = losses.chunked_head(hidden, weight, losses.sft_terms, inputs, chunk_tokens=2)
+    loss, _ = losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=2)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
@@ -1801,20 +1841,25 @@ def assert_equal_gradients(got, want, tolerance=1e-5):
         assert (got[name] - want[name]).abs().max().item() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("distill, delta", [("kl", 0.02), ("kl", math.inf), ("reverse_kl", 0.02), ("sft", 0.02), ("none", 1.0)])
-def test_update_equals_the_formulas_with_transformers_and_autograd(distill, delta, tmp_path, worker, monkeypatch):
+@pytest.mark.parametrize(
+    "distill, delta, temperature",
+    [("kl", 0.02, 1), ("kl", 0.02, 0.7), ("kl", math.inf, 1), ("reverse_kl", 0.02, 1), ("sft", 0.02, 1), ("none", 1.0, 1)],
+)
+def test_update_equals_the_formulas_with_transformers_and_autograd(
+    distill, delta, temperature, tmp_path, worker, monkeypatch
+):
     """L_GRPO + mean_q alpha(q) L_KD^clip from method to gradient, by a slow loop over transformers' logits.
 
     delta = 0.02: made-up responses diverge little, at 1.0 no token would be dropped. Each ablation changes its term alone.
     """
-    run, examples = make_run(tmp_path, worker, "--delta", delta, "--distill", distill)
+    run, examples = make_run(tmp_path, worker, "--delta", delta, "--distill", distill, "--temperature", temperature)
     samples = fake_samples(run, examples)
     got, metrics = gradients_of(run, samples, monkeypatch)
 
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
 
     def response_logits(context, response):
-        logits = theirs(torch.tensor([context + response])).logits[0]
+        logits = theirs(torch.tensor([context + response])).logits[0] / temperature
         return logits[len(context) - 1 : len(context) + len(response) - 1]
 
     count = sum(len(row.response_ids) for sample in samples for row in sample.auto)
@@ -1853,9 +1898,11 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(distill, delt
         assert 0.05 < metrics["kept"] < 0.95  # both kinds of token took part
 
 
-def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, worker, monkeypatch):
+@pytest.mark.parametrize("temperature", [1, 0.7])
+def test_luffy_update_equals_its_formula_by_transformers_and_autograd(temperature, tmp_path, worker, monkeypatch):
     """7 rollouts and the solution a problem, graded alike, r - mean, no clip, shaping, one token mean over all of it."""
-    run, examples = make_run(tmp_path, worker, "--method", "luffy", "--luffy_entropy", 0.01)
+    flags = ["--method", "luffy", "--luffy_entropy", 0.01, "--temperature", temperature]
+    run, examples = make_run(tmp_path, worker, *flags)
     wrong = replace(examples[1].problem, solution="So it is \\boxed{no}.")
     examples[1] = replace(examples[1], problem=wrong)  # the verifier rejects it: its tokens are pushed down
     samples = [
@@ -1876,7 +1923,7 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, 
     count = sum(len(response) for _, response, _, _ in rows)
     total = entropy_own = own = 0.0
     for context, response, old, advantage in rows:
-        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1]
+        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1] / temperature
         policy = torch.distributions.Categorical(logits=logits)
         logp = policy.log_prob(torch.tensor(response))
         x = logp.exp() / (logp.exp() + 0.1) if old is None else torch.exp(logp - torch.tensor(old))
@@ -1890,9 +1937,11 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, 
     assert samples[1].solution_advantage < 0 < samples[0].solution_advantage and samples[2].solution_advantage == 0
 
 
-def test_hpt_update_equals_its_formula_by_transformers_and_autograd(tmp_path, worker, monkeypatch):
+@pytest.mark.parametrize("temperature", [1, 0.7])
+def test_hpt_update_equals_its_formula_by_transformers_and_autograd(temperature, tmp_path, worker, monkeypatch):
     """At most `gate` right: all 8 rollouts give way to the solution; else r - mean without clip; one token mean over both."""
-    run, examples = make_run(tmp_path, worker, "--method", "hpt", "--hpt_gate", 1, "--hpt_sft_weight", 0.3)
+    run, examples = make_run(tmp_path, worker, "--method", "hpt", "--hpt_gate", 1, "--hpt_sft_weight", 0.3,
+                             "--temperature", temperature)  # fmt: skip
     samples = fake_samples(run, examples)
     for sample, right in zip(samples, (0, 1, 2, 8), strict=True):
         sample.auto_rewards, sample.target = [1.0] * right + [0.0] * (8 - right), None
@@ -1907,7 +1956,7 @@ def test_hpt_update_equals_its_formula_by_transformers_and_autograd(tmp_path, wo
     count = sum(len(response) for _, response, _, _ in rows)
     total = 0.0
     for context, response, old, advantage in rows:
-        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1]
+        logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1] / temperature
         logp = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
         total = total + (-0.3 * logp if old is None else -advantage * torch.exp(logp - torch.tensor(old))).sum() / count
     total.backward()
@@ -1923,7 +1972,7 @@ def test_hpt_leaves_out_an_update_with_a_huge_gradient(tmp_path, worker):
         for sample in samples:
             sample.target = None
         metrics = train.update(run, samples, 1e-3)
-        assert metrics["grad_norm"] > 1e-6
+        assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves)
         changed = any(not torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
         assert changed == moves == (metrics["grad_norm"] <= limit)
         assert all(parameter.grad is None for parameter in run.model.parameters())  # nothing is left for the next update
@@ -2173,9 +2222,11 @@ def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, mo
     assert metrics["distillation_loss"] == metrics["kl"] == metrics["target_tokens"] == 0 and metrics["grad_norm"] > 0
 
 
-def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
-    """Ranked by the log-probability WITHOUT the strategy, summed, or per token with --reach mean; by transformers' logits."""
-    run, examples = make_run(tmp_path, worker)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, worker):
+    """Ranked by the log-probability WITHOUT the strategy, summed, or per token with --reach mean; by transformers' logits, at
+    the temperature of the policy that is trained."""
+    run, examples = make_run(tmp_path, worker, "--temperature", temperature)
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
     samples = fake_samples(run, examples)
     chosen = {"sum": [], "mean": []}
@@ -2183,7 +2234,7 @@ def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
         totals = []
         for row in sample.guided:
             ids = torch.tensor([sample.example.auto_ids + row.response_ids])
-            logp = torch.log_softmax(theirs(ids).logits[0], -1)[len(sample.example.auto_ids) - 1 : -1]
+            logp = torch.log_softmax(theirs(ids).logits[0] / temperature, -1)[len(sample.example.auto_ids) - 1 : -1]
             totals.append(logp.gather(-1, torch.tensor(row.response_ids)[:, None]).sum().item())
         sample.guided_rewards = [float(i != max(range(4), key=lambda i, totals=totals: totals[i])) for i in range(4)]
         correct = [i for i in range(4) if sample.guided_rewards[i]]  # the most probable one of all is wrong
@@ -2195,6 +2246,8 @@ def test_the_target_is_the_most_reachable_of_several(tmp_path, worker):
         run.cfg = replace(run.cfg, reach=reach, micro_tokens=200)
         weigh(run, samples)
         assert [sample.target for sample in samples] == want
+        if reach == "sum":
+            assert samples[-1].reach == pytest.approx(totals, rel=1e-4)
     assert chosen["sum"] != chosen["mean"]
     p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
     want = [min(max(0.5 * (0.75 - p + 0.1) / (p + 0.1), 0), 0.8) for p in p_auto]
@@ -2215,12 +2268,22 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
 
     def update(run, samples, learning_rate):
         seen.append([sample.place for sample in samples])
-        return {"loss": float(len(samples)), "ratio_error": len(seen) / 10, "logprob_error": 0.0}
+        first = len(seen) == 1
+        metrics = {"loss": float(len(samples)), "grad_norm": 1.0 if first else 4.0, "left_out": float(first)}
+        metrics |= {"ratio_error": len(seen) / 10, "logprob_error": 0.3 if first else 0.2, "solutions": 1.0}
+        metrics |= {"own_tokens": 30.0 if first else 10.0, "entropy": 2.0 if first else 6.0}
+        metrics |= {"clip_fraction": 0.1, "policy_kl": 0.2}
+        return metrics | {"target_tokens": 0.0 if first else 7.0, "kl": 0.0 if first else 0.5, "kept": 0.0 if first else 1.0}
 
     monkeypatch.setattr(train, "update", update)
     metrics = train.sgpo_step(run, list(enumerate(examples[:5])), 1, 0.0)
     assert seen == [[0, 1, 2], [3, 4]]
-    assert metrics["loss"] == 2.5 and metrics["first_ratio_error"] == 0.1  # the mean over updates; the first one's noise
+    assert metrics["loss"] == metrics["grad_norm"] == 2.5 and metrics["left_out"] == 0.5  # means over the updates
+    assert metrics["own_tokens"] == 40 and metrics["target_tokens"] == 7 and metrics["solutions"] == 2
+    assert metrics["entropy"] == pytest.approx((30 * 2 + 10 * 6) / 40) and metrics["clip_fraction"] == pytest.approx(0.1)
+    assert metrics["kl"] == 0.5 and metrics["kept"] == 1.0  # over the tokens there were, not halved by an update without any
+    assert metrics["ratio_error"] == 0.2 and metrics["logprob_error"] == 0.3
+    assert metrics["first_ratio_error"] == 0.1 and metrics["first_logprob_error"] == 0.3
 
 
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():
@@ -2402,6 +2465,16 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--gamma", "inf"], "must be positive and finite"),
         (["--hpt_gate", "9"], "must be within 0 and the 8 rollouts"),
         (["--luffy_entropy", "-1"], "must be finite and not negative"),
+        (["--alpha_max", "-0.8"], "--alpha_max -0.8: must be finite and not negative"),  # clamp(0, -0.8) is -0.8: KL uphill
+        (["--alpha_0", "nan"], "must be finite and not negative"),
+        (["--clip_high", "-0.1"], "must be finite and not negative"),
+        (["--clip_low", "1.5"], "--clip_low 1.5: must be within 0 and 1"),
+        (["--eval_top_p", "nan"], "must be within 0 and 1"),
+        (["--steps", "-5"], "--steps -5: must not be negative"),
+        (["--eval_limit", "-5"], "--eval_limit -5: must not be negative"),
+        (["--lr_warmup_steps", "-1"], "must not be negative"),
+        (["--method", "sft", "--sft_epochs", "0"], "--sft_epochs 0.0: must be positive"),
+        (["--resume", "--out", "no/such/run"], "--resume: no/such/run holds no run to go on with, and no settings are given"),
         (["--method", "grpo", "--target", "random"], "--target random: an ablation of sgpo"),
         (["--method", "luffy", "--no-autonomous"], "an ablation of sgpo, it does nothing to luffy"),
     ],
@@ -2439,6 +2512,7 @@ def write_rows(path, rows):
         (None, [], "no such file"),
         (tiny_rows(1, answer=7), [], "rows.jsonl:1: field 'answer'"),
         (tiny_rows(1, strategy={"type": "x"}), [], "rows.jsonl:1:"),
+        (tiny_rows(1), ["--cache_tokens", "128"], "which with a response of 32 needs --cache_tokens"),
         (tiny_rows(1, problem="words " * 300), [], "tokens (prompt, and solution where it is used), the context holds 256"),
         ([{k: v for k, v in row.items() if k != "strategy"} for row in tiny_rows(3)], [], "3 rows have no strategy"),
         (
@@ -2643,6 +2717,7 @@ def test_four_ranks_read_a_checkpoint_whose_sizes_do_not_divide(tmp_path):
     save_file(whole.state_dict(), tmp_path / "model.safetensors")
     script = tmp_path / "read.py"
     script.write_text(f"""
+import os
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
@@ -2652,7 +2727,7 @@ def sharded():
     with torch.device("meta"):
         net = model.CausalLM(model.ModelConfig.from_dict(raw))
     parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=0, offload=False)
-    parallel.load_sharded(net, folder, cpu)
+    parallel.load_sharded(net, folder, device=cpu, offload=False)
     return net, torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
 net, optimizer = sharded()
 want = load_file(folder / "model.safetensors")
@@ -2673,9 +2748,41 @@ checkpoint.load_checkpoint(folder / "checkpoints/a", other, moments)
 for a, b in zip(net.parameters(), other.parameters(), strict=True):
     assert torch.equal(a.to_local(), b.to_local())
     assert torch.equal(optimizer.state[a]["exp_avg_sq"].to_local(), moments.state[b]["exp_avg_sq"].to_local())
-print("held:", len(net.model.layers[0].self_attn.k_proj.bias.to_local()))
+os.write(1, b"held: %d\\n" % len(net.model.layers[0].self_attn.k_proj.bias.to_local()))  # in one piece, unlike print
 """)
     assert sorted(on_ranks(4, script).stdout.split("held:")[1:]) == [" 0\n", " 0\n", " 1\n", " 1\n"]
+
+
+def test_with_offload_only_the_parameters_are_in_host_memory(worker):
+    """The angles are a buffer: FSDP moves those when it shards, which is before they are filled. Meta stands for a GPU."""
+    net, _ = blank_model(TINY_BASE)
+    parallel.shard(net, device=CPU, dtype=torch.float32, shard_ranks=0, offload=True)
+    parallel.load_sharded(net, TINY_BASE, device=torch.device("meta"), offload=True)
+    assert net.inv_freq.device.type == "meta"
+    assert {parameter.to_local().device.type for parameter in net.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("error", ["SystemExit('error: the reason')", "ValueError('the reason')", None])
+def test_a_rank_with_a_gpu_that_fails_does_not_wait_for_the_others(error, tmp_path):
+    """NCCL's ending would; here a stand-in that takes for ever. Without an error the group ends as it should."""
+    script = tmp_path / "fail.py"
+    script.write_text(f"""
+import sys, time
+import torch, torch.distributed as dist
+import parallel
+dist.destroy_process_group = (lambda: time.sleep(600)) if {error is not None} else (lambda: print("ended"))
+dist.is_initialized, dist.get_rank, dist.get_world_size = lambda: True, lambda: 3, lambda: 8
+try:
+    if {error is not None}:
+        raise {error}
+finally:
+    parallel.end_ranks(torch.device("cuda"))
+""")
+    done = run_script(script, PYTHONPATH=str(ROOT))
+    if error is None:
+        assert done.returncode == 0 and done.stdout == "ended\n"
+    else:
+        assert done.returncode == 1 and done.stderr.strip().endswith("the reason"), done.stderr
 
 
 def test_copies_that_differ_and_ranks_that_do_not_come_are_found(tmp_path):
@@ -2748,7 +2855,7 @@ def uninterrupted(tmp_path_factory):
     [
         ("evaluate", 1, (0, 0)),  # the evaluation of the base model
         ("sft_pair", 4, (2, 0)),  # a step of SFT, which is finished
-        ("sample_and_grade", 2, (2, 1)),  # sampling, which is given up
+        ("sample_and_grade", 3, (2, 1)),  # sampling (the first call shows a sample), which is given up
         ("update", 3, (2, 2)),  # an update, which is finished
         ("evaluate", 6, (2, 2)),  # a periodic evaluation
         ("save_model", 1, None),  # too late to be asked: the run ends by itself
@@ -2852,6 +2959,21 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000009"]
+
+
+def test_a_checkpoint_is_of_the_data_that_was_read_and_not_of_what_lies_there_later(tmp_path, worker):
+    """Nor does it read the files again, or ask git again, at each checkpoint and on each rank."""
+    data = write_rows(tmp_path / "rows.jsonl", tiny_rows(4))
+    read = hashlib.sha256(data.read_bytes()).hexdigest()
+    run, _ = make_run(tmp_path, worker, "--data", data, "--model", TINY_BASE)
+    write_rows(data, tiny_rows(5))
+    train.save_progress(run)
+    _, state, _ = checkpoint.find_checkpoint(run.out / "checkpoints")
+    assert state["data"] == {"data": read} and state["commit"] == run.origin["commit"] != ""
+    again, _ = make_run(tmp_path / "again", worker, "--data", data, "--model", TINY_BASE)
+    again.out = run.out
+    with pytest.raises(ValueError, match=f"its data differs\n  data: '{read}' there, '"):
+        train.resume(again)
 
 
 def test_resuming_with_other_settings_or_data_is_an_error_that_shows_them(stopped, tmp_path, capsys):
@@ -3340,6 +3462,12 @@ def with_step(step):
         ("The share is ½.", "0.5"),
         ("The share is 50 percent.", "\\frac12"),
         ("The share is 50\\%.", "0.5"),
+        ("The share is seventy-five percent.", "3/4"),
+        ("So take two dozen.", "24"),
+        ("It is ２５, which is left.", "25"),
+        ("It is 1\u202f234 then.", "1234"),
+        ("That comes to 3i.", "3i"),
+        ("Then it must be 2x.", "2x"),
         ("It is two thirds of it.", "2/3"),
         ("Take 3 1/2 hours.", "3.5"),
         ("Take $3\\frac{1}{2}$ hours.", "\\frac{7}{2}"),
@@ -3737,6 +3865,7 @@ def test_extraction_tries_again_where_that_may_help(tmp_path, capsys, monkeypatc
     data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
     # Only those that are about time get little of it: on a busy machine a good reply can take half a second too.
     flags = ("--read_timeout", "0.6" if words == "timed out" else "30", "--candidates", "1", "--retries", "1")
+    flags += ("--max_wait", "0")  # or a 429 would use up no retry
     with ChatServer(lambda h, body, i: misbehave(h, body, i) if i == 0 else fake_model(h, body, i)) as server:
         assert extract.main(extraction_flags(server.url, data, out, *flags)) == 0
         assert len(server.requests) == 3 and len(load_problems(out)) == 1  # the failure, the candidate, its score
@@ -3745,7 +3874,7 @@ def test_extraction_tries_again_where_that_may_help(tmp_path, capsys, monkeypatc
     # For ever: the row fails with the reason, and there is no file that looks finished.
     out = tmp_path / "never.jsonl"
     with ChatServer(misbehave) as server:
-        assert extract.main(extraction_flags(server.url, data, out, *flags)) == 1
+        assert extract.main(extraction_flags(server.url, data, out, *flags)) == extract.ROWS_FAILED
         assert len(server.requests) == 2
     error = capsys.readouterr().err
     assert "failed: row-0: no answer in 2 tries" in error and words in error and not out.exists()
@@ -3760,6 +3889,86 @@ def test_extraction_stops_at_once_where_trying_again_is_useless(tmp_path, capsys
         assert len(server.requests) == 1
     assert f"HTTP {status}: no such thing, *** is wrong" in str(error.value) and "goes on from there" in str(error.value)
     assert key not in str(error.value) + "".join(capsys.readouterr()) + extract.journal_path(out).read_text()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_extraction_goes_on_where_the_server_refuses_one_row(tmp_path, capsys, status):
+    """A content filter, or a problem that is too long: also where the refusal is the first reply of a run."""
+    refuse = body_of({"error": "content filter"}, status)
+
+    def script(handler, body, number):
+        return (refuse if "What is 21" in body["messages"][0]["content"] else fake_model)(handler, body, number)
+
+    data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
+    with ChatServer(script) as server:
+        for requests in (8 + 1 + 8, 1):
+            before = len(server.requests)
+            assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
+            assert len(server.requests) - before == requests
+            reason = f"failed: row-1: the server refuses a request of this row: HTTP {status}: content filter"
+            assert reason in capsys.readouterr().err
+    assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+    # but a server that refuses row after row is not asked by thousands of them
+    data, out = extraction_data(tmp_path, 30), tmp_path / "new.jsonl"
+    with ChatServer(lambda h, b, i: (fake_model if i < 8 else refuse)(h, b, i)) as server:
+        with pytest.raises(ValueError, match=f"20 requests in a row failed for good, the last with: HTTP {status}"):
+            extract.main(extraction_flags(server.url, data, out))
+        assert len(server.requests) == 8 + 20
+
+
+def test_extraction_sits_out_more_rate_limits_than_it_has_retries(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    slow_down = body_of({"error": "slow down"}, 429)
+    with ChatServer(lambda h, b, i: (slow_down if i < 9 else fake_model)(h, b, i)) as server:
+        flags = extraction_flags(server.url, data, out, "--retries", "0", "--candidates", "1", "--backoff", "0.001")
+        assert extract.main(flags) == 0 and len(server.requests) == 9 + 2
+    with ChatServer(lambda h, b, i: slow_down(h, b, i)) as server:
+        flags = extraction_flags(server.url, data, tmp_path / "new.jsonl", "--max_wait", "0.2", "--retries", "1")
+        assert extract.main(flags) == extract.ROWS_FAILED and len(server.requests) > 2
+
+
+def test_extraction_stops_where_an_answer_cannot_be_kept_and_loses_none_before_it(tmp_path):
+    """On a disk that is full half a line must not stay: the next line would be glued to it."""
+    data, out = extraction_data(tmp_path, 2), tmp_path / "out.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def script(handler, body, number):
+        if number == 3:  # room for 100 bytes more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (extract.journal_path(out).stat().st_size + 100, hard))
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        flags = extraction_flags(server.url, data, out, "--workers", "2")
+        try:
+            with pytest.raises(ValueError, match="log.jsonl: .*File too large; an answer could not be kept. Make room"):
+                extract.main(flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        kept = len(journal_records(out, "answer"))
+        assert 2 <= kept <= 4
+        asked = len(server.requests)
+        assert extract.main(flags) == 0 and len(server.requests) == asked + 2 * 8 - kept
+    assert len(load_problems(out)) == 2
+
+
+def test_extraction_exit_status_tells_failed_rows_from_what_stopped_it(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+
+    def status(*more):
+        return run_script("strategy.py", *extraction_flags(server.url, data, out, *more))
+
+    with ChatServer(fake_model) as server:
+        assert status().returncode == 0
+        before = out.read_bytes()
+        done = status("--seed", "5")
+        assert done.returncode == 1 and "no paid answer would fit" in done.stderr
+        assert status("--no_such_flag").returncode == 2
+    with ChatServer(body_of(b"", 500)) as server:
+        extract.journal_path(out).unlink()
+        extract.journal_path(out).touch()
+        done = status("--retries", "0")
+        assert done.returncode == 3 and "the file of an earlier run is left as it is" in done.stderr
+    assert out.read_bytes() == before
 
 
 def test_extraction_never_takes_the_key_to_another_host(tmp_path, key):
@@ -3829,7 +4038,7 @@ def test_extraction_says_when_nobody_listens(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     data = extraction_data(tmp_path, 2)
-    assert extract.main(extraction_flags(f"http://127.0.0.1:{port}", data, tmp_path / "out.jsonl")) == 1
+    assert extract.main(extraction_flags(f"http://127.0.0.1:{port}", data, tmp_path / "out.jsonl")) == extract.ROWS_FAILED
     error = capsys.readouterr().err
     assert error.count("ConnectionRefusedError") == 2 and "2 of 2 rows failed" in error
 
@@ -4002,7 +4211,7 @@ def test_extraction_asks_again_for_a_wrong_solution(tmp_path, capsys):
         return fake_model(handler, body, number)
 
     with ChatServer(script) as server:
-        assert extract.main(extraction_flags(server.url, data, out)) == 1
+        assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
     error = capsys.readouterr().err
     assert "failed: row-1: 3 solutions, none with the answer '64': answer '7', no answer, nothing but thoughts" in error
     assert "1 of 3 rows failed" in error
@@ -4026,7 +4235,7 @@ def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with ChatServer(fake_model) as server:
-        assert extract.main(extraction_flags(server.url, data, out)) == 1
+        assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
         assert len(server.requests) == 8 + 9 + 0 + 1
         got = {p.id: (p.answer, p.strategy.type) for p in load_problems(out)}
         new, own = "a sum, way d", "sum of two"
@@ -4061,7 +4270,7 @@ def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsy
 
     data, out = extraction_data(tmp_path, 2), tmp_path / "out.jsonl"
     with ChatServer(script) as server:
-        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "3")) == 1
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "3")) == extract.ROWS_FAILED
     records = {r["row"]: r for r in journal_records(out, "row")}
     kinds = [c["rejected"] and c["rejected"][0] for c in records["row-0"]["candidates"]]
     assert kinds == ["leak by score", "cut off", "not scored", "repeated", None, None] and records["row-0"]["kept"] == 4
@@ -4079,10 +4288,14 @@ def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and key not in printed
     solution = "The sum is \\boxed{60}."
     assert extraction_prompt("What is 20 + 40?", solution)[0]["content"] in printed and "What is 21 + 43?" not in printed
-    # 3 rows of 5 candidates and 5 scores; out 15 * (220 + 40), at most 30 * 1000
-    assert "3 rows, 30 requests" in printed and "and 3,900 out" in printed and "at most 30,000 out" in printed
+    # 3 rows of 5 candidates and 5 scores; out 15 * (220 + 40), at most 2 rounds of 30 * 1000
+    assert "3 rows, 30 requests" in printed and "and 3,900 out" in printed and "and 60,000 out, where every" in printed
     tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
-    assert f"cost about {tokens / 1e6 + 0.39:.2f}, at most {tokens / 1e6 + 3:.2f}" in printed and "nothing was sent" in printed
+    assert f"at most about {2 * tokens:,} in and" in printed and "nothing was sent" in printed
+    assert f"cost about {tokens / 1e6 + 0.39:.2f}, at most about {2 * tokens / 1e6 + 6:.2f}" in printed
+    data = extraction_data(tmp_path, 2, solutions=False)  # up to 3 solutions a row as well
+    assert extract.main([*extraction_flags("http://127.0.0.1:1", data, out), "--dry_run", "--max_tokens", "1000"]) == 0
+    assert f"and {2 * (3 + 10 + 10) * 1000:,} out, where every" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -4196,7 +4409,7 @@ def test_extraction_by_our_own_sampler_runs_from_the_command_line(tmp_path, caps
             stream.write(json.dumps({name: row[name] for name in ("id", "problem", "answer")}) + "\n")
     flags = ["--data", str(data), "--local", str(TINY_BASE), "--out", str(out), "--dtype", "float32", "--quiet"]
     # The tiny base knows no other prompts than its own: its rows must fail one by one, with their reasons.
-    assert extract.main([*flags, "--device", "cpu", "--max_tokens", "16"]) == 1
+    assert extract.main([*flags, "--device", "cpu", "--max_tokens", "16"]) == extract.ROWS_FAILED
     assert capsys.readouterr().err.count("failed: ") == 2
     assert journal_records(out, "run")[0]["endpoint"] == f"local: {TINY_BASE}"
 
@@ -5687,6 +5900,10 @@ def test_benchmarks_have_the_papers_settings_and_others_small_ones(monkeypatch, 
         ("--compare a b --data x", "--data has no meaning"),
         ("--table a --guided", "--guided has no meaning with --table"),
         ("--model m --data d --n 4 0", "--n must be at least 1, got 0"),
+        ("--model m --data d --seed -1", "--seed must not be negative, got -1"),
+        ("--model m --data d --timeout 0", "--timeout must be positive and finite, got 0.0"),
+        ("--model m --data d --temperature nan", "--temperature must be finite and not negative, got nan"),
+        ("--model m --data d --top_p 0", "--top_p must be above 0 and at most 1, got 0.0"),
     ],
 )
 def test_command_line_refuses_flags_without_effect(arguments, message):
@@ -5841,6 +6058,20 @@ def test_responses_of_another_evaluation_are_refused(change, message, monkeypatc
     with pytest.raises(ValueError, match=re.escape(message)):
         grading.main([*arguments, *change])
     assert calls == [] and file.read_bytes() == before and not list(tmp_path.glob("*rank*"))
+
+
+def test_responses_to_another_wording_or_of_another_grader_are_refused(monkeypatch, tmp_path):
+    """Prompts are made from strategy.INSTRUCTION, which an ablation may edit; verdicts are math-verify's."""
+    arguments, file, calls = _eval_kept(monkeypatch, tmp_path)
+    for place, name, value, message in (
+        (grading, "auto_messages", lambda problem: [{"role": "user", "content": "Hm: " + problem}], "prompts_sha256 '"),
+        (grading.metadata, "version", lambda package: "0.0.1", "grader 'math-verify "),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            with pytest.raises(ValueError, match=f"is of another evaluation .{message}"):
+                grading.main(arguments)
+    assert calls == []
 
 
 def test_responses_of_other_data_or_another_model_or_broken_ones_are_refused(monkeypatch, tmp_path):
@@ -7153,6 +7384,15 @@ def test_prepare_real_benchmarks(tmp_path, raw_host):
     assert sorted(asked) == sorted(files)
     for command in counts:
         assert (tmp_path / f"hub/{command}.jsonl").read_bytes() == (out / f"{command}.jsonl").read_bytes()
+    # cut off behind the second file, or one of them changed: the same command makes what is missing, and refuses the changed
+    (out / "aime24.jsonl").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
+    prepare.main(["benchmarks", "--source", str(SHARED), "--out", str(out)])
+    assert load_problems(out / "aime24.jsonl") == rows["aime24"]
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}.items()
+    write_rows(out / "amc23.jsonl", tiny_rows(1))
+    with pytest.raises(ValueError, match="amc23.jsonl: already there; remove it"):
+        prepare.main(["benchmarks", "--source", str(SHARED), "--out", str(out)])
     with pytest.raises(ValueError) as error:
         prepare.main(["benchmarks", "--source", str(out), "--out", str(tmp_path / "new")])
     assert "no file with the checksum of" in str(error.value) and len(str(error.value).splitlines()) == 7
@@ -7237,20 +7477,22 @@ def test_prepare_real_solutions(tmp_path):
 # ---------------------------------------------------------------------------------------------------- recipe
 
 
+def strong_model(rows, handler, body, number):
+    """For ChatServer: answers with the row's own strategy, and with 4 for every criterion where it is asked to score one."""
+    text = body["messages"][0]["content"]
+    if "Score the description" in text:
+        return "\n".join(f"{name}: 4" for name in CRITERIA)
+    strategy = next(row["strategy"] for problem, row in rows.items() if problem in text)
+    return format_strategy(Strategy.from_dict(strategy))
+
+
 def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     """runs/recipe.sh, which runs/paper_7b.sh and its like set the variables of, from raw rows to the comparison."""
     rows = {row["problem"]: row for row in tiny_rows(14)}
     raw = [{"question": row["problem"], "answer": row["answer"], "worked": row["solution"]} for row in rows.values()]
     test = write_rows(tmp_path / "test.jsonl", [tiny_world.make_rows(0)["test"][0]])
 
-    def strong_model(handler, body, number):
-        text = body["messages"][0]["content"]
-        if "Score the description" in text:
-            return "\n".join(f"{name}: 4" for name in CRITERIA)
-        strategy = next(row["strategy"] for problem, row in rows.items() if problem in text)
-        return format_strategy(Strategy.from_dict(strategy))
-
-    with ChatServer(strong_model) as server:
+    with ChatServer(partial(strong_model, rows)) as server:
         variables = {
             "WORK": tmp_path / "work", "MODEL": TINY_BASE, "PYTHON": sys.executable, "LAUNCH": sys.executable,
             "BENCH_SOURCE": "none", "EVAL_FILES": test, "TRAIN_COMMAND": "jsonl",
@@ -7273,9 +7515,63 @@ def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     assert first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
     for name in ("base.json", "trained.json", "run/model/config.json"):
         assert (tmp_path / "work" / name).exists()
-    del settings["TRAIN_FLAGS"]
-    done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
-    assert done.returncode == 2 and "TRAIN_FLAGS is not set" in done.stderr
+
+    def refused(**changes):
+        now = {name: value for name, value in (settings | changes).items() if value is not None}
+        done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=now, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    for changes, status, words in (
+        ({"TRAIN_FLAGS": None}, 2, "the variable TRAIN_FLAGS is not set"),
+        ({"EVAL_FILES": None}, 2, "the variable EVAL_FILES is not set"),
+        ({"TRAIN_FLAGS": "--count 9"}, 2, "was made with other settings; name another WORK"),
+    ):
+        got, said = refused(**changes)
+        assert got == status and words in said, said
+    shutil.rmtree(tmp_path / "work/run/model")  # training that SIGTERM ended: exit status 0, but there is no model
+    got, said = refused(LAUNCH="true")
+    assert got == 1 and "training goes on with what it began with" in said and "stopped before its end" in said
+    shutil.rmtree(tmp_path / "work/run")
+    got, said = refused(LAUNCH="true", STRATEGY_FLAGS=settings["STRATEGY_FLAGS"] + " --seed 9")
+    assert got == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
+
+
+def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
+    """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout and the benchmarks to the table."""
+    rows = {row["problem"]: row for row in tiny_rows(14)}
+    names = ["math500", "amc23", "olympiad", "aime24", "aime25", "minerva"]
+    raw = [_openr1_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
+    work = tmp_path / "work"
+    if not (SHARED / "bench_unify").is_dir():  # without the benchmarks' files their step is passed over, as in a second run
+        (work / "bench").mkdir(parents=True)
+        for name in names:
+            write_rows(work / f"bench/{name}.jsonl", [{"id": name, "problem": f"Of {name}: 1 + 1?", "answer": "2"}] * 2)
+        sums = {file.name: {"sha256": prepare.sha256_of(file)} for file in (work / "bench").iterdir()}
+        (work / "bench/manifest.json").write_text(json.dumps(sums))
+    with ChatServer(partial(strong_model, rows)) as server:
+        variables = {
+            "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": SHARED,
+            "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
+            "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
+            "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think strip",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --sft_batch 4 --eval_every 0 --device cpu",
+            "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
+        }  # fmt: skip
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+        done = subprocess.run(["bash", "runs/paper_1p5b.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert len(server.requests) >= 12 * 5  # k = 5 candidates, the default
+    train_rows = load_problems(work / "train/train.jsonl")
+    assert len(train_rows) == 12 and all(row.solution and "think" not in row.solution for row in train_rows)
+    assert read_metrics(work / "run")[0]["ranks"] == 2
+    for side in ("base", "trained"):
+        result = json.loads((work / f"{side}.json").read_text())
+        assert {Path(file).stem for file in result["files"]} == set(names)
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert table[0] == "| model | MATH500 | AMC23 | Olympiad | AIME24 | avg |"
+    assert table[2].startswith(f"| {TINY_BASE} |") and table[3].startswith(f"| {work}/run/model |")
+    other = "max_new_tokens 8 (paper 32768), n 1 (paper 4), problems 2 (paper 500)"
+    assert f"MATH500 differs from the paper in {other}" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["paper_7b", "paper_1p5b", "smoke"])
@@ -7301,6 +7597,10 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
         rows = {name: load_problems(tmp_path / f"runs/smoke/rows/{name}.jsonl") for name in ("train", "test")}
         assert len(rows["train"]) == 60 and len(rows["test"]) == 32
         assert not {row.id for row in rows["train"]} & {row.id for row in rows["test"]}
+        write_rows(tmp_path / "other.jsonl", tiny_rows(300))
+        settings["ROWS"] = "other.jsonl"
+        done = subprocess.run(["bash", "runs/smoke.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert done.returncode == 2 and "runs/smoke was made with other rows than other.jsonl" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- plan
@@ -7449,7 +7749,7 @@ def planned_run(shape, **settings):
     model.model.recompute = cfg.recompute
     parallel.shard(model, device=CPU, dtype=train.compute_dtype(cfg, CPU), shard_ranks=cfg.shard_ranks, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    run = train.Run(cfg, model, None, optimizer, None, CPU, Path("."), None)
+    run = train.Run(cfg, model, None, optimizer, None, CPU, Path("."), None, {})
     train.update(run, planned_samples(run, 1, 3, 3, 2, 4), 1e-6)
     return run
 
@@ -8053,7 +8353,7 @@ def fake_train(tmp_path, monkeypatch):
 
 def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "best_rates", lambda path: {name: "1e-4" for name in sweep.METHODS})
-    base = ("--model", "m", "--data", "rl.jsonl", "--problems_per_step", "8")
+    base = ("--model", "m", "--data", "rl.jsonl", "--eval_data", "test.jsonl", "--problems_per_step", "8")
     for build, seeds in sweep.SUITES.values():
         jobs = build(sweep.Request(seeds, tmp_path, base, 12))
         assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and all("/" not in job.row for job in jobs)
@@ -8085,6 +8385,10 @@ def test_every_row_of_every_suite_is_a_valid_command(tmp_path, monkeypatch):
         (["model", "--steps", "4"], "--model among its flags"),
         (["model", "--base=--model m"], "even number"),
         (["model", "--base=--model m", "--steps", "3"], "even number"),
+        (["model", "--base=--model m --data d", "--steps", "4"], "--data without --eval_data"),
+        (["model", "--base=--model m --group_auto 4", "--steps", "4"], "--base: --group_auto would make the numbers"),
+        (["model", "--base=--model m", "--steps", "4", "--seeds", "1"], "--seeds 1: the page's intervals need 2 to 17 seeds"),
+        (["table", "--seeds", "18"], "need 2 to 17 seeds"),
         (["table", "--steps", "3"], "are for the suite model"),
         (["tabel"], "invalid choice"),
     ],

@@ -52,6 +52,7 @@ from parallel import (
     clip_gradients,
     control_group,
     deal,
+    end_ranks,
     load_sharded,
     meet,
     model_on_host,
@@ -64,7 +65,7 @@ from parallel import (
     world,
 )
 from plan import Hardware, Workload, add_flags, print_plan
-from rollout import Packed, Trajectory, decode_kernel, generate, micro_batches, pack, shared_tokens
+from rollout import Packed, Trajectory, decode_kernel, micro_batches, pack, shared_tokens, smallest_cache
 from strategy import auto_messages, guided_messages
 from weighting import (
     group_advantage_weight,
@@ -110,7 +111,7 @@ class Config:
     # policy loss
     clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [paper]")
     clip_high: float = knob(0.28, "and above 1 + this [paper]")
-    mask_truncated: bool = knob(False, "leave truncated responses out of the loss (never out of the group's mean)")
+    mask_truncated: bool = knob(False, "leave truncated responses out of the policy loss (never out of the group's mean)")
     # distillation
     delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [paper]; inf: no KL clip")
     alpha_0: float = knob(0.5, "scale of the adaptive weight [paper]")
@@ -209,6 +210,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     if given.get("data"):
         preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
     stored = stored_config(Path(given["out"])) if given.get("resume") and given.get("out") else None
+    if given.get("resume") and given.get("out") and not stored and given.keys() <= set(MAY_CHANGE):
+        parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
     if stored:
         preset = stored
         other = {name: (stored.get(name), value) for name, value in given.items() if name not in MAY_CHANGE}
@@ -255,17 +258,21 @@ def _first_bad(cfg: Config) -> str | None:
             return f"--{name} {getattr(cfg, name)}: an ablation of sgpo, it does nothing to {cfg.method}"
     if not 0 <= cfg.hpt_gate <= cfg.group_auto:
         return f"--hpt_gate {cfg.hpt_gate}: must be within 0 and the {cfg.group_auto} rollouts of a group"
-    for name in ("luffy_entropy", "hpt_sft_weight"):
+    not_negative = "alpha_0 alpha_max clip_high luffy_entropy hpt_sft_weight weight_decay eval_temperature"
+    for name in not_negative.split():
         if not 0 <= getattr(cfg, name) < math.inf:
             return f"--{name} {getattr(cfg, name)}: must be finite and not negative"
-    for name in "sft_fraction sft_guided".split():
+    for name in "sft_fraction sft_guided clip_low eval_top_p".split():
         if not 0 <= getattr(cfg, name) <= 1:
             return f"--{name} {getattr(cfg, name)}: must be within 0 and 1"
+    if (cfg.method == "sft" or cfg.sft_fraction > 0) and not 0 < cfg.sft_epochs < math.inf:
+        return f"--sft_epochs {cfg.sft_epochs}: must be positive and finite; --sft_fraction 0 leaves the warm-up out"
     if cfg.resume and not cfg.out:
         return "--resume: say with --out which run to go on with"
     if cfg.keep_checkpoints < 2:
         return f"--keep_checkpoints {cfg.keep_checkpoints}: must be at least 2, for when the newest is damaged"
-    for name in ("checkpoint_minutes", "max_skipped", "shard_ranks"):
+    from_zero = "checkpoint_minutes max_skipped shard_ranks cache_tokens steps lr_warmup_steps eval_every eval_limit"
+    for name in from_zero.split():
         if not getattr(cfg, name) >= 0:
             return f"--{name} {getattr(cfg, name)}: must not be negative"
     if cfg.problems_per_step < cfg.minibatches:
@@ -340,6 +347,7 @@ class Run:
     device: torch.device
     out: Path
     control: dist.ProcessGroup
+    origin: dict[str, Any]  # what it is made from: "data" (digests of the files), "commit" and "torch"
     progress: Progress = dataclasses.field(default_factory=Progress)
     stop: Stop = dataclasses.field(default_factory=Stop)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
@@ -371,6 +379,13 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
             raise ValueError(
                 f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution where it is used), "
                 f"the context holds {context}"
+            )
+        prompt = max(len(auto_ids), len(guided_ids or []))
+        cache = smallest_cache(prompt, min(cfg.max_new_tokens, context - prompt))
+        if cfg.method != "sft" and 0 < cfg.cache_tokens < cache:
+            raise ValueError(
+                f"{cfg.data}: {problem.id!r} has a prompt of {prompt} tokens, which with a response of "
+                f"{cfg.max_new_tokens} needs --cache_tokens {cache}, not {cfg.cache_tokens}"
             )
         examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
     return examples
@@ -477,7 +492,7 @@ def sgpo_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learnin
     for part in range(run.cfg.minibatches):  # cut by the place in the whole batch: the same problems on any number of ranks
         chosen = [s for s in samples if s.place * run.cfg.minibatches // run.cfg.problems_per_step == part]
         updates.append(update(run, chosen, learning_rate))
-    metrics = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
+    metrics = over_updates(updates)
     # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
     metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
@@ -586,7 +601,7 @@ def unguided_logprobs(run: Run, policy: CausalLM, samples: list[ProblemSamples])
     costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
     for indices in micro_batches(costs, run.cfg.micro_tokens, saved):
         packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=run.device)
-        terms = partial(sft_terms, weight=torch.ones((), device=run.device))
+        terms = partial(sft_terms, weight=torch.ones((), device=run.device), temperature=run.cfg.temperature)
         _, stats = head_pass(policy, packed, terms, (packed.targets,), run.cfg.chunk_tokens)
         total = torch.zeros(len(indices), device=run.device).index_add_(0, packed.sequence, stats["logprob"])
         if run.cfg.reach == "mean":
@@ -614,6 +629,7 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
     loss = sums["policy_loss"] + sums["distillation_loss"]
     skip_above = run.cfg.hpt_max_norm if run.cfg.method == "hpt" else math.inf
     grad_norm = apply_gradients(run, learning_rate, loss, skip_above=skip_above)
+    stepped = math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= skip_above
 
     tokens, target_tokens = max(sums["own_tokens"], 1), max(sums["target_tokens"], 1)
     return {
@@ -629,8 +645,25 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
         "target_tokens": sums["target_tokens"],
         "solutions": sums["solutions"],
         "grad_norm": grad_norm,
+        "left_out": float(not stepped),
         **over_ranks(worst, run.device, dist.ReduceOp.MAX),
     }
+
+
+def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step's updates as one: what counts something is added up, a mean over tokens stays one over all of
+    their tokens, an extreme stays one, and the rest (losses, norm, share left out) is the mean over the updates."""
+
+    def total(name: str) -> float:
+        return sum(one[name] for one in updates)
+
+    def over(tokens: str, *names: str) -> dict[str, float]:
+        return {name: sum(one[name] * one[tokens] for one in updates) / max(total(tokens), 1) for name in names}
+
+    metrics = {name: total(name) / len(updates) for name in updates[0]}
+    metrics |= over("own_tokens", "entropy", "clip_fraction", "policy_kl") | over("target_tokens", "kl", "kept")
+    metrics |= {name: total(name) for name in ("own_tokens", "target_tokens", "solutions")}
+    return metrics | {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
 
 
 def policy_items(samples: list[ProblemSamples], cfg: Config) -> list[PolicyItem]:
@@ -689,7 +722,7 @@ def measure_policy(
     sums["own_tokens"] += ratio.numel()
     sums["entropy"] += stats["entropy"].sum().item()
     sums["clipped"] += stats["clipped"].sum().item()
-    # an estimate of KL(old || new) from the sampled tokens that is unbiased and never negative
+    # an estimate of KL(old || new) from the sampled tokens that is unbiased and, but for rounding, never negative
     sums["policy_kl"] += (ratio - 1 - log_ratio).sum().item()
     worst["ratio_error"] = max(worst["ratio_error"], (ratio - 1).abs().max().item())
     worst["logprob_error"] = max(worst["logprob_error"], log_ratio.abs().max().item())
@@ -895,7 +928,8 @@ def sft_stage(run: Run, examples: Sequence[Example], log: Callable[[dict[str, An
             contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
             packed = pack(contexts, responses, device=run.device)
             weight = torch.full(packed.targets.shape, 1 / tokens if indices else 0.0, device=run.device)
-            loss, _ = head_pass(run.model, packed, sft_terms, (packed.targets, weight), cfg.chunk_tokens)
+            terms = partial(sft_terms, temperature=1.0)
+            loss, _ = head_pass(run.model, packed, terms, (packed.targets, weight), cfg.chunk_tokens)
             loss.backward()
             total += loss.item()
         learning_rate = cfg.sft_learning_rate * (1 - step / steps)
@@ -1032,21 +1066,21 @@ def show_samples(run: Run, problem: Problem, when: str) -> None:
     with whole_model(run.model) as policy:
         if world()[0]:
             return
-        groups = generate(
+        _, graded = sample_and_grade(
             policy,
+            run.tokenizer,
             [encode_chat(run.tokenizer, messages) for messages in prompts.values()],
+            [problem.answer] * len(prompts),
+            run.worker,
             n=1,
             max_new_tokens=run.cfg.max_new_tokens,
             temperature=run.cfg.eval_temperature,
             top_p=run.cfg.eval_top_p,
-            eos_ids=run.model.config.eos_ids,
             seed=[stream_seed(run.cfg.seed, "show")] * len(prompts),
         )
     tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
-    for kind, (row,) in zip(prompts, groups, strict=True):
-        text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
-        verdict = "right" if is_correct(text, problem.answer, run.worker) else "wrong"
-        tqdm.write(f"  {kind:>6} ({verdict}): {text}")
+    for kind, ((text, correct),) in zip(prompts, graded, strict=True):
+        tqdm.write(f"  {kind:>6} ({'right' if correct else 'wrong'}): {text}")
 
 
 def code_commit() -> str:
@@ -1064,7 +1098,7 @@ def open_log(run: Run) -> Callable[[dict[str, Any]], None]:
 
     Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
     """
-    out, (rank, ranks) = run.out, world()
+    out, rank = run.out, world()[0]
     there = over_ranks({"there": rank == 0 and (out / "metrics.jsonl").exists()}, run.device)["there"]
     if there and not run.cfg.resume:
         raise ValueError(f"--out {out}: holds a run already (metrics.jsonl); name another folder, or --resume it")
@@ -1082,8 +1116,8 @@ def open_log(run: Run) -> Callable[[dict[str, Any]], None]:
     if not (run.cfg.resume and resume(run)):
         cuda = run.device.type == "cuda"
         name = torch.cuda.get_device_name(run.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-        versions = {"commit": code_commit(), "torch": torch.__version__, "device": name, "ranks": ranks}
-        log({"config": dataclasses.asdict(run.cfg), **versions})
+        made_from = {name: run.origin[name] for name in ("commit", "torch")}
+        log({"config": dataclasses.asdict(run.cfg), **made_from, "device": name, "ranks": world()[1]})
     return log
 
 
@@ -1108,7 +1142,7 @@ def save_progress(run: Run) -> None:
                 sizes[file.name] = file.stat().st_size
     progress = run.progress
     state = {"progress": dataclasses.asdict(progress), "config": dataclasses.asdict(run.cfg), "logs": sizes}
-    state |= {"data": data_digests(run.cfg), "commit": code_commit(), "torch": torch.__version__, "ranks": world()[1]}
+    state |= {**run.origin, "ranks": world()[1]}
     name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
     keep = run.cfg.keep_checkpoints
     save_checkpoint(run.out / "checkpoints", name, run.model, run.optimizer, state, keep=keep)
@@ -1126,14 +1160,14 @@ def resume(run: Run) -> bool:
     for reason in refused:
         say(f"a checkpoint is damaged and passed over: {reason}")
     if path is not None:
-        now = {"config": dataclasses.asdict(run.cfg), "data": data_digests(run.cfg)}
+        now = {"config": dataclasses.asdict(run.cfg), "data": run.origin["data"]}
         for kind, there in (("config", state["config"]), ("data", state["data"])):
             pairs = {name: (there.get(name), now[kind].get(name)) for name in there | now[kind] if name not in MAY_CHANGE}
             differ = [f"  {name}: {old!r} there, {new!r} here" for name, (old, new) in pairs.items() if old != new]
             if differ:
                 raise ValueError(f"{path}: its {kind} differs\n" + "\n".join(differ))
-        if state["commit"] != code_commit():
-            say(f"note: the checkpoint is of commit {state['commit']}, this code is {code_commit()}")
+        if state["commit"] != run.origin["commit"]:
+            say(f"note: the checkpoint is of commit {state['commit']}, this code is {run.origin['commit']}")
         load_checkpoint(path, run.model, run.optimizer)
         run.progress = Progress(**state["progress"])
     if world()[0] == 0:
@@ -1155,6 +1189,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     """Load and check everything a run needs; ValueError before any training for whatever is wrong with it."""
     problems = load_problems(cfg.data, worker)
     held_out = load_problems(cfg.eval_data, worker) if cfg.eval_data else []
+    origin = {"data": data_digests(cfg), "commit": code_commit(), "torch": torch.__version__}
     if cfg.eval_limit:
         held_out = held_out[: cfg.eval_limit]
     if cfg.eval_guided and any(problem.strategy is None for problem in held_out):
@@ -1164,10 +1199,10 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
-    load_sharded(model, folder, torch.device("cpu") if cfg.offload else device)
+    load_sharded(model, folder, device=device, offload=cfg.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     control = control_group()
-    return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), control), examples, held_out
+    return Run(cfg, model, tokenizer, optimizer, worker, device, Path(cfg.out), control, origin), examples, held_out
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -1307,7 +1342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error on rank {world()[0]}: {lost}")
     finally:
         if not joined:
-            dist.destroy_process_group()
+            end_ranks(device)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ What happens to the rows, in this order:
   5. with --against: problems that are in those files as well are dropped (find_overlap says what counts)
   6. a solution whose final answer is not the row's is taken off; with --need_solution its row goes as well
   7. with --count: a seeded sample, in the source's order
-  8. written, loaded again with eval.load_problems, and only then put in place
+  8. written, loaded again with eval.load_problems, entered into the manifest, and only then put in place; `benchmarks` passes
+     over those that are there, so that the same command goes on after a failed download
 
 pyarrow is needed for parquet files only (pip install pyarrow). All rows are held in memory: 1.6 GB for 45,714 made-up rows
 of openr1 with solutions of 14,000 characters.
@@ -611,6 +612,19 @@ def target(options: argparse.Namespace) -> Path:
     return out
 
 
+def read_manifest(path: Path) -> dict[str, dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it, and the files that it is about") from None
+
+
+def is_entered(out: Path) -> bool:
+    """Whether the file is there as the manifest beside it has it: then it is whole, and of the command that is named there."""
+    entry = read_manifest(out.parent / "manifest.json").get(out.name)
+    return entry is not None and out.exists() and entry["sha256"] == sha256_of(out)
+
+
 def versions() -> dict[str, str]:
     """What may change the outcome: the interpreter, the grader's packages, and the reader of parquet if it was used."""
     packages = ["math-verify", "sympy", "latex2sympy2_extended"] + ["pyarrow"] * ("pyarrow" in sys.modules)
@@ -618,7 +632,7 @@ def versions() -> dict[str, str]:
 
 
 def write(out: Path, rows: list[Row], entry: dict, worker: MathWorker) -> None:
-    """Write the rows, load them again as training and evaluation do, put them in place, and enter them into the manifest."""
+    """Write the rows, load them again as training and evaluation do, enter them into the manifest, and put them in place."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
     try:
@@ -630,14 +644,14 @@ def write(out: Path, rows: list[Row], entry: dict, worker: MathWorker) -> None:
         loaded = load_problems(partial, worker)
         if len(loaded) != len(rows):
             raise ValueError(f"{out}: {len(rows)} rows were written, but eval.load_problems reads {len(loaded)}")
-        os.replace(partial, out)
+        path = out.parent / "manifest.json"
+        manifest = read_manifest(path) | {out.name: entry | {"sha256": sha256_of(partial)}}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        path.with_suffix(".partial").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".partial"), path)
+        os.replace(partial, out)  # last: a file that is there has its entry
     finally:
         partial.unlink(missing_ok=True)
-    path = out.parent / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    manifest[out.name] = entry | {"sha256": sha256_of(out)}
-    path.with_suffix(".partial").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".partial"), path)
 
 
 def report(out: Path, entry: dict) -> None:
@@ -737,8 +751,11 @@ def find_benchmarks(folder: Path) -> dict[str, Path]:
 def run(options: argparse.Namespace, folder: Path, worker: MathWorker) -> None:
     """One command: find or fetch its files (downloads go to `folder`), convert each."""
     if options.command == "benchmarks":
-        local = None if options.source == "hub" else find_benchmarks(Path(options.source))
-        for command in BENCHMARKS:
+        left = [command for command in BENCHMARKS if not is_entered(options.out / f"{command}.jsonl")]
+        if len(left) < len(BENCHMARKS):
+            print(f"{options.out}: {len(BENCHMARKS) - len(left)} of {len(BENCHMARKS)} benchmarks are there already")
+        local = None if options.source == "hub" or not left else find_benchmarks(Path(options.source))
+        for command in left:
             one = argparse.Namespace(**vars(options) | {"command": command, "part": command})
             one.source = "hub" if local is None else local[command]
             run(one, folder, worker)

@@ -2,8 +2,8 @@
 
     python -m data.tiny_world --out data/tiny --seed 0        (from the repository's root; about 10 minutes)
 
-makes data/tiny again: train.jsonl, test.jsonl, and base/, a Hugging Face folder with the trained base model and its tokenizer.
-The rows are the same bytes on every machine; the weights agree to floating-point noise.
+makes data/tiny again: train.jsonl, valid.jsonl, test.jsonl, and base/, a Hugging Face folder with the trained base model and
+its tokenizer. The rows are the same bytes on every machine; the weights agree to floating-point noise.
 
 The world. A problem names a machine and two digits. Every machine makes three choices that its name does not give away: add
 or subtract the inputs, double or increment the value, keep the larger or the smaller of the value and the first input, all
@@ -29,6 +29,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -235,6 +236,7 @@ def train_model(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 20)
+    terms = partial(sft_terms, temperature=1.0)
     bar = tqdm(range(steps), desc="base model")
     for step in bar:
         decay = min(1.0, (step + 1) / warm_up) * (1 - step / steps)
@@ -249,8 +251,9 @@ def train_model(
         loss, _ = model(
             packed.input_ids,
             lengths=packed.lengths,
+            prefixes=packed.prefixes,
             head=lambda hidden, head_weight, packed=packed, weight=weight: chunked_head(
-                hidden[0, packed.predict], head_weight, sft_terms, (packed.targets, weight), chunk_tokens=4096
+                hidden[0, packed.predict], head_weight, terms, (packed.targets, weight), chunk_tokens=4096
             ),
         )
         loss.backward()

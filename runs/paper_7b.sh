@@ -5,16 +5,22 @@
 #     ENDPOINT=https://api.deepseek.com/v1 STRONG=deepseek-reasoner OPENR1=openr1.parquet bash runs/paper_7b.sh
 #
 # Expected (estimates: `python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8`): 17 hours of training at responses of 2,048
-# tokens on average, 73 GB of each GPU; and beside it the benchmarks, 2 x 10,760 responses. Disk: model 15 GB twice, two checkpoints
-# of 92 GB each, data 2 GB. Strategies: 8,500 problems x (5 candidates + up to 5 scores), see `python strategy.py --dry_run`.
-# Any variable can be set from outside; several nodes: LAUNCH as in the README.
+# tokens on average, 73 GB of each GPU; and beside it the benchmarks, 2 x 8,984 responses, whose time is not estimated. Disk: model
+# 15 GB twice, checkpoints of 92 GB each, of which three are there while the third is written, data 2 GB. Strategies: 8,500 problems
+# x (5 candidates + up to 5 scores); `python strategy.py --dry_run` says what they cost, their hours are the server's.
+# Any variable can be set from outside (runs/recipe.sh says what they are): TRAIN_SOURCE and STRATEGY_FLAGS take the place of
+# OPENR1, and of ENDPOINT and STRONG.
 set -euo pipefail
-: "${ENDPOINT:?an OpenAI-compatible server, up to /v1}" "${STRONG:?the name of the strong model there}"
 export WORK=${WORK:-runs/paper_7b} MODEL=${MODEL:-Qwen2.5-7B-Instruct}
 export BENCH_SOURCE=${BENCH_SOURCE:-hub}
-export TRAIN_COMMAND=${TRAIN_COMMAND:-openr1} TRAIN_SOURCE=${OPENR1:?the parquet file of LUFFY\'s OpenR1-Math}
+export TRAIN_COMMAND=${TRAIN_COMMAND:-openr1}
+export TRAIN_SOURCE=${TRAIN_SOURCE:-${OPENR1:?the parquet file of LUFFY\'s OpenR1-Math}}
 export TRAIN_FLAGS=${TRAIN_FLAGS:---count 8500 --seed 0 --need_solution --think strip}
-export STRATEGY_FLAGS=${STRATEGY_FLAGS:---endpoint $ENDPOINT --model $STRONG --workers 32}
+strong="--endpoint ${ENDPOINT:-} --model ${STRONG:-} --workers 32"
+if [ -z "${STRATEGY_FLAGS:-}" ]; then
+    : "${ENDPOINT:?an OpenAI-compatible server, up to /v1}" "${STRONG:?the name of the strong model there}"
+fi
+export STRATEGY_FLAGS=${STRATEGY_FLAGS:-$strong}
 export LAUNCH=${LAUNCH:-torchrun --nproc_per_node=8 --}
 export RUN_FLAGS=${RUN_FLAGS:---eval_every 0}
 export EVAL_FLAGS=${EVAL_FLAGS:---dtype bfloat16 --max_rows 256}

@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
 # From raw data to table, for the variables that runs/paper_7b.sh, paper_1p5b.sh or smoke.sh set: benchmarks and training data,
 # strategies, SFT warm-up and SGPO, evaluation, table. Every step can be cut off: the same command goes on from there, and a step
-# that is finished is passed over. Not meant to be run by itself.
+# that is finished is passed over. Not meant to be run by itself. Paths are taken from the repository's root.
+#
+#   BENCH_SOURCE    hub, a folder with the benchmarks' files, or none: then EVAL_FILES are what is evaluated
+#   TRAIN_COMMAND   data/prepare.py's command for TRAIN_SOURCE, with TRAIN_FLAGS; TRAIN_PART names the file that it writes, where
+#                   that is not train.jsonl (mawps: singleop)
+#   STRATEGY_FLAGS  strategy.py's, or none: the rows have strategies
+#   LAUNCH          what starts train.py and eval.py. On several nodes something that starts all of them, such as
+#                   "srun torchrun ... --": this script itself runs once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 needed="WORK MODEL BENCH_SOURCE TRAIN_COMMAND TRAIN_SOURCE TRAIN_FLAGS STRATEGY_FLAGS LAUNCH RUN_FLAGS EVAL_FLAGS"
+[ "${BENCH_SOURCE:-}" != none ] || needed="$needed EVAL_FILES"
 for name in $needed; do
     [ -n "${!name+set}" ] || { echo "runs/recipe.sh: the variable $name is not set; start runs/paper_7b.sh or its like" >&2; exit 2; }
 done
@@ -14,10 +22,19 @@ bench=$WORK/bench train=$WORK/train/${TRAIN_PART:-train}.jsonl strategies=$WORK/
 
 say() { printf '\n== %s\n' "$*"; }
 
+# What the files in WORK are made from. Models, training, answers and responses are checked by the programs themselves.
+settings=$(for name in BENCH_SOURCE EVAL_FILES TRAIN_COMMAND TRAIN_SOURCE TRAIN_FLAGS TRAIN_PART; do echo "$name=${!name:-}"; done)
+if [ ! -e "$WORK/settings" ]; then
+    mkdir -p "$WORK" && echo "$settings" > "$WORK/settings"
+elif ! changes=$(diff "$WORK/settings" - <<< "$settings"); then
+    printf 'runs/recipe.sh: %s was made with other settings; name another WORK, or remove it\n%s\n' "$WORK" "$changes" >&2
+    exit 2
+fi
+
 say "1/5 benchmarks"
 if [ "$BENCH_SOURCE" = none ]; then
     echo "none: $EVAL_FILES"
-elif [ ! -e "$bench/manifest.json" ]; then
+else # passes over those that are there
     $PYTHON data/prepare.py benchmarks --source "$BENCH_SOURCE" --out "$bench"
 fi
 
@@ -32,14 +49,22 @@ fi
 say "3/5 strategies"
 if [ "$STRATEGY_FLAGS" = none ]; then
     strategies=$train # the rows have theirs
+elif [ -e "$WORK/run/checkpoints" ]; then
+    echo "$strategies: training goes on with what it began with; rows that failed are not asked for again"
 else
-    # rows that got no strategy are reported and make the exit status 1; the others are there
-    $PYTHON strategy.py --data "$train" --out "$strategies" $STRATEGY_FLAGS || [ $? -eq 1 ] && [ -s "$strategies" ]
+    status=0
+    $PYTHON strategy.py --data "$train" --out "$strategies" $STRATEGY_FLAGS || status=$?
+    # 3: some rows got no strategy and were reported; the others are there
+    [ "$status" = 0 ] || [ "$status" = 3 ] || exit "$status"
     $PYTHON strategy.py --report "$strategies" --samples 3
 fi
 
 say "4/5 warm-up and SGPO"
 $LAUNCH train.py --model "$MODEL" --data "$strategies" --out "$WORK/run" --resume $RUN_FLAGS
+if [ ! -e "$WORK/run/model" ]; then
+    echo "runs/recipe.sh: training was stopped before its end; the same command goes on" >&2
+    exit 1
+fi
 
 say "5/5 evaluation"
 [ "$BENCH_SOURCE" = none ] && what=(--data $EVAL_FILES) || what=(--benchmarks "$bench")

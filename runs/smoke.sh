@@ -11,9 +11,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROWS=${ROWS:-data/starter/train.jsonl}
 export WORK=${WORK:-runs/smoke} MODEL=${MODEL:-models/SmolLM2-135M-Instruct} PYTHON=${PYTHON:-python}
-[ -e "$MODEL" ] || $PYTHON data/smollm2.py --out "$MODEL"
+if [ "$MODEL" = models/SmolLM2-135M-Instruct ] && [ ! -e "$MODEL/config.json" ]; then
+    $PYTHON data/smollm2.py --out "$MODEL"
+fi
 mkdir -p "$WORK/rows"
-shuf --random-source=<(yes) "$ROWS" > "$WORK/rows/all.jsonl" # the same order each time
+shuf --random-source=<(yes) "$ROWS" > "$WORK/rows/new.jsonl" # the same order each time
+if [ -e "$WORK/rows/all.jsonl" ] && ! cmp -s "$WORK/rows/new.jsonl" "$WORK/rows/all.jsonl"; then
+    echo "runs/smoke.sh: $WORK was made with other rows than $ROWS; name another WORK, or remove it" >&2
+    exit 2
+fi
+mv "$WORK/rows/new.jsonl" "$WORK/rows/all.jsonl"
 sed -n 1,60p "$WORK/rows/all.jsonl" > "$WORK/rows/train.jsonl"
 sed -n 61,92p "$WORK/rows/all.jsonl" > "$WORK/rows/test.jsonl"
 export BENCH_SOURCE=none EVAL_FILES=$WORK/rows/test.jsonl
