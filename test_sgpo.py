@@ -70,7 +70,7 @@ import weighting
 from data import hard_world, prepare, tiny_world
 from eval import load_problems, summarise
 from grader import MathWorker, extract_answer, is_correct, same_answer
-from model import ModelConfig, blank_model, build_model, encode_chat, load_model, save_model
+from model import CausalLM, ModelConfig, blank_model, build_model, encode_chat, load_model, save_model
 from rollout import Trajectory, generate, micro_batches, pack
 from strategy import (
     CRITERIA,
@@ -1531,6 +1531,26 @@ def test_tiny_tokenizer_knows_every_word_and_keeps_digits_apart():
         assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(tokenizer.encode("max 9 3 = 9. \\boxed{9}")) == "max 9 3 = 9 . \\boxed{ 9 }"
     assert tokenizer.get_vocab() == tiny_world.build_tokenizer().get_vocab()
+
+
+def test_the_base_learns_no_response_without_its_context(monkeypatch):
+    """Equal contexts that stand next to each other are packed once: without `prefixes` the responses would stand alone."""
+    packs, passed = [], []
+
+    def twice_the_same(contexts, responses, **settings):
+        packs.append(pack([[5, 6], [5, 6]], [[7, 8], [9, 7]], **settings))
+        return packs[-1]
+
+    monkeypatch.setattr(tiny_world, "pack", twice_the_same)
+    forward = CausalLM.forward
+
+    def spy(self, *arguments, **settings):
+        passed.append((settings["lengths"], settings["prefixes"]))
+        return forward(self, *arguments, **settings)
+
+    monkeypatch.setattr(CausalLM, "forward", spy)
+    tiny_world.train_base(seed=3, steps=2, batch=2, learning_rate=1e-3)
+    assert passed == [(packed.lengths, packed.prefixes) for packed in packs] == [([2, 1, 1], [None, 0, 0])] * 2
 
 
 def test_tiny_world_script_trains_a_model_from_its_seed(tmp_path):
@@ -8219,6 +8239,18 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     assert trl or "pip install trl" in done.stdout
 
 
+def test_bench_keeps_the_parts_before_one_that_fails(tmp_path, monkeypatch):
+    def too_large(args, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "bench_head", lambda args, device: {"checks": {}})
+    monkeypatch.setattr(bench, "bench_growth", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.main(["--quick", "--only", "head", "growth", "--device", "cpu", "--out", str(tmp_path / "new/b.json")])
+    report = json.loads((tmp_path / "new/b.json").read_text())
+    assert report["head"] == {"checks": {}} and "growth" not in report and report["load_after"]
+
+
 def test_bench_growth_is_measured_and_drawn(tmp_path):
     assert bench.exponent({8: 3.0, 16: 12.0, 32: 48.0}) == pytest.approx(2) and bench.exponent({1: 5, 9: 5}) == 0
     args = ["--quick", "--only", "growth", "--device", "cpu", "--threads", "1", "--repeats", "1"]
@@ -8466,6 +8498,20 @@ def test_a_suite_writes_a_line_a_run_and_a_line_a_step(tmp_path, fake_train):
     lines = sweep.step_lines(jobs, tmp_path / "runs")
     assert [line["step"] for line in lines] == list(range(1, 13)) and lines[3]["entropy"] == 3.5 and lines[0]["seeds"] == 2
     assert lines[5]["kept"] == "" and lines[6]["kept"] == 6.5  # steps without any target have no share of kept tokens
+
+
+def test_a_suite_of_runs_by_several_states_of_the_code_says_so(tmp_path, fake_train, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "draw_results", lambda *_: None)
+    monkeypatch.setattr(sweep, "suite_page", lambda *_: "the page")
+    jobs = [sweep.Job("a", seed, ()) for seed in (0, 1)]
+    sweep.run_suite(jobs, tmp_path / "runs", 2)
+    for words in ("", "the runs are of 2 states of the code (abc, def)"):
+        if words:
+            log = tmp_path / "runs/a/1/metrics.jsonl"
+            log.write_text(log.read_text().replace('"abc"', '"def"'))
+        sweep.write_results("model", jobs, tmp_path / "runs", tmp_path / "results")
+        said = capsys.readouterr().out
+        assert words in said and ("states of the code" in said) == bool(words)
 
 
 def test_paired_difference_by_hand():
