@@ -477,7 +477,6 @@ class Journal:
         self.rows: dict[str, dict[str, Any]] = {}
         self.paid = Counter()  # requests, prompt_tokens, completion_tokens, over all runs
         self.stream = path.open("ab", buffering=0)
-        self.broken = ""  # why nothing more can be written
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
             whole = 0
@@ -520,18 +519,15 @@ class Journal:
     def write(self, record: dict[str, Any]) -> None:
         line = to_line(record | {"time": round(time.time(), 3)})
         with self.lock:
-            if self.broken:
-                raise Stop(self.broken)
             size = os.fstat(self.stream.fileno()).st_size
             try:
                 while line:  # unbuffered: a write takes what there is room for
                     line = line[self.stream.write(line) :]
                 os.fsync(self.stream.fileno())
-            except OSError as error:  # half a line would spoil the next one
-                with suppress(OSError):
-                    self.stream.truncate(size)
-                self.broken = f"{self.path}: {error}; an answer could not be kept. Make room, then the same command goes on"
-                raise Stop(self.broken) from None
+            except OSError as error:
+                self.stream.truncate(size)  # half a line would spoil the next one
+                remedy = "make room, then the same command goes on"
+                raise Stop(f"{self.path}: {error}; an answer could not be kept: {remedy}") from None
 
     def add(self, key: str, place: dict[str, Any], answer: Answer) -> None:
         self.write({"kind": "answer", "key": key} | place | asdict(answer))

@@ -3960,7 +3960,7 @@ def test_extraction_stops_where_an_answer_cannot_be_kept_and_loses_none_before_i
     with ChatServer(script) as server:
         flags = extraction_flags(server.url, data, out, "--workers", "2")
         try:
-            with pytest.raises(ValueError, match="log.jsonl: .*File too large; an answer could not be kept. Make room"):
+            with pytest.raises(ValueError, match="log.jsonl: .*File too large; an answer could not be kept: make room"):
                 extract.main(flags)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -3988,6 +3988,22 @@ def test_extraction_exit_status_tells_failed_rows_from_what_stopped_it(tmp_path,
         extract.journal_path(out).touch()
         done = status("--retries", "0")
         assert done.returncode == 3 and "the file of an earlier run is left as it is" in done.stderr
+    assert out.read_bytes() == before
+
+
+def test_extraction_puts_no_file_in_place_that_training_would_refuse(tmp_path, monkeypatch):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+
+    def refuse(path, worker):
+        raise ValueError(f"{path.name}:1: of no use")
+
+    with ChatServer(fake_model) as server:
+        assert extract.main(extraction_flags(server.url, data, out)) == 0
+        before = out.read_bytes()
+        data = extraction_data(tmp_path, 2)
+        monkeypatch.setattr(grading, "load_problems", refuse)
+        with pytest.raises(ValueError, match="out.jsonl.part:1: of no use"):
+            extract.main(extraction_flags(server.url, data, out))
     assert out.read_bytes() == before
 
 
