@@ -7572,6 +7572,34 @@ def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     assert got == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
 
 
+def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path):
+    """But where one of several rows fails, it goes on: exit status 3 of strategy.py."""
+    rows = {row["problem"]: row for row in tiny_rows(6)}
+    first = next(iter(rows))
+
+    def script(handler, body, number, wanted):
+        if wanted(body["messages"][0]["content"]):
+            return strong_model(rows, handler, body, number)
+        return "I cannot."
+
+    for number, (wanted, words) in enumerate((
+        (lambda text: first in text or "Score the" in text, "fewer than half of the rows got a strategy"),
+        (lambda text: first not in text, "4/5 warm-up and SGPO"),
+    )):  # fmt: skip
+        with ChatServer(partial(script, wanted=wanted)) as server:
+            variables = {
+                "WORK": tmp_path / f"work{number}", "MODEL": "m", "PYTHON": sys.executable, "LAUNCH": "true",
+                "BENCH_SOURCE": "none", "EVAL_FILES": write_rows(tmp_path / "test.jsonl", tiny_rows(20)[-1:]),
+                "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
+                "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "", "EVAL_FLAGS": "",
+                "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 1 --rounds 1",
+            }  # fmt: skip
+            settings = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+            done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+        assert done.returncode == 1 and words in done.stdout + done.stderr, done.stdout + done.stderr
+        assert (number == 1) == ("4/5" in done.stdout) and "rows failed, reasons above" in done.stderr
+
+
 def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
     """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout and the benchmarks to the table."""
     rows = {row["problem"]: row for row in tiny_rows(14)}

@@ -57,6 +57,10 @@ else
     # 3: some rows got no strategy and were reported; the others are there
     [ "$status" = 0 ] || [ "$status" = 3 ] || exit "$status"
     $PYTHON strategy.py --report "$strategies" --samples 3
+    if [ $(($(wc -l < "$strategies") * 2)) -lt "$(wc -l < "$train")" ]; then
+        echo "runs/recipe.sh: fewer than half of the rows got a strategy, the reasons are above; the same command asks again" >&2
+        exit 1
+    fi
 fi
 
 say "4/5 warm-up and SGPO"
