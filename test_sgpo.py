@@ -7663,6 +7663,9 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
         rows = {name: load_problems(tmp_path / f"runs/smoke/rows/{name}.jsonl") for name in ("train", "test")}
         assert len(rows["train"]) == 60 and len(rows["test"]) == 32
         assert not {row.id for row in rows["train"]} & {row.id for row in rows["test"]}
+        settings["MODEL"] = "Qwen2.5-0.5B-Instruct"  # a hub's name: no folder of that name with SmolLM2's weights is made here
+        done = subprocess.run(["bash", "runs/smoke.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0 and "MODEL=Qwen2.5-0.5B-Instruct" in done.stdout, done.stderr
         write_rows(tmp_path / "other.jsonl", tiny_rows(300))
         settings["ROWS"] = "other.jsonl"
         done = subprocess.run(["bash", "runs/smoke.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
