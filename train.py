@@ -374,13 +374,13 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
             guided_ids = encode_chat(tokenizer, guided_messages(problem.problem, problem.strategy))
         if "solution" in needs:
             solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
-        longest = max(len(auto_ids), len(guided_ids or [])) + len(solution_ids or [0])
+        prompt = max(len(auto_ids), len(guided_ids or []))
+        longest = prompt + len(solution_ids or [0])
         if longest > context:
             raise ValueError(
                 f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution where it is used), "
                 f"the context holds {context}"
             )
-        prompt = max(len(auto_ids), len(guided_ids or []))
         cache = smallest_cache(prompt, min(cfg.max_new_tokens, context - prompt))
         if cfg.method != "sft" and 0 < cfg.cache_tokens < cache:
             raise ValueError(
@@ -629,7 +629,6 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
     loss = sums["policy_loss"] + sums["distillation_loss"]
     skip_above = run.cfg.hpt_max_norm if run.cfg.method == "hpt" else math.inf
     grad_norm = apply_gradients(run, learning_rate, loss, skip_above=skip_above)
-    stepped = math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= skip_above
 
     tokens, target_tokens = max(sums["own_tokens"], 1), max(sums["target_tokens"], 1)
     return {
@@ -645,7 +644,7 @@ def update(run: Run, samples: list[ProblemSamples], learning_rate: float) -> dic
         "target_tokens": sums["target_tokens"],
         "solutions": sums["solutions"],
         "grad_norm": grad_norm,
-        "left_out": float(not stepped),
+        "left_out": float(not may_step(loss, grad_norm, skip_above)),
         **over_ranks(worst, run.device, dist.ReduceOp.MAX),
     }
 
@@ -816,6 +815,11 @@ class NotFinite(RuntimeError):
     """Too many updates had a loss or a gradient that was not finite."""
 
 
+def may_step(loss: float, norm: float, skip_above: float = math.inf) -> bool:
+    """Whether an update with this loss and gradient norm is made: both finite, and the norm at most `skip_above`."""
+    return math.isfinite(loss) and math.isfinite(norm) and norm <= skip_above
+
+
 def apply_gradients(run: Run, learning_rate: float, loss: float, skip_above: float = math.inf) -> float:
     """Clip the gradients by their norm over all parameters and ranks, and step; the norm before clipping.
 
@@ -824,13 +828,12 @@ def apply_gradients(run: Run, learning_rate: float, loss: float, skip_above: flo
     where the norm exceeds `skip_above` (HPT's safeguard [code]).
     """
     norm = clip_gradients(list(run.model.parameters()), run.cfg.max_grad_norm)
-    finite = math.isfinite(norm) and math.isfinite(loss)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    if finite and norm <= skip_above:
+    if may_step(loss, norm, skip_above):
         run.optimizer.step()
     run.optimizer.zero_grad()
-    if not finite:
+    if not may_step(loss, norm):
         run.progress.skipped += 1
         if run.progress.skipped > run.cfg.max_skipped:
             raise NotFinite(

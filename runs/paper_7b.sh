@@ -16,11 +16,8 @@ export BENCH_SOURCE=${BENCH_SOURCE:-hub}
 export TRAIN_COMMAND=${TRAIN_COMMAND:-openr1}
 export TRAIN_SOURCE=${TRAIN_SOURCE:-${OPENR1:?the parquet file of LUFFY\'s OpenR1-Math}}
 export TRAIN_FLAGS=${TRAIN_FLAGS:---count 8500 --seed 0 --need_solution --think strip}
-strong="--endpoint ${ENDPOINT:-} --model ${STRONG:-} --workers 32"
-if [ -z "${STRATEGY_FLAGS:-}" ]; then
-    : "${ENDPOINT:?an OpenAI-compatible server, up to /v1}" "${STRONG:?the name of the strong model there}"
-fi
-export STRATEGY_FLAGS=${STRATEGY_FLAGS:-$strong}
+strong='the name of the strong model there' server='an OpenAI-compatible server, up to /v1'
+export STRATEGY_FLAGS=${STRATEGY_FLAGS:---endpoint ${ENDPOINT:?$server} --model ${STRONG:?$strong} --workers 32}
 export LAUNCH=${LAUNCH:-torchrun --nproc_per_node=8 --}
 export RUN_FLAGS=${RUN_FLAGS:---eval_every 0}
 export EVAL_FLAGS=${EVAL_FLAGS:---dtype bfloat16 --max_rows 256}
