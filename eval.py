@@ -36,98 +36,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, unusable
+from data.problems import Problem, load_problems
+from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import encode_chat, load_model, resolve_model, weight_files
 from parallel import RankLost, control_group, deal, end_ranks, meet, start_ranks, world
 from rollout import Trajectory, generate
 from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
 from weighting import instance_weight
-
-# -------------------------------------------------------------------------------------------- problem files
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None."""
-
-    id: str
-    problem: str
-    answer: str
-    solution: str | None
-    strategy: Strategy | None
-
-
-def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
-    """The rows of a jsonl file: {"id", "problem", "answer"} as strings, "solution" and "strategy" where there are any.
-
-    Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem
-    with the same answer is dropped, and a line printed: copies of benchmarks repeat their rows. An answer that no
-    prediction could match is an error, because its problem would silently be worth 0 for ever. Raises one ValueError
-    with up to 20 lines "path:line: what, value".
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {'a folder, expected a jsonl file' if path.is_dir() else 'no such file'}")
-    if worker is None:
-        with MathWorker() as worker:
-            return load_problems(path, worker)
-    problems, errors, dropped = [], [], 0
-    by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
-    for line, raw in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
-        try:
-            problem = _read_row(raw)
-            text = " ".join(problem.problem.split())
-            if text in by_text:
-                first, answer = by_text[text]
-                if not same_answer(problem.answer, answer, worker):
-                    raise ValueError(f"same problem as line {first} but answer {problem.answer!r}, not {answer!r}")
-                dropped += 1
-                continue
-            if problem.id in by_id:
-                raise ValueError(f"duplicate id, line {by_id[problem.id]} has it too, {problem.id!r}")
-        except ValueError as error:
-            errors.append(f"{path}:{line}: {error}")
-            continue
-        by_id[problem.id], by_text[text] = line, (line, problem.answer)
-        problems.append(problem)
-    if errors:
-        raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more"] * (len(errors) > 20)))
-    if not problems:
-        raise ValueError(f"{path}: no rows")
-    if dropped:
-        print(f"{path}: dropped {dropped} rows that repeat an earlier problem and its answer")
-    return problems
-
-
-def _read_row(raw: bytes) -> Problem:
-    try:
-        row = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair would fail where the results are written
-    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
-        raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, {row!r}")
-    if missing := [name for name in ("id", "problem", "answer") if name not in row]:
-        raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
-    for name, value in row.items():
-        if name not in ("id", "problem", "answer", "solution", "strategy"):
-            raise ValueError(f"unknown field {name!r}, {value!r}")
-        if name != "strategy" and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"field {name!r} must be a non-empty string, {value!r}")
-    answer = normalise_answer(row["answer"])
-    if reason := unusable(answer):
-        raise ValueError(f"field 'answer' {reason}, {row['answer'][:200]!r}")
-    strategy = Strategy.from_dict(row["strategy"]) if "strategy" in row else None
-    return Problem(row["id"], row["problem"], answer, row.get("solution"), strategy)
-
-
-def _unique_keys(pairs: list[tuple]) -> dict:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"a field is given twice, {keys!r}")
-    return dict(pairs)
-
 
 # -------------------------------------------------------------------------------------------- accuracy
 

@@ -4,7 +4,7 @@ A strategy describes how to solve a KIND of problem: its type, a solving strateg
 computation and without the answer (SGPO, arXiv 2606.24064). Wordings, the text form, the four criteria and the filter
 are ours.
 
-What this is not: it calls no model and no server. The program that does is extract.py, and this file starts it:
+What this is not: it calls no model and no server. The program that does is tools/extract.py, and this file starts it:
 
     python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
 
@@ -19,7 +19,6 @@ the untouched problem and closes with INSTRUCTION; they differ by one inserted b
 closings, the first response token would differ for reasons of template, and the divergence there would measure that.
 """
 
-import importlib
 import json
 import re
 import sys
@@ -720,10 +719,12 @@ def quality(scores):
 # -------------------------------------------------------------------------------------------- the program
 
 def main():
-    """python strategy.py ...: extract.py's command line. Imported here and by name: this file stays one that stands alone."""
-    if not Path(__file__).with_name("extract.py").is_file():
-        sys.exit("strategy.py: as a program it needs extract.py beside it; as a module it needs nothing")
-    importlib.import_module("extract").run()
+    """python strategy.py ...: the command line of tools/extract.py. Imported only here: as a module this file needs nothing."""
+    if not (Path(__file__).parent / "tools/extract.py").is_file():
+        sys.exit("strategy.py: as a program it needs tools/extract.py beside it; as a module it needs nothing")
+    from tools.extract import run
+
+    run()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 import bench
 import checkpoint
 import eval as grading
-import extract
 import faults
 import grader
 import loss as losses
@@ -84,6 +83,7 @@ from strategy import (
     parse_strategy,
     scoring_prompt,
 )
+from tools import extract
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -2575,6 +2575,7 @@ def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
         "-m data.hard_world",
         "data/starter.py",
         "data/smollm2.py",
+        "tools/extract.py",
     ],
 )
 def test_every_script_has_help(script):
@@ -3656,7 +3657,7 @@ def test_strategy_alone_in_a_folder_is_a_module_and_says_what_the_program_needs(
     done = run([sys.executable, "-S", "-I", "-c", code])  # -S: not even the installed packages
     assert done.stdout.strip().endswith("boxed{}."), done.stderr
     done = run([sys.executable, "strategy.py", "--data", "x"])
-    assert done.returncode == 1 and "needs extract.py beside it" in done.stderr
+    assert done.returncode == 1 and "needs tools/extract.py beside it" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- extraction, a real server
@@ -4003,7 +4004,7 @@ def test_extraction_puts_no_file_in_place_that_training_would_refuse(tmp_path, m
         assert extract.main(extraction_flags(server.url, data, out)) == 0
         before = out.read_bytes()
         data = extraction_data(tmp_path, 2)
-        monkeypatch.setattr(grading, "load_problems", refuse)
+        monkeypatch.setattr(extract, "load_problems", refuse)
         with pytest.raises(ValueError, match="out.jsonl.part:1: of no use"):
             extract.main(extraction_flags(server.url, data, out))
     assert out.read_bytes() == before
@@ -4106,7 +4107,7 @@ def test_extraction_keeps_texts_that_break_lines_and_encodings(tmp_path, capsys)
             assert extract.main(extraction_flags(server.url, data, out)) == 0
         assert len(server.requests) == 9
     assert load_problems(out)[0].solution == odd.replace("\ud83d", "\ufffd")
-    code = "import sys, extract; extract.main(sys.argv[1:]); print(sorted({'torch', 'tqdm'} & set(sys.modules)))"
+    code = "import sys; from tools.extract import main; main(sys.argv[1:]); print(sorted({'torch', 'tqdm'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, "--report", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "1 strategies" in done.stdout and done.stdout.endswith("\n[]\n"), done.stderr  # the report needs no torch
@@ -4288,6 +4289,9 @@ def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
             data.write_text("".join(json.dumps(row) + "\n" for row in rows) + line + "\n")
             with pytest.raises(ValueError, match=re.escape(words)):
                 extract.main(extraction_flags(server.url, data, tmp_path / "new.jsonl"))
+        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+        assert extract.main(["--data", str(data), "--dry_run"]) == 0
+        assert f"{data}: dropped 1 rows that repeat an earlier problem" in capsys.readouterr().out
         assert len(server.requests) == 18
 
 
@@ -4814,7 +4818,7 @@ def test_load_problems(tmp_path, eval_worker):
     rows.append(_eval_row(3, answer="\\(x+1\\)"))
     first, second, third = load_problems(_eval_file(tmp_path, *rows), eval_worker)
     assert (first.id, first.problem, first.answer, first.solution) == ("r1", "What is 1 + 0?", "1", "1")
-    assert first.strategy == grading.Strategy("sum", "Add.", ("Add them.",))
+    assert first.strategy == Strategy("sum", "Add.", ("Add them.",))
     assert (second.answer, second.solution, second.strategy, third.answer) == ("045", None, None, "x+1")
 
 
@@ -6362,7 +6366,7 @@ def _starter_data():
 
 
 def _starter():
-    """data/starter.py as a module (data is no package)."""
+    """data/starter.py as a module."""
     spec = importlib.util.spec_from_file_location("starter_generator", _starter_data() / "starter.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -7221,7 +7225,7 @@ def test_prepare_leaves_nothing_behind_where_the_loader_refuses_the_rows(tmp_pat
     with pytest.raises(ValueError, match="field 'answer' cannot be read"):
         _prepare_jsonl(tmp_path, [{"problem": "1?", "answer": "3 +"}])
     monkeypatch.setattr(prepare, "normal_text", lambda text: text)  # and one that is finer than the loader's
-    with pytest.raises(ValueError, match="2 rows were written, but eval.load_problems reads 1"):
+    with pytest.raises(ValueError, match="2 rows were written, but load_problems reads 1"):
         _prepare_jsonl(tmp_path, [{"problem": "1 ?", "answer": 1}, {"problem": "1  ?", "answer": 1}])
     assert not list((tmp_path / "out").iterdir())
 
@@ -7377,6 +7381,8 @@ def test_prepare_command_line(tmp_path):
     for flags in (["--cuont", "1"], ["--coun", "1"], ["--think", "keep"]):  # a typo, an abbreviation, openr1's own
         with pytest.raises(SystemExit):
             prepare.main([*command[2:5], "--out", str(tmp_path / "new"), *flags])
+    imported = run_script("-X", "importtime", "data/prepare.py", "--help").stderr
+    assert "data.problems" in imported and "torch" not in imported
 
 
 # Real files: counted and looked at by hand.

@@ -23,7 +23,7 @@ What happens to the rows, in this order:
   5. with --against: problems that are in those files as well are dropped (find_overlap says what counts)
   6. a solution whose final answer is not the row's is taken off; with --need_solution its row goes as well
   7. with --count: a seeded sample, in the source's order
-  8. written, loaded again with eval.load_problems, entered into the manifest, and only then put in place; `benchmarks` passes
+  8. written, loaded again with load_problems, entered into the manifest, and only then put in place; `benchmarks` passes
      over those that are there, so that the same command goes on after a failed download
 
 pyarrow is needed for parquet files only (pip install pyarrow). All rows are held in memory: 1.6 GB for 45,714 made-up rows
@@ -53,7 +53,7 @@ from tqdm import tqdm
 # Run as a script, Python looks for modules in data/ and not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import load_problems
+from data.problems import load_problems
 from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, unusable
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -410,7 +410,7 @@ class Dropped(dict):
 def normal_text(text: str) -> str:
     r"""A problem's text for comparison: NFC, no case, straight quotes, \dfrac as \frac, no LaTeX spacing, single blanks.
 
-    Not NFKC, which makes 52 of 5². Coarser than eval.load_problems, which only looks past blanks.
+    Not NFKC, which makes 52 of 5². Coarser than load_problems, which only looks past blanks.
     """
     text = unicodedata.normalize("NFC", text).casefold().translate(str.maketrans("’‘“”", "''\"\""))
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
@@ -556,7 +556,7 @@ def check_ids(path: Path, rows: list[Row]) -> None:
 
 
 def dropunusable(rows: list[Row], dropped: Dropped) -> list[Row]:
-    """The rows without those whose answer eval.load_problems would refuse, because no response could match it."""
+    """The rows without those whose answer load_problems would refuse, because no response could match it."""
     kept = []
     for row in rows:
         if fault := unusable(row.answer):
@@ -643,7 +643,7 @@ def write(out: Path, rows: list[Row], entry: dict, worker: MathWorker) -> None:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         loaded = load_problems(partial, worker)
         if len(loaded) != len(rows):
-            raise ValueError(f"{out}: {len(rows)} rows were written, but eval.load_problems reads {len(loaded)}")
+            raise ValueError(f"{out}: {len(rows)} rows were written, but load_problems reads {len(loaded)}")
         path = out.parent / "manifest.json"
         manifest = read_manifest(path) | {out.name: entry | {"sha256": sha256_of(partial)}}
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"

@@ -45,9 +45,13 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+# Run as a script, Python looks for modules in tools/ and not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.problems import load_problems, read_lines, read_problems, read_row
+from grader import MathWorker, extract_answer, normalise_answer, same_answer
 from strategy import (
     CRITERIA,
     Strategy,
@@ -405,7 +409,7 @@ class LocalModel:
     """
 
     def __init__(self, folder: str, dtype: str, device: str, max_rows: int) -> None:
-        import torch  # imported here, as are the siblings: only --local needs them
+        import torch  # imported here, as are model and rollout: only --local needs them
 
         from model import load_model
 
@@ -591,35 +595,29 @@ class Row:
 
 @dataclass
 class Grader:
-    """eval.py's grader for several threads: its worker answers one question at a time."""
+    """The grader for several threads: its worker answers one question at a time."""
 
-    worker: Any
+    worker: MathWorker
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def verdict(self, solution: str, answer: str | None) -> tuple[str | None, bool]:
         """(the answer that a solution gives, whether it is right). Without a reference, any is that train.py would take."""
-        from grader import extract_answer, normalise_answer, same_answer
-
         found = extract_answer(solution)
         if found is None:
             return None, False
+        if answer is None:
+            return normalise_answer(found), is_usable(found)
         with self.lock:
-            if answer is None:
-                return normalise_answer(found), is_usable(found, self.worker)
             return normalise_answer(found), same_answer(found, answer, self.worker)
 
 
-def is_usable(answer: str, worker: Any) -> bool:
+def is_usable(answer: str) -> bool:
     """Whether load_problems takes it as a reference: an answer that no response can match is worth nothing."""
-    from eval import load_problems
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "row.jsonl"
-        path.write_text(json.dumps({"id": "row", "problem": "p", "answer": answer}), encoding="utf-8")
-        try:
-            return bool(load_problems(path, worker))
-        except ValueError:
-            return False
+    try:
+        read_row(json.dumps({"id": "row", "problem": "p", "answer": answer}).encode())
+    except ValueError:
+        return False
+    return True
 
 
 Ask = Callable[[str, int, list[dict[str, str]]], Answer]  # (step, index, messages)
@@ -728,16 +726,13 @@ def score_candidate(candidate: dict[str, Any], reply: Answer) -> None:
 # ---------------------------------------------------------------------------------------------------- all rows
 
 
-def load_rows(path: Path, worker: Any) -> list[Row]:
-    """The rows of the data, checked by eval.load_problems, whose errors they raise; "answer" may be missing here.
+def load_rows(path: Path, worker: MathWorker) -> list[Row]:
+    """The rows of the data, checked as load_problems checks them, with its errors; "answer" may be missing here.
 
     For the check, a row without one takes its solution's answer, or a number that stands for none.
     """
-    from eval import load_problems
-    from grader import extract_answer
-
     without, lines = set(), []
-    for raw in path.read_bytes().rstrip().splitlines() if path.is_file() else ():
+    for raw in read_lines(path):
         row = None
         with suppress(ValueError):
             row = json.loads(raw)
@@ -746,16 +741,7 @@ def load_rows(path: Path, worker: Any) -> list[Row]:
             solution = row.get("solution")
             raw = json.dumps(row | {"answer": (isinstance(solution, str) and extract_answer(solution)) or "0"}).encode()
         lines.append(raw)
-    if not without:
-        problems = load_problems(path, worker)
-    else:
-        with TemporaryDirectory() as folder:
-            filled = Path(folder) / path.name
-            filled.write_bytes(b"\n".join(lines) + b"\n")
-            try:
-                problems = load_problems(filled, worker)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(filled), str(path))) from None
+    problems = read_problems(lines, path, worker)
     return [Row(p.id, p.problem, None if p.id in without else p.answer, p.solution, p.strategy) for p in problems]
 
 
@@ -802,9 +788,6 @@ def run_rows(rows: Sequence[Row], work: Callable[[Row], Any], workers: int, stop
 
 def extract(args: argparse.Namespace) -> int:
     """Make the strategies of args.data; returns the exit code: 0, or ROWS_FAILED."""
-    from eval import load_problems
-    from grader import MathWorker
-
     out = Path(args.out)
     log = journal_path(out)
     if out.exists() and not log.exists():
@@ -920,8 +903,6 @@ def cost(prompt_tokens: float, completion_tokens: float, args: argparse.Namespac
 
 def dry_run(args: argparse.Namespace) -> int:
     """Print the prompts of the first rows, and what the whole would take by a rough estimate. Sends and writes nothing."""
-    from grader import MathWorker
-
     if args.endpoint:
         make_server(args, dict(os.environ))  # its errors show now rather than later
     with MathWorker() as worker:
