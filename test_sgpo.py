@@ -4293,6 +4293,8 @@ def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
         assert extract.main(["--data", str(data), "--dry_run"]) == 0
         assert f"{data}: dropped 1 rows that repeat an earlier problem" in capsys.readouterr().out
         assert len(server.requests) == 18
+    # Without a reference a solution must end in an answer that the output's reader takes as one.
+    assert extract.Grader(None).verdict("It is \\boxed{3 +}.", None) == ("3 +", False)
 
 
 def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsys):
