@@ -50,15 +50,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import eval as evaluation
 import rollout
-import train
-from eval import Problem
-from grader import MathWorker
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
-from parallel import control_group, shard, start_ranks, whole_model
+from parallel import shard, start_ranks, whole_model
 from rollout import generate, pack
+from sgpo import Example, Method, ProblemSamples, sgpo_step, update
 from weighting import group_advantages
 
 PARTS = ("sampler", "update", "step", "head")  # what one run measures; "growth" is for --only
@@ -621,13 +618,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- part: update
 
 
-def bench_run(model: CausalLM, tokenizer: Any, worker: Any, args, device: torch.device, **changes: Any) -> train.Run:
-    """A training run as train.prepare would make it, around a model that exists."""
-    cfg = replace(train.Config(), method="grpo", sft_fraction=0.0, micro_tokens=2048 if device.type == "cpu" else 4096)
-    cfg = replace(cfg, recompute=False, **changes)  # nor do the rivals
+def trained(model: CausalLM, args, device: torch.device, **changes: Any) -> tuple[CausalLM, torch.optim.Optimizer, Method]:
+    """What a step needs: the model, sharded as in training and without recomputation, as the rivals; optimizer, settings."""
+    settings = Method(method="grpo", micro_tokens=2048 if device.type == "cpu" else 4096, **changes)
     shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    return train.Run(cfg, model, tokenizer, optimizer, worker, device, Path("."), control_group(), origin={})
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True), settings
 
 
 def autocast(args, device: torch.device) -> Any:
@@ -636,7 +631,7 @@ def autocast(args, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype=getattr(torch, args.dtype))
 
 
-def make_rollouts(workload: Workload, model: CausalLM, args) -> list[train.ProblemSamples]:
+def make_rollouts(workload: Workload, model: CausalLM, args) -> list[ProblemSamples]:
     """Groups of random responses with the policy's own log-probabilities and rewards that are right half of the time."""
     rng = random.Random(args.seed)
     prompts, lengths = make_prompts(workload, model.config.vocab_size, args.seed), make_lengths(workload, args.seed)
@@ -653,13 +648,13 @@ def make_rollouts(workload: Workload, model: CausalLM, args) -> list[train.Probl
             rows.append(rollout.Trajectory(prompt, response, old[: len(response)], True, p))
             old = old[len(response) :]
         rewards = [float(i % 2) for i in range(len(rows))]
-        sample = train.ProblemSamples(p, train.Example(None, prompt, None, None), rows, [], rewards, [])
+        sample = ProblemSamples(p, Example(None, prompt, None, None), rows, [], rewards, [])
         sample.advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
         groups.append(sample)
     return groups
 
 
-def plain_update(model: Any, optimizer: Any, samples: Sequence[train.ProblemSamples], context: Any, rows: int) -> list[float]:
+def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], context: Any, rows: int) -> list[float]:
     """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits.
 
     Returns [loss, gradient norm].
@@ -696,11 +691,11 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
     workload = QUICK_WORKLOADS[1] if args.quick else UPDATE_WORKLOADS[device.type]
     ours, theirs = model_pair(raw, args.seed, torch.float32, device)
     samples = make_rollouts(workload, ours, args)
-    run = bench_run(ours.train(), None, None, args, device)
+    model, own_optimizer, settings = trained(ours.train(), args, device)
     optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
     rows = 8 if device.type == "cpu" else 2  # more of them, with their whole logits, do not fit beside the weights of 1.5B
     sides = {
-        "ours": lambda: [(m := train.update(run, samples, 1e-6))["loss"], m["grad_norm"]],
+        "ours": lambda: [(m := update(model, own_optimizer, settings, samples, 1e-6))["loss"], m["grad_norm"]],
         "transformers": lambda: plain_update(theirs, optimizer, samples, partial(autocast, args, device), rows),
     }
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
@@ -753,14 +748,13 @@ def bench_step(args, device: torch.device) -> dict[str, Any]:
     theirs_s, versions = trl_steps(theirs.train(), tokenizer, prompts, workload, args, device)
     changes = dict(problems_per_step=workload.prompts, group_auto=workload.group, max_new_tokens=workload.longest)
     ours.config = replace(ours.config, eos_ids=(ours.config.vocab_size,))  # no response ends before the limit, nor at TRL
-    run = bench_run(ours.train(), tokenizer, MathWorker(), args, device, **changes)  # the worker is never asked: see below
-    batch = [(p, train.Example(Problem(str(p), "", "even", None, None), ids, None, None)) for p, ids in enumerate(prompts)]
+    model, optimizer, settings = trained(ours.train(), args, device, **changes)
+    batch = [(p, Example(None, ids, None, None)) for p, ids in enumerate(prompts)]
+    one_step = partial(sgpo_step, model, tokenizer, optimizer, settings, batch, even_is_right, learning_rate=1e-6)
     ours_s = []
-    with even_is_right(), tempfile.TemporaryDirectory() as folder:
-        run.out = Path(folder)
-        for step in range(args.repeats + 1):
-            _, seconds, peak = measured(partial(train.sgpo_step, run, batch, step + 1, 1e-6), device)
-            ours_s.append({"seconds": seconds, "peak_mb": peak / MB})
+    for step in range(args.repeats + 1):
+        _, seconds, peak = measured(partial(one_step, step=step + 1), device)
+        ours_s.append({"seconds": seconds, "peak_mb": peak / MB})
     runs = []
     for repeat, pair in enumerate(zip(ours_s[1:], theirs_s[1:], strict=True)):  # the first step of each warms up
         for name, run_ in zip(("ours", "trl"), pair, strict=True):
@@ -771,14 +765,9 @@ def bench_step(args, device: torch.device) -> dict[str, Any]:
     return result | compare(runs, "tokens_per_s", ("ours", "trl"))
 
 
-@contextlib.contextmanager
-def even_is_right():
-    """The reward of this bench in the place of the grader's."""
-    grade, evaluation.is_correct = evaluation.is_correct, lambda text, answer, worker: int(text.split()[-1][1:]) % 2 == 0
-    try:
-        yield
-    finally:
-        evaluation.is_correct = grade
+def even_is_right(response: str, _: Any) -> float:
+    """The reward: is the last token even?"""
+    return float(int(response.split()[-1][1:]) % 2 == 0)
 
 
 def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, device: torch.device) -> tuple[list[dict], dict]:
@@ -815,7 +804,7 @@ def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, dev
             args=config,
             train_dataset=Dataset.from_dict({"prompt": texts * (args.repeats + 1)}),
             processing_class=tokenizer,
-            reward_funcs=lambda completions, **_: [float(int(text.split()[-1][1:]) % 2 == 0) for text in completions],
+            reward_funcs=lambda completions, **_: [even_is_right(text, None) for text in completions],
             callbacks=[Clock()],
         )
         trainer.train()
@@ -852,7 +841,7 @@ def bench_growth(args, device: torch.device) -> dict[str, Any]:
     raw = TOY if args.quick else SHAPES[args.shape]
     generator = torch.Generator("cpu").manual_seed(args.seed)
     model = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=torch.float32, device=device)
-    run = bench_run(model, None, None, args, device)
+    model, optimizer, settings = trained(model, args, device)
     curves = []
     for axis, points in growth_workloads(args, device).items():
         seconds: dict[str, dict[int, float]] = {"sampling": {}, "update": {}}
@@ -865,7 +854,7 @@ def bench_growth(args, device: torch.device) -> dict[str, Any]:
                 with whole_model(model) as policy:
                     sample_ours(policy, prompts, **options)
 
-            works = {"sampling": sampling, "update": partial(train.update, run, samples, 1e-6)}
+            works = {"sampling": sampling, "update": partial(update, model, optimizer, settings, samples, 1e-6)}
             for name, work in works.items():
                 seconds[name][x] = statistics.median(measured(work, device)[1] for _ in range(args.repeats))
             print(f"  growth   {axis:22}{x:6}  " + "  ".join(f"{n} {s[x]:.2f} s" for n, s in seconds.items()), flush=True)

@@ -1,5 +1,8 @@
-"""Checkpoints to resume from: sharded over the ranks, complete or not there at all, checked before they are believed.
+"""What a crash needs: the run's folder with its lock and logs, and checkpoints to resume from, complete or not there at all.
 
+    runs/x/.lock                    held by the process that trains into the folder
+    runs/x/metrics.jsonl            the first line: settings, commit, machine; then a line a step
+    runs/x/samples.jsonl            responses of one problem a step
     runs/x/checkpoints/step-000040/
         shard-00001-model-00001-of-00002.safetensors ...    each rank's part of the weights and of AdamW's two moments (fp32)
         state.json                                          everything else, and a SHA-256 of every file
@@ -14,16 +17,22 @@ ever unpickled. Around it stands what a crash needs:
     together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
 
 All ranks need to see the same folder (on several nodes: a shared file system). What it is not: a model for others to load; that
-is the folder `model` which train.py writes at the end.
+is the folder `model` that train.py writes at the end.
 
 Imports no sibling: copy this file alone. Every function here is called by all ranks, with the same arguments.
 """
 
+import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +47,175 @@ FILE_BYTES = 2 * 10**9  # of the whole tensors in one file; a rank holds its sha
 
 class CheckpointError(Exception):
     """A checkpoint could not be written or read; on all ranks alike. The message names ranks, files and causes."""
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
+
+
+class NotFinite(RuntimeError):
+    """Too many updates had a loss or a gradient that was not finite."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far. With the weights and the moments it is all that a run is made of: the order of the data and
+    every random number follow from the seeds and these counts."""
+
+    sft_steps: int = 0
+    rl_steps: int = 0
+    evaluated: int = 0  # the last RL step with a periodic evaluation after it
+    skipped: int = 0  # updates left out because the loss or the gradient was not finite
+    table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
+
+    def count_skipped(self, updates: int, allowed: int, now: str) -> None:
+        """Add updates that were left out; NotFinite if they are more than are allowed."""
+        self.skipped += updates
+        if updates and self.skipped > allowed:
+            raise NotFinite(
+                f"{self.skipped} updates were left out because the loss or the gradient norm was not finite ({now}), "
+                f"--max_skipped allows {allowed}"
+            )
+
+
+@dataclass
+class RunFolder:
+    """A run's folder. Every method is called by all ranks with the same arguments; rank 0 alone writes the logs.
+
+    config      the settings, and in may_change the names of those that a resumed run may have otherwise
+    origin      what the run is made from: "data" (digests of the files), "commit" and "torch"; see origin_of
+    keep        how many checkpoints stay
+    """
+
+    out: Path
+    config: dict[str, Any]
+    origin: dict[str, Any]
+    may_change: Collection[str]
+    keep: int
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
+    lock: Any = None
+
+    def open(self, *, resume: bool) -> None:
+        """Make the folder and lock it. ValueError if it holds a run that is not to be resumed, or another process has it.
+
+        Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
+        """
+        refused = _together(lambda: self._claim(resume) if dist.get_rank() == 0 else None)[0]
+        if refused:
+            raise ValueError(f"--out {self.out}: {refused}")
+
+    def _claim(self, resume: bool) -> str | None:
+        if (self.out / "metrics.jsonl").exists() and not resume:
+            return "holds a run already (metrics.jsonl); name another folder, or --resume it"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out)
+        if self.lock is None:
+            return "another process is training there (ranks can outlive a torchrun that was killed)"
+        return None
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def log(self, *records: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        if dist.get_rank() == 0:
+            with (self.out / name).open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+
+    def begin(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, machine: str, say: Callable[[str], Any], *, resume: bool
+    ) -> Progress:
+        """Go on from a checkpoint, or write the first line of metrics.jsonl: the progress so far. ValueError as in resume."""
+        path, progress = self.resume(model, optimizer, say) if resume else (None, Progress())
+        if path is not None:
+            say(f"resumed: {path}, {progress.sft_steps} SFT and {progress.rl_steps} RL steps")
+        elif resume:
+            say("nothing to resume: from the start")
+        if path is None:
+            made_from = {"commit": self.origin["commit"], "torch": self.origin["torch"], "device": machine}
+            self.log({"config": self.config, **made_from, "ranks": dist.get_world_size()})
+        return progress
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """A checkpoint of the run as it is now, with the lengths of its logs: what comes after them is cut off on resuming."""
+        sizes = {}
+        for file in self._logs() if dist.get_rank() == 0 else ():
+            with file.open("a") as handle:
+                os.fsync(handle.fileno())
+            sizes[file.name] = file.stat().st_size
+        state = {"progress": dataclasses.asdict(progress), "config": self.config, "logs": sizes}
+        state |= {**self.origin, "ranks": dist.get_world_size()}
+        name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
+        save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=self.keep)
+        self.saved_at = time.monotonic()
+
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], Any]
+    ) -> tuple[Path | None, Progress]:
+        """(checkpoint, progress): the newest whole checkpoint's weights and moments are put in place, the logs are cut to
+        where they were then. (None, Progress()) without one: an earlier run's logs are emptied, because the run starts from the
+        beginning. ValueError if the checkpoint is of other settings or data; `say` is told what was passed over.
+        """
+        path, state, refused = find_checkpoint(self.out / "checkpoints")
+        for reason in refused:
+            say(f"a checkpoint is damaged and passed over: {reason}")
+        if path is not None:
+            for kind, now in (("config", self.config), ("data", self.origin["data"])):
+                changes = differences(state[kind], now, self.may_change)
+                if changes:
+                    raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
+            if state["commit"] != self.origin["commit"]:
+                say(f"note: the checkpoint is of commit {state['commit']}, this code is {self.origin['commit']}")
+            load_checkpoint(path, model, optimizer)
+        for file in self._logs() if dist.get_rank() == 0 else ():
+            os.truncate(file, state["logs"].get(file.name, 0) if path else 0)
+        return path, Progress(**state["progress"]) if path else Progress()
+
+    def _logs(self) -> list[Path]:
+        return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
+
+
+def lock(out: Path) -> Any:
+    """An open file that keeps others from training into the folder until it is closed or we die; None if another has it."""
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return file.close()
+    return file
+
+
+def stored_config(out: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder: the first line of its metrics.jsonl; None if there is no such line (yet)."""
+    try:
+        with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+            return json.loads(file.readline())["config"]
+    except (FileNotFoundError, json.JSONDecodeError):  # a run that was killed before it had written the whole line
+        return None
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """A line for each setting that is not the same in both."""
+    names = [name for name in there | here if name not in may_change and there.get(name) != here.get(name)]
+    return [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
+
+
+def origin_of(data: dict[str, str]) -> dict[str, Any]:
+    """What a run is made from: SHA-256 of its files, which a resumed run must find unchanged, and the versions of the code."""
+    digests = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in data.items() if file}
+    return {"data": digests, "commit": code_commit(), "torch": torch.__version__}
+
+
+def code_commit() -> str:
+    """The commit of this code, with a + if the files differ from it; 'unknown' outside a git checkout."""
+    try:
+        git = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return head + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(
@@ -77,7 +255,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(newest checkpoint that is whole, its state, what was wrong with the newer ones); (None, {}, ...) where there is none.
+    """(newest checkpoint that is whole, its state, what was wrong with the newer ones); (None, {}, ...) if there is none.
 
     The digests are worked out by all ranks, each for its share of the files.
     """
@@ -107,7 +285,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What is saved, by name, the very tensors themselves; and each parameter's number of updates, where it has had any."""
+    """What is saved, by name, the very tensors themselves; and each parameter's number of updates, if it has had any."""
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()

@@ -24,23 +24,20 @@ import math
 import os
 import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import encode_chat, load_model, resolve_model, weight_files
-from parallel import RankLost, control_group, deal, end_ranks, meet, start_ranks, world
-from rollout import Trajectory, generate
+from parallel import Control, RankLost, all_gather, my_share, ranks_of, world
+from rollout import Trajectory, sample_and_grade
 from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
 from weighting import instance_weight
@@ -49,6 +46,31 @@ from weighting import instance_weight
 
 
 def evaluate(
+    model: torch.nn.Module,
+    tokenizer: object,
+    problems: Sequence[Problem],
+    *,
+    ragged: Callable[[Callable[[], list]], list] = lambda work: work(),
+    **settings: object,
+) -> dict:
+    """The figures of n samples a problem, over all ranks: each samples and grades its share with sample_records' settings.
+
+    ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
+    """
+    mine = my_share(problems, [expected_length(problem) for problem in problems])
+    records = ragged(lambda: sample_records(model, tokenizer, mine, **settings) if mine else [])
+    for sample in (sample for record in records for sample in record["samples"]):
+        del sample["text"]  # long, and no figure needs it
+    by_id = {record["id"]: record for rank in all_gather(records) for record in rank}
+    return figures([by_id[problem.id] for problem in problems])
+
+
+def expected_length(problem: Problem) -> int:
+    """A guess at how long responses will be, in characters: as long as the strong model's, if there is one [ours]."""
+    return len(problem.solution or problem.problem)
+
+
+def sample_records(
     model: torch.nn.Module,
     tokenizer: object,
     problems: Sequence[Problem],
@@ -62,18 +84,19 @@ def evaluate(
     guided: bool = False,
     max_rows: int = 64,
     cache_tokens: int | None = None,
-    keep_responses: bool = False,
+    vote: bool = False,
     on_problem: Callable[[dict], None] | None = None,
     show: bool = True,
-) -> dict:
-    """n samples per problem, graded: figures() of them, plus "responses" if they are to be kept.
+) -> list[dict]:
+    """n samples per problem, graded, on this rank alone: a record a problem, in their order.
+
+    A record has the problem's id, "samples" (per sample text, answer, correct, truncated, timed_out and length in tokens) and
+    "majority" (with `vote`: the index of a sample with the answer that won; None: no answer at all).
 
     max_new_tokens  longest response; generate also cuts at the context's end. A response that was cut is "truncated"
     guided          put each row's strategy into the prompt
     max_rows        responses decoded at once, and cache_tokens the size of the KV cache: see rollout.generate
-    keep_responses  "responses": the records of the problems, in their order. A record has the problem's id, "samples" (per
-                    sample text, answer, correct, truncated, timed_out and length in tokens) and "majority" (index of a
-                    sample with the answer that won the vote, None: no answer at all)
+    vote            compare the samples' answers with each other, which can cost as much as the grading
     on_problem      called with a problem's record as soon as its last response is graded, from the grading thread
     show            a progress bar
 
@@ -86,28 +109,29 @@ def evaluate(
     records = [{"id": problem.id, "samples": [None] * n, "majority": None} for problem in problems]
     left = [n] * len(problems)
 
-    def on_graded(row: Trajectory, member: int, text: str, correct: bool, timed_out: bool) -> None:
-        record = records[row.group]
+    def grade(row: Trajectory, member: int, text: str) -> None:
+        record, lost = records[row.group], worker.timeouts
+        correct = is_correct(text, problems[row.group].answer, worker)
         record["samples"][member] = {
             "text": text, "answer": extract_answer(text), "correct": correct, "truncated": not row.finished,
-            "timed_out": timed_out, "length": len(row.response_ids),
+            "timed_out": worker.timeouts > lost, "length": len(row.response_ids),
         }  # fmt: skip
         left[row.group] -= 1
         if not left[row.group]:
-            record["majority"] = majority([sample["answer"] for sample in record["samples"]], _same_vote(worker))
+            if vote:
+                record["majority"] = majority([sample["answer"] for sample in record["samples"]], _same_vote(worker))
             if on_problem is not None:
                 on_problem(record)
 
     sample_and_grade(
-        model, tokenizer, prompts, [problem.answer for problem in problems], worker, n=n, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seeds, max_rows=max_rows, cache_tokens=cache_tokens,
-        progress=("guided" if guided else "auto") if show else None, on_graded=on_graded,
+        model, tokenizer, prompts, grade, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seeds,
+        max_rows=max_rows, cache_tokens=cache_tokens, progress=("guided" if guided else "auto") if show else None,
     )  # fmt: skip
-    return figures(records) | ({"responses": records} if keep_responses else {})
+    return records
 
 
 def _same_vote(worker: MathWorker) -> Callable[[str, str], bool | None]:
-    """same_answer for a vote: None where the worker ran out of time, which a verdict alone does not tell."""
+    """same_answer for a vote: None if the worker ran out of time, which a verdict alone does not tell."""
 
     def same(answer: str, reference: str) -> bool | None:
         lost = worker.timeouts
@@ -117,60 +141,48 @@ def _same_vote(worker: MathWorker) -> Callable[[str, str], bool | None]:
     return same
 
 
-def figures(records: Sequence[dict]) -> dict:
-    """stats.summarise of evaluate's records, plus grader_timeouts (samples graded wrong because the grader ran out of
-    time) and "correct": {id: number of correct samples}, by which two models are compared."""
+def figures(records: Sequence[dict], *, voted: bool = False) -> dict:
+    """stats.summarise of sample_records' records, with maj_at_n if there was a vote, plus grader_timeouts (samples graded
+    wrong because the grader ran out of time) and "correct": {id: correct samples}, by which two models are compared."""
     samples = [record["samples"] for record in records]
     right, length, truncated, lost = (
         [[sample[key] for sample in row] for row in samples] for key in ("correct", "length", "truncated", "timed_out")
     )
-    won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in records]
+    won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in records] if voted else None
     counts = {record["id"]: sum(row) for record, row in zip(records, right, strict=True)}
     return summarise(right, length, truncated, won) | {"grader_timeouts": sum(map(sum, lost)), "correct": counts}
 
 
-def sample_and_grade(
-    model: torch.nn.Module,
-    tokenizer: object,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[str],
-    worker: MathWorker,
-    *,
-    progress: str | None = None,
-    on_graded: Callable[[Trajectory, int, str, bool, bool], None] | None = None,
-    **settings: object,
-) -> tuple[list[list[Trajectory]], list[list[tuple[str, bool]]]]:
-    """rollout.generate with these settings, and (text, correct) of every response, both as (P, n) nested lists.
+def show_responses(
+    model: torch.nn.Module, tokenizer: object, problem: Problem, when: str, *, worker: MathWorker, seed: int, **settings: object
+) -> None:
+    """Print one response alone and one guided, to the same problem."""
+    prompts = {"alone": auto_messages(problem.problem)}
+    if problem.strategy is not None:
+        prompts["guided"] = guided_messages(problem.problem, problem.strategy)
+    ids = [encode_chat(tokenizer, messages) for messages in prompts.values()]
 
-    A response is graded, in a thread of its own, while others are still being sampled. progress: the name of a progress
-    bar that counts them; None: no bar. on_graded: called there with (trajectory, its place in its group, text, correct,
-    whether the grader ran out of time).
-    """
-    graded: dict[tuple[int, int], tuple[str, bool]] = {}
-    counts = settings["n"]
-    total = counts * len(prompts) if isinstance(counts, int) else sum(counts)
+    def grade(row: Trajectory, member: int, text: str) -> tuple[str, bool]:
+        return text, is_correct(text, problem.answer, worker)
 
-    def grade(row: Trajectory, member: int) -> None:
-        text = tokenizer.decode(row.response_ids, skip_special_tokens=True)
-        lost = worker.timeouts
-        correct = is_correct(text, answers[row.group], worker)
-        graded[row.group, member] = text, correct
-        if on_graded is not None:
-            on_graded(row, member, text, correct, worker.timeouts > lost)
+    _, graded = sample_and_grade(model, tokenizer, ids, grade, n=1, seed=[seed] * len(ids), **settings)
+    tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
+    for kind, ((text, correct),) in zip(prompts, graded, strict=True):
+        tqdm.write(f"  {kind:>6} ({'right' if correct else 'wrong'}): {text}")
 
-    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc=progress, unit="response", disable=progress is None) as bar:
-        grading = deque()  # one thread: the worker answers one question at a time
 
-        def on_row(row: Trajectory, member: int) -> None:
-            while grading and grading[0].done():
-                grading.popleft().result()  # an error in the grader, or a full disk, ends the sampling now, not hours later
-            grading.append(pool.submit(grade, row, member))
-            bar.update()
+def plus_minus(figures: dict) -> str:
+    """An accuracy with its standard error, which older checkpoints call stderr, and which one problem alone does not have."""
+    return f"{figures['accuracy']:.3f} +- {figures.get('standard_error', figures.get('stderr')) or 0.0:.3f}"
 
-        groups = generate(model, prompts, eos_ids=model.config.eos_ids, on_row=on_row, **settings)
-        for future in grading:
-            future.result()
-    return groups, [[graded[p, i] for i in range(len(group))] for p, group in enumerate(groups)]
+
+def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Held-out accuracy, a row per moment and a column per kind of prompt."""
+    lines = []
+    for when, kinds in table.items():
+        cells = "  ".join(f"{kind} {plus_minus(figures)}" for kind, figures in kinds.items())
+        lines.append(f"{when:>12} | {cells}  (avg@{next(iter(kinds.values()))['n']})")
+    return "\nheld-out accuracy\n" + "\n".join(lines) if lines else "\nno --eval_data: accuracy was not measured"
 
 
 def _prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
@@ -478,18 +490,18 @@ def sample_parts(
     for part, problems in shares:  # before the first response: a prompt of the last file may be too long
         _prompts(model, tokenizer, problems, part.guided)
     for part, problems in shares:
-        evaluate(
+        sample_records(
             model, tokenizer, problems, n=part.n, max_new_tokens=part.max_new_tokens, temperature=args.temperature,
             top_p=args.top_p, seed=args.seed, worker=worker, guided=part.guided, max_rows=args.max_rows,
-            cache_tokens=args.cache_tokens, on_problem=lambda record, part=part: write(part, record), show=world()[0] == 0,
+            cache_tokens=args.cache_tokens, vote=True, on_problem=lambda record, part=part: write(part, record),
+            show=world()[0] == 0,
         )  # fmt: skip
 
 
 def _my_share(parts: Sequence[Part], kept: dict[tuple[int, str], bytes]) -> list[tuple[Part, list[Problem]]]:
-    """What is left to do, dealt to the ranks by length: a problem's text times n [ours]; a response's is not known before."""
+    """What is left to do for this rank, balanced by length: a problem's text times n [ours]; a response's is not known."""
     left = [(part, p) for index, part in enumerate(parts) for p in part.problems if (index, p.id) not in kept]
-    mine = deal([part.n * len(problem.problem) for part, problem in left], world()[1])[world()[0]]
-    chosen = [left[index] for index in mine]
+    chosen = my_share(left, [part.n * len(problem.problem) for part, problem in left])
     return [(part, own) for part in parts if (own := [problem for owner, problem in chosen if owner is part])]
 
 
@@ -497,7 +509,7 @@ def collect(parts: Sequence[Part], records: Sequence[list[dict]], seed: int) -> 
     """{file: its figures}, a line printed for each part; with --both the guided figures are in "guided", and "guidance"."""
     files: dict[str, dict] = {}
     for part, own in zip(parts, records, strict=True):
-        result = figures(own)
+        result = figures(own, voted=True)
         both = part.file in files
         print(f"{part.file}{' guided' * both}: {_line(result)}")
         if not both:
@@ -516,20 +528,20 @@ def collect(parts: Sequence[Part], records: Sequence[list[dict]], seed: int) -> 
 def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
     """Evaluate on this rank and, on rank 0, write and return the results of all; {} on the others.
 
-    The ranks meet twice and communicate nothing else: when all have read what is kept, and when all are done.
+    The ranks wait for each other twice and communicate nothing else: when all have read what is kept, and when all are done.
     """
-    control = control_group()
+    control = Control(args.timeout_minutes)
     rank, ranks = world()
     with MathWorker(timeout_s=args.timeout) as worker:
         parts = read_parts(args, worker)
         with own_responses(out, rank) as write:
             kept = read_responses(parts, out)
-            meet(control, 0, args.timeout_minutes)  # nobody writes before everybody has read: all must see the same work left
+            control.barrier()  # nobody writes before everybody has read: all must see the same work left
             if kept and rank == 0:
                 print(f"{len(kept)} of {sum(len(part.problems) for part in parts)} problems are there already, going on")
             if shares := _my_share(parts, kept):
                 sample_parts(args, shares, device, worker, write)
-    meet(control, 0, args.timeout_minutes)
+    control.barrier()
     if rank:
         return {}
     files = collect(parts, merge_responses(parts, out, ranks), args.seed)
@@ -558,13 +570,8 @@ def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
         print(text)
         return text
     out = _output_path(args)
-    joined = dist.is_initialized()  # by a caller, who then ends it
-    device = start_ranks(args.device, args.timeout_minutes)
-    try:
+    with ranks_of(args.device, args.timeout_minutes) as device:
         return run(args, out, device)
-    finally:
-        if not joined:
-            end_ranks(device)
 
 
 if __name__ == "__main__":

@@ -52,17 +52,17 @@ def _entropy(log_p: Tensor) -> Tensor:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's clipped surrogate per token [paper], all arguments and results of one shape, e.g. (M,):
+    """GRPO's clipped surrogate per token, the term under the sums of [eq 1]; all arguments and results of one shape, e.g. (M,):
 
-        ratio_t = exp(logprobs_t - old_logprobs_t)
-        loss_t  = -min( ratio_t * A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) * A_t )
+        rho_t  = exp(logprobs_t - old_logprobs_t)
+        loss_t = -min( rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t )
 
-    Returns (loss, ratio, clipped); `ratio` and `clipped` (bool: the clip holds and the token has no gradient) are diagnostics.
-    There is no KL to a reference model and no dual clip (ours, the defaults of the framework the paper trained with).
+    Returns (loss, ratio, clipped); `ratio` (rho) and `clipped` (bool: the clip holds and the token has no gradient) are
+    diagnostics. No KL to a reference model, as in the paper, and no dual clip [ours].
     """
-    ratio = torch.exp(logprobs - old_logprobs.detach())
+    ratio = torch.exp(logprobs - old_logprobs.detach())  # rho_it = pi_theta / pi_old of the sampled token [eq 1]
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages)
+    loss = -torch.minimum(ratio * advantages, bounded * advantages)  # [eq 1], which is printed without the minus sign
     clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
     return loss, ratio.detach(), clipped.detach()
 
@@ -102,19 +102,20 @@ def hpt_loss(
 
 
 def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The token divergence d_t over the full vocabulary [paper]: logits (..., V) twice -> (...), in nats:
+    """The token divergence d_t over the full vocabulary [eq 3]: logits (..., V) twice -> (...), in nats:
 
         d_t = KL( sg[p] || q ) = sum_v p_v (log p_v - log q_v),   p = softmax(guided), q = softmax(unguided)
 
     The guided side is the teacher: it is detached here, so that the gradient reaches the unguided side alone. Both sides get
     the same temperature. The whole vocabulary is summed: a top-k of either side misses the tokens where the mass moved.
     """
-    log_p, log_q = log_softmax(guided_logits.detach(), temperature), log_softmax(unguided_logits, temperature)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_p = log_softmax(guided_logits.detach(), temperature)  # sg[ pi_theta(. | q, s, o_<t) ]
+    log_q = log_softmax(unguided_logits, temperature)  # pi_theta(. | q, o_<t)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)  # [eq 3]
 
 
 def reverse_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The other direction, for the ablation [paper]: logits (..., V) twice -> (...), in nats:
+    """The other direction, for the ablation of the paper's appendix F: logits (..., V) twice -> (...), in nats:
 
         KL( q || sg[p] ) = sum_v q_v (log q_v - log p_v),   p = softmax(guided), q = softmax(unguided)
 
@@ -125,7 +126,7 @@ def reverse_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
 
 
 def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
-    """1[d_t <= delta] as a float of d's shape [paper]: outlier tokens are dropped, not clamped.
+    """w_t = 1[d_t <= delta] of [eq 5] as a float of d's shape: outlier tokens are dropped, not clamped.
 
     The mask acts on d_t after the sum over the vocabulary. Clipping the single terms instead would make the sum negative,
     because only the whole sum is a divergence.
@@ -153,6 +154,23 @@ def _policy_values(loss: Tensor, logprob: Tensor, ratio: Tensor, clipped: Tensor
         "clipped": clipped,
         "entropy": entropy.detach(),
     }
+
+
+def policy_diagnostics(
+    stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(sums, largest values) of what a policy loss handed back, over the chosen tokens: all (M,), `chosen` bool.
+
+    Sums: the number of tokens, entropy, clipped tokens and an estimate of KL(old || new) from the sampled tokens, rho - 1 -
+    log rho, which is unbiased and, but for rounding, never negative. Largest: |rho - 1| and |log rho|.
+    """
+    if not chosen.any():
+        return {}, {}
+    ratio, log_ratio = stats["ratio"][chosen], stats["logprob"][chosen] - old_logprobs[chosen]
+    per_token = {"entropy": stats["entropy"][chosen], "clip_fraction": stats["clipped"][chosen]}
+    per_token["policy_kl"] = ratio - 1 - log_ratio
+    sums = {"own_tokens": ratio.numel()} | {name: value.sum().item() for name, value in per_token.items()}
+    return sums, {"ratio_error": (ratio - 1).abs().max().item(), "logprob_error": log_ratio.abs().max().item()}
 
 
 def grpo_terms(
@@ -214,30 +232,27 @@ def hpt_terms(
 
 def distillation_terms(
     unguided_logits: Tensor,
-    guided_hidden: Tensor,
+    guided_logits: Tensor,
     targets: Tensor,
     weight: Tensor,
     *,
-    head_weight: Tensor,
     delta: float,
     temperature: float,
     objective: str = "kl",
 ) -> dict[str, Tensor]:
     """Clipped forward KL on the target's tokens: loss_t = weight_t * 1[d_t <= delta] * d_t.
 
-    weight_t = alpha(q) / (P |o+|) makes the sum over tokens and problems the paper's alpha(q) L_KD^clip averaged over the P
-    problems of the step. The guided side arrives as hidden states (m, D): kept as logits, it would be V / D times larger.
+    weight_t = alpha(q) / (P |o+|) makes the sum over tokens and problems the mean over the P problems of alpha(q) L_KD^clip
+    [eq 5, 7]. chunked_head makes the guided logits from its `teacher`.
 
     Two other objectives for the ablations: "reverse_kl" takes d_t the other way round, clip included; "sft" is the
     cross-entropy of the target's tokens, -log q(target_t), which knows no d_t and so drops nothing (d_t is still reported).
     """
     if objective not in ("kl", "reverse_kl", "sft"):
         raise ValueError(f"objective {objective!r}: must be kl, reverse_kl or sft")
-    with torch.no_grad():
-        guided_logits = F.linear(guided_hidden, head_weight.to(guided_hidden.dtype))
     divergence_of = reverse_kl if objective == "reverse_kl" else forward_kl
-    divergence = divergence_of(guided_logits, unguided_logits, temperature)  # d_t (m,)
-    kept = kl_clip_mask(divergence, delta)
+    divergence = divergence_of(guided_logits, unguided_logits, temperature)  # d_t (m,) [eq 3]
+    kept = kl_clip_mask(divergence, delta)  # w_t [eq 5]
     loss = kept * divergence
     if objective == "sft":
         loss, kept = -token_logprobs(unguided_logits, targets, temperature), torch.ones_like(kept)
@@ -266,17 +281,29 @@ class _WithGradient(torch.autograd.Function):
 
 
 def chunked_head(
-    hidden: Tensor, weight: Tensor, terms: TokenTerms, inputs: Sequence[Tensor], *, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    terms: TokenTerms,
+    inputs: Sequence[Tensor],
+    *,
+    chunk_tokens: int,
+    at: Tensor | None = None,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Apply the language-model head and a per-token loss chunk by chunk, so that (M, V) logits never exist at once.
 
-    hidden (M, D), weight (V, D); terms(logits (m, V), *inputs of the chunk) -> per-token tensors with the key "loss";
-    inputs: tensors (M, ...) cut alongside. Returns (sum of loss, every term as (M,) without gradient).
+    hidden   (M, D), or with `at` a packed row (1, T, D), of which the positions at (M,) are taken
+    weight   (V, D)
+    terms    terms(logits (m, V), *inputs of the chunk) -> per-token tensors (m,) with the key "loss"
+    inputs   tensors (M, ...), cut alongside
+    teacher  (M, D) hidden states of another pass; terms gets their logits too, before the inputs and without gradient
 
-    The gradient is taken in the forward pass, while a chunk's logits are there: three matrix products a chunk, as many as
-    without chunks and one fewer than recomputing them in backward. Peak memory: four to five tensors of (chunk_tokens, V)
-    in fp32 and one gradient of the head. Called without gradient mode, only values are computed. Ours: the paper is silent.
+    Returns (sum of loss, every term as (M,) without gradient). The gradient is taken in the forward pass, while a chunk's
+    logits are there: three matrix products a chunk, as many as without chunks and one fewer than recomputing them in
+    backward. Peak memory: four to five tensors of (chunk_tokens, V) in fp32 and one gradient of the head. Called without
+    gradient mode, only values are computed. [ours]
     """
+    hidden = hidden if at is None else hidden[0, at]
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -288,10 +315,14 @@ def chunked_head(
         collected: list[dict[str, Tensor]] = []
         for start in range(0, h.shape[0], chunk_tokens):
             span = slice(start, start + chunk_tokens)
+            given = [x[span] for x in inputs]
+            if teacher is not None:
+                given.insert(0, F.linear(teacher[span].to(dtype), w))
             with torch.set_grad_enabled(wants_grad):
                 logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V)
-                values = terms(logits, *(x[span] for x in inputs))
+                values = terms(logits, *given)
                 chunk_loss = values["loss"].sum()
+            given = None  # or the teacher's logits would still be alive beside the gradient
             if wants_grad:
                 (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
                 grad_logits = grad_logits.to(dtype)

@@ -432,7 +432,8 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where a forward is computed: sharded weights may be kept elsewhere (parallel.shard's offload), the angles never."""
+        return self.inv_freq.device
 
     @property
     def compute_dtype(self) -> torch.dtype:

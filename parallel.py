@@ -6,20 +6,22 @@ the same with N = 1.
 
 Three rules keep the ranks together, and each has its function here:
 
-    equal passes    a forward or backward pass gathers and reduces, so all ranks must make equally many: `padded`
+    equal passes    a forward or backward pass gathers and reduces, so all ranks must make equally many: `pad_micro_batches`
     sums, not means losses are divided by counts over all ranks, so gradients are summed over ranks: `shard`
     ragged work     what differs from rank to rank (sampling) runs on a whole copy without any communication: `whole_model`;
-                    behind it the ranks meet, and a rank that does not come is named: `meet`
+                    after it the ranks wait for each other, and one that does not come is named: `Control.barrier`
 
 What it is not: tensor, pipeline or context parallelism. A sequence and the activations of its micro-batch fit on one GPU.
 
 Imports model.py.
 """
 
+import math
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,18 +29,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import CausalLM, inverse_frequencies, read_weights
+from model import CausalLM, ModelConfig, inverse_frequencies, packed_kernel, read_weights
+from rollout import decode_kernel
 
 
 def start_ranks(device: str, timeout_minutes: float) -> torch.device:
     """Join the other ranks if torchrun started us, else be a world of one; the device of this rank.
 
-    device: "cpu", "cuda", or "auto" for CUDA where there is one. A rank that waits longer than the timeout for others gives up.
+    device: "cpu", "cuda", or "auto" for CUDA if there is one. A rank that waits longer than the timeout for others gives up.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,12 +55,32 @@ def start_ranks(device: str, timeout_minutes: float) -> torch.device:
     return here
 
 
-def end_ranks(device: torch.device) -> None:
-    """Leave the group that start_ranks joined; in a `finally`, so that it is left behind an error too.
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of activations and of the gathered weights: float32 or bfloat16, and for "auto" bfloat16 on CUDA."""
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and device.type == "cuda") else torch.float32
 
-    NCCL's own ending waits for the other ranks. Behind an error they are still at work, or gone, and the reason would be held
-    back with it for as long as they wait. So one of several ranks with GPUs says what went wrong and leaves at once: torchrun
-    then ends the others.
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def attention_ways(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """Which of the ways to compute attention this machine takes; the results are the same to rounding, the speed is not."""
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    packed = packed_kernel(device, dtype, *heads) is not None
+    paged = decode_kernel(device, config.head_dim) is not None
+    return (
+        f"attention: {'one variable-length call' if packed else 'one call a sequence'} in training, "
+        f"{'CUDA graphs with the kernel of kv_cache.py' if paged else 'pages with torch alone'} in sampling"
+    )
+
+
+def end_ranks(device: torch.device) -> None:
+    """Leave the group that start_ranks joined; in a `finally`, so that it is left after an error too.
+
+    NCCL's own ending waits for the other ranks. After an error they are still at work, or gone, and the reason would be held
+    back for as long as that wait. So one of several ranks with GPUs says what went wrong and leaves at once: torchrun then
+    ends the others.
     """
     error = sys.exception()
     if error is not None and device.type == "cuda" and world()[1] > 1:
@@ -71,12 +94,29 @@ def end_ranks(device: torch.device) -> None:
     dist.destroy_process_group()
 
 
+@contextmanager
+def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
+    """start_ranks, and end_ranks after it; a caller that has joined a group already keeps it."""
+    joined = dist.is_initialized()
+    here = start_ranks(device, timeout_minutes)
+    try:
+        yield here
+    finally:
+        if not joined:
+            end_ranks(here)
+
+
+def is_contact_lost(error: RuntimeError) -> bool:
+    """Whether another rank ended while this one was waiting for it. gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def world() -> tuple[int, int]:
-    """(rank, number of ranks); (0, 1) where no group was made."""
+    """(rank, number of ranks); (0, 1) without a group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def over_ranks(values: dict[str, float], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+def all_reduce(values: dict[str, float], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
     """Each value summed (or another op) over the ranks, in float64. Every rank must call it with the same names."""
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
@@ -85,31 +125,85 @@ def over_ranks(values: dict[str, float], device: torch.device, op: Any = dist.Re
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def all_gather(value: Any) -> list[Any]:
+    """What each rank brings, of any kind that can be pickled, on all of them."""
+    everybody = [value] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everybody, value)
+    return everybody
+
+
+# ---------------------------------------------------------------------------------------------------- ragged work
+
+
 class RankLost(RuntimeError):
-    """Another rank did not come to where all ranks meet."""
+    """Another rank did not come to a barrier."""
 
 
-def control_group() -> dist.ProcessGroup:
-    """The group for `meet`: gloo, on CPUs, because it can say who is missing, where NCCL aborts the process."""
-    return dist.new_group(backend="gloo")
+class Interrupted(Exception):
+    """SIGTERM came: what is going on is given up, and the run ends with a checkpoint."""
 
 
-def meet(group: dist.ProcessGroup, word: int, timeout_minutes: float) -> int:
-    """Wait for all ranks and exchange a word: the largest of all. RankLost where one does not come in that time."""
-    words = torch.tensor([word])
-    try:
-        dist.monitored_barrier(group, timedelta(minutes=timeout_minutes), wait_all_ranks=True)
-        dist.all_reduce(words, dist.ReduceOp.MAX, group)
-    except RuntimeError as error:
-        raise RankLost(
-            f"rank {world()[0]} waited for the other ranks in vain ({error}). Either one of them ended (its own message, or "
-            "the kernel's about memory, says why), or it is still at its share of the work: then a larger --timeout_minutes "
-            "or a smaller --max_new_tokens helps"
-        ) from error
-    return int(words)
+class Control:
+    """Where ranks wait for each other, and the SIGTERM that may come to any of them. Made by all ranks together.
+
+    The group is gloo, on CPUs, because it can say who is missing; NCCL would abort the process. A rank waits at most
+    timeout_minutes.
+    """
+
+    def __init__(self, timeout_minutes: float) -> None:
+        self.group = dist.new_group(backend="gloo")
+        self.timeout_minutes = timeout_minutes
+        self.stop_asked = False
+        self.may_cut_short = False
+
+    def barrier(self, value: int = 0) -> int:
+        """Wait for all ranks; the largest of the values that they bring. RankLost if one does not come in time."""
+        largest = torch.tensor([value])
+        try:
+            dist.monitored_barrier(self.group, timedelta(minutes=self.timeout_minutes), wait_all_ranks=True)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {world()[0]} waited for the other ranks in vain ({error}). Either one of them ended (its own message, "
+                "or the kernel's about memory, says why), or it is still at its share of the work: then a larger "
+                "--timeout_minutes or a smaller --max_new_tokens helps"
+            ) from error
+        return int(largest)
+
+    def interruptible(self, work: Callable[[], Any]) -> Any:
+        """The result of work that differs from rank to rank, communicates nothing and changes nothing that is kept; then a
+        barrier. If SIGTERM came to one rank, which cuts its own work short, all ranks raise Interrupted."""
+        result = None
+        try:
+            try:
+                self.may_cut_short = True
+                if not self.stop_asked:
+                    result = work()
+            finally:
+                self.may_cut_short = False
+        except Interrupted:
+            pass
+        if self.barrier(int(self.stop_asked)):
+            raise Interrupted
+        return result
+
+    @contextmanager
+    def catch_sigterm(self) -> Iterator[None]:
+        """Inside, SIGTERM asks the run to end, and cuts short what may be cut short."""
+        before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        yield
+        # not after an error: torchrun sends SIGTERM to the ranks that are left, and they must still say what they saw
+        signal.signal(signal.SIGTERM, before)
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        self.stop_asked = True
+        if self.may_cut_short:
+            self.may_cut_short = False
+            raise Interrupted
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices of the work for each rank: by cost from the largest, there and back again (0 1 2 2 1 0 0 1 ...), so that the
     costly ones do not meet on one rank and the numbers differ by one at most. The share with index 0 is rank 0's.
     """
@@ -120,10 +214,19 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return sorted((sorted(share) for share in shares), key=lambda share: share or [len(costs)])
 
 
-def padded(batches: list[list[int]], device: torch.device) -> list[list[int]]:
-    """This rank's micro-batches with empty ones behind, as many in all as the rank with the most has."""
-    most = over_ranks({"batches": len(batches)}, device, dist.ReduceOp.MAX)["batches"]
+def my_share(items: Sequence[Any], costs: Sequence[float]) -> list[Any]:
+    """This rank's part of the work."""
+    rank, ranks = world()
+    return [items[i] for i in balance(costs, ranks)[rank]]
+
+
+def pad_micro_batches(batches: list[list[int]], device: torch.device) -> list[list[int]]:
+    """This rank's micro-batches and after them empty ones, as many in all as the rank with the most has."""
+    most = all_reduce({"batches": len(batches)}, device, dist.ReduceOp.MAX)["batches"]
     return batches + [[] for _ in range(int(most) - len(batches))]
+
+
+# ---------------------------------------------------------------------------------------------------- sharded weights
 
 
 def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ranks: int, offload: bool) -> CausalLM:
@@ -210,9 +313,9 @@ def fingerprint(model: CausalLM) -> int:
 
 
 def same_on_all_ranks(model: CausalLM, device: torch.device) -> None:
-    """RuntimeError where the ranks' whole copies of the model differ; every rank must ask."""
+    """RuntimeError if the ranks' whole copies of the model differ; every rank must ask."""
     own = fingerprint(model)
-    most = over_ranks({"of": own, "of minus": -own}, device, dist.ReduceOp.MAX)
+    most = all_reduce({"of": own, "of minus": -own}, device, dist.ReduceOp.MAX)
     if most["of"] != -most["of minus"]:
         raise RuntimeError(f"the weights are not the same on all ranks (rank {world()[0]} has checksum {own})")
 
@@ -237,12 +340,35 @@ def _rebuilt(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
     return whole.requires_grad_(False).eval()
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their norm over all parameters and ranks is at most max_norm; the norm before."""
+def apply_gradients(
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+    learning_rate: float,
+    max_grad_norm: float,
+    skip_above: float = math.inf,
+) -> float:
+    """Clip the gradients by their norm over all parameters and ranks, and step; the norm before clipping.
+
+    The losses are divided by counts over all ranks, so the sum over ranks, which FSDP makes, is the gradient. `loss` is over
+    all ranks too: if may_step says no to it and the norm, no rank takes the step.
+    """
+    parameters = list(model.parameters())
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if may_step(loss, norm, skip_above):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def may_step(loss: float, norm: float, skip_above: float = math.inf) -> bool:
+    """Whether an update with this loss and gradient norm is made: both finite, and the norm at most skip_above."""
+    return math.isfinite(loss) and math.isfinite(norm) and norm <= skip_above
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

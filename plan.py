@@ -1030,6 +1030,17 @@ def print_plan(args: argparse.Namespace, name: str, settings: Any) -> None:
         sys.exit(f"error: {error}")
 
 
+def plan_run(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any]) -> None:
+    """train.py --plan: the plan of a run with train.py's flags, which parse_config reads; beside them there are Workload's and
+    Hardware's, for the lengths of the texts and the speeds of the machine."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--plan", action="store_true")
+    add_flags(parser, Workload, Hardware)
+    args, rest = parser.parse_known_args(arguments)
+    settings = parse_config(rest)
+    print_plan(args, settings.model, settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     print_plan(args, args.config or args.model, from_flags(args, Settings))

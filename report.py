@@ -714,8 +714,7 @@ def sample_group(
 ) -> tuple[list[list[int]], list[bool]]:
     """One group of responses, sampled as in training (temperature 1, top_p 1): (their ids, which of them are correct)."""
     from grader import is_correct
-    from rollout import generate
-    from train import stream_seed
+    from rollout import generate, stream_seed
 
     (group,) = generate(
         model,

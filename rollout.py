@@ -15,9 +15,11 @@ The model is any callable with model.py's forward (ids, positions, lengths=, cac
 N pages, S token slots a page, V vocabulary; H query heads, K key/value heads, G = H / K, E head width.
 """
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 PAGE = 64  # S. Half a page is lost per response; a smaller one means more pages, and each costs a little beyond its tokens
 PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, which bounds the activations
@@ -653,6 +656,49 @@ def nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
     return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
+def stream_seed(*names: Any) -> int:
+    """A 63-bit seed for a named stream of random numbers: equal names, equal seed, on every machine and rank."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
+
+
+def sample_and_grade(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    grade: Callable[[Trajectory, int, str], Any],
+    *,
+    n: int | Sequence[int],
+    progress: str | None = None,
+    **settings: Any,
+) -> tuple[list[list[Trajectory]], list[list[Any]]]:
+    """`generate` with n and these settings, and what `grade` says of every response: two (P, n) nested lists.
+
+    grade     (trajectory, its place in its group, text) -> anything. Called in one thread of its own, a response at a time,
+              while others are still being sampled; an error in it ends the sampling
+    progress  the name of a progress bar that counts responses; None: no bar
+    """
+    graded: dict[tuple[int, int], Any] = {}
+
+    def grade_row(row: Trajectory, member: int) -> None:
+        text = tokenizer.decode(row.response_ids, skip_special_tokens=True)
+        graded[row.group, member] = grade(row, member, text)
+
+    total = n * len(prompts) if isinstance(n, int) else sum(n)
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc=progress, unit="response", disable=progress is None) as bar:
+        pending = deque()
+
+        def on_row(row: Trajectory, member: int) -> None:
+            while pending and pending[0].done():
+                pending.popleft().result()  # an error in the grader, or a full disk, ends the sampling now, not hours later
+            pending.append(pool.submit(grade_row, row, member))
+            bar.update()
+
+        groups = generate(model, prompts, n=n, eos_ids=model.config.eos_ids, on_row=on_row, **settings)
+        for future in pending:
+            future.result()
+    return groups, [[graded[p, i] for i in range(len(group))] for p, group in enumerate(groups)]
+
+
 # ---------------------------------------------------------------------------------------------------- packing
 
 
@@ -682,6 +728,11 @@ class Packed:
     predict: Tensor
     targets: Tensor
     sequence: Tensor
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the model's forward takes: model(**packed.layout, head=...)."""
+        return {"input_ids": self.input_ids, "lengths": self.lengths, "prefixes": self.prefixes}
 
 
 def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device) -> Packed:

@@ -61,6 +61,7 @@ import parallel
 import plan
 import report
 import rollout
+import sgpo
 import stats
 import strategy as strategy_module
 import sweep
@@ -1312,7 +1313,7 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     luffy = dict(shaping=0.1, entropy_bonus=0.05, temperature=0.9)
     objective = {"target_sft": "sft", "reverse_kl": "reverse_kl"}.get(kind, "kl")
     kd = dict(delta=1.0, temperature=0.9, objective=objective)
-    distillation = (partial(losses.distillation_terms, head_weight=weight, **kd), (guided_hidden, targets, w))
+    distillation = (partial(losses.distillation_terms, **kd), (targets, w))
     terms, inputs = {
         "sft": (partial(losses.sft_terms, temperature=0.9), (targets, w)),
         "grpo": (partial(losses.grpo_terms, **clip), (targets, old, advantages, w)),
@@ -1320,7 +1321,12 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
         "hpt": (partial(losses.hpt_terms, sft_weight=0.3, temperature=0.9), (targets, old, advantages, w, demonstration)),
     }.get(kind, distillation)
     arguments = [x.detach().clone() for x in (hidden, weight, *inputs)]
-    got, stats = losses.chunked_head(hidden, weight, terms, inputs, chunk_tokens=chunk)
+    teacher = guided_hidden if terms.func is losses.distillation_terms else None
+    row, at = hidden, None
+    if chunk == 7:  # as a packed row, in another order, of which some positions predict nothing
+        at = torch.randperm(2 * M, generator=generator)[:M]
+        row = torch.zeros(1, 2 * M, D).index_copy(1, at, hidden[None])
+    got, stats = losses.chunked_head(row, weight, terms, inputs, chunk_tokens=chunk, at=at, teacher=teacher)
     (3 * got).backward()
     gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -1802,18 +1808,23 @@ def make_run(tmp_path, worker, *flags):
     """(run, examples) on the tiny world with the flags given, as train.main would make them."""
     cfg = train.parse_config(["--out", str(tmp_path / "run"), "--device", "cpu", *map(str, flags)])
     run, examples, _ = train.prepare(cfg, CPU, worker)
-    run.out.mkdir(parents=True)
+    run.folder.out.mkdir(parents=True)
     return run, examples
 
 
 def draw_samples(run, batch, step=1):
     with parallel.whole_model(run.model) as policy:
-        return train.sample_problems(run, policy, batch, step)
+        return sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, batch, run.reward, step)
 
 
 def weigh(run, samples, step=1):
+    sgpo.weigh(run.cfg, samples, run.reward)
     with parallel.whole_model(run.model) as policy:
-        train.weigh(run, policy, samples, step)
+        sgpo.choose(run.cfg, policy, samples, step)
+
+
+def update(run, samples, learning_rate):
+    return sgpo.update(run.model, run.optimizer, run.cfg, samples, learning_rate)
 
 
 def weights_of(model):
@@ -1838,7 +1849,7 @@ def fake_samples(run, examples, seed=0):
 
         auto, guided = rows(example.auto_ids, 8, 0.3), rows(example.guided_ids, 4, 0.0)
         rewards = [float(torch.rand((), generator=generator) < 0.4) for _ in auto]
-        sample = train.ProblemSamples(place, example, auto, guided, rewards, [1.0] * 4)
+        sample = sgpo.ProblemSamples(place, example, auto, guided, rewards, [1.0] * 4)
         sample.advantages = weighting.group_advantages(torch.tensor([rewards]))[0].tolist()
         sample.alpha, sample.target = 0.2 * (place + 1), (None if place == 2 else place)
         samples.append(sample)
@@ -1847,9 +1858,9 @@ def fake_samples(run, examples, seed=0):
 
 def gradients_of(run, samples, monkeypatch):
     """({name: gradient}, metrics) of one update, without taking the step."""
-    monkeypatch.setattr(train, "apply_gradients", lambda run, learning_rate, loss, **_: 0.0)
+    monkeypatch.setattr(sgpo, "apply_gradients", lambda *_: 0.0)
     run.model.zero_grad()
-    metrics = train.update(run, samples, 0.0)
+    metrics = update(run, samples, 0.0)
     gradients = {name: parallel.whole_tensor(parameter.grad).clone() for name, parameter in run.model.named_parameters()}
     return gradients, metrics
 
@@ -1926,7 +1937,7 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(temperatur
     wrong = replace(examples[1].problem, solution="So it is \\boxed{no}.")
     examples[1] = replace(examples[1], problem=wrong)  # the verifier rejects it: its tokens are pushed down
     samples = [
-        train.ProblemSamples(s.place, s.example, s.auto[:7], [], s.auto_rewards[:7], []) for s in fake_samples(run, examples)
+        sgpo.ProblemSamples(s.place, s.example, s.auto[:7], [], s.auto_rewards[:7], []) for s in fake_samples(run, examples)
     ]
     samples[2].auto_rewards = [1.0] * 7  # with a right solution, a dead group
     weigh(run, samples)
@@ -1991,7 +2002,7 @@ def test_hpt_leaves_out_an_update_with_a_huge_gradient(tmp_path, worker):
         samples = fake_samples(run, examples)
         for sample in samples:
             sample.target = None
-        metrics = train.update(run, samples, 1e-3)
+        metrics = update(run, samples, 1e-3)
         assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves)
         changed = any(not torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
         assert changed == moves == (metrics["grad_norm"] <= limit)
@@ -2084,17 +2095,17 @@ def test_a_random_target_is_a_correct_one_and_moves_with_step_and_seed(tmp_path,
 
 
 def test_seeds_reach_order_and_sampling_separately(tmp_path, worker, monkeypatch):
-    real_step = train.sgpo_step
+    real_step = train.rl_step
 
     def trace(*flags):
         """(order of the problems that the loop trains on, what one problem's responses are) under the flags."""
         run, examples = make_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", worker, "--sft_fraction", 0.5, *flags)
         order = []
-        monkeypatch.setattr(train, "sgpo_step", lambda run, batch, *_: order.extend(e.problem.id for _, e in batch) or {})
+        monkeypatch.setattr(train, "rl_step", lambda run, batch, *_: order.extend(e.problem.id for _, e in batch) or {})
         monkeypatch.setattr(train, "step_line", lambda *_: "")
         run.cfg = replace(run.cfg, steps=2)
-        train.rl_stage(run, train.split_examples(examples, run.cfg)[1], [], lambda _: None)
-        monkeypatch.setattr(train, "sgpo_step", real_step)
+        train.rl_stage(run, train.split_examples(examples, run.cfg)[1], [])
+        monkeypatch.setattr(train, "rl_step", real_step)
         (sample,) = draw_samples(run, list(enumerate(examples[:1])))
         return order, [row.response_ids for row in sample.auto + sample.guided]
 
@@ -2112,10 +2123,10 @@ def test_the_guided_pass_keeps_no_graph(tmp_path, worker, monkeypatch):
 
     def spy(hidden, weight, terms, inputs, **options):
         if terms.func is losses.distillation_terms:
-            seen.append((hidden.requires_grad, inputs[0].requires_grad))
+            seen.append((hidden.requires_grad, options["teacher"].requires_grad))
         return losses.chunked_head(hidden, weight, terms, inputs, **options)
 
-    monkeypatch.setattr(train, "chunked_head", spy)
+    monkeypatch.setattr(sgpo, "chunked_head", spy)
     gradients_of(run, fake_samples(run, examples), monkeypatch)
     assert seen == [(True, False)]  # the unguided side has a graph, the guided one only its values
 
@@ -2139,13 +2150,12 @@ def test_a_dead_group_counts_in_the_normaliser_and_costs_no_backward_pass(tmp_pa
         sample.target = None
     samples[1].advantages = [0.0] * 8
     graphs = []
-    policy_pass = train.policy_pass
 
-    def spy(run, items, token_weight):
-        graphs.append((torch.is_grad_enabled(), {item.advantage == 0 for item in items}))
-        return policy_pass(run, items, token_weight)
+    def spy(hidden, weight, terms, inputs, **options):
+        graphs.append((torch.is_grad_enabled(), set((inputs[2] == 0).tolist())))  # the advantages
+        return losses.chunked_head(hidden, weight, terms, inputs, **options)
 
-    monkeypatch.setattr(train, "policy_pass", spy)
+    monkeypatch.setattr(sgpo, "chunked_head", spy)
     got, metrics = gradients_of(run, samples, monkeypatch)
     assert (False, {True}) in graphs and all(gradient != (zero == {True}) for gradient, zero in graphs)
     tokens = [sum(len(row.response_ids) for row in sample.auto) for sample in samples]
@@ -2197,7 +2207,7 @@ def test_the_sampler_sees_the_weights_of_the_last_update(tmp_path, worker):
         sample.target = None
     samples[-1].advantages = [0.0] * 8
     before = weights_of(run.model)
-    train.update(run, samples, 1e-2)
+    update(run, samples, 1e-2)
     with parallel.whole_model(run.model) as policy:
         for old, now, seen in zip(before, weights_of(run.model), policy.parameters(), strict=True):
             assert torch.equal(now, seen) and not torch.equal(old, seen)
@@ -2238,7 +2248,7 @@ def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, mo
         sample.guided_rewards = [0.0] * 4
     weigh(run, samples)
     assert [sample.target for sample in samples] == [None] * 4
-    metrics = train.update(run, samples, 1e-3)
+    metrics = update(run, samples, 1e-3)
     assert metrics["distillation_loss"] == metrics["kl"] == metrics["target_tokens"] == 0 and metrics["grad_norm"] > 0
 
 
@@ -2267,7 +2277,7 @@ def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, work
         weigh(run, samples)
         assert [sample.target for sample in samples] == want
         if reach == "sum":
-            assert samples[-1].reach == pytest.approx(totals, rel=1e-4)
+            assert samples[-1].unguided_logprobs == pytest.approx(totals, rel=1e-4)
     assert chosen["sum"] != chosen["mean"]
     p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
     want = [min(max(0.5 * (0.75 - p + 0.1) / (p + 0.1), 0), 0.8) for p in p_auto]
@@ -2277,7 +2287,7 @@ def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, work
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_update_has_ratio_one(tmp_path, worker, temperature):
     run, examples = make_run(tmp_path, worker, "--temperature", temperature)
-    metrics = train.sgpo_step(run, list(enumerate(examples[:4])), 1, 1e-3)
+    metrics = train.rl_step(run, list(enumerate(examples[:4])), 1, 1e-3)
     assert metrics["first_ratio_error"] < 1e-3 and metrics["first_logprob_error"] < 1e-3 and metrics["clip_fraction"] == 0
     assert metrics["policy_kl"] == pytest.approx(0, abs=1e-5)
 
@@ -2286,17 +2296,18 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
     seen = []
 
-    def update(run, samples, learning_rate):
+    def update(model, optimizer, settings, samples, learning_rate):
         seen.append([sample.place for sample in samples])
         first = len(seen) == 1
         metrics = {"loss": float(len(samples)), "grad_norm": 1.0 if first else 4.0, "left_out": float(first)}
+        metrics |= {"not_finite": float(first)}
         metrics |= {"ratio_error": len(seen) / 10, "logprob_error": 0.3 if first else 0.2, "solutions": 1.0}
         metrics |= {"own_tokens": 30.0 if first else 10.0, "entropy": 2.0 if first else 6.0}
         metrics |= {"clip_fraction": 0.1, "policy_kl": 0.2}
         return metrics | {"target_tokens": 0.0 if first else 7.0, "kl": 0.0 if first else 0.5, "kept": 0.0 if first else 1.0}
 
-    monkeypatch.setattr(train, "update", update)
-    metrics = train.sgpo_step(run, list(enumerate(examples[:5])), 1, 0.0)
+    monkeypatch.setattr(sgpo, "update", update)
+    metrics = train.rl_step(run, list(enumerate(examples[:5])), 1, 0.0)
     assert seen == [[0, 1, 2], [3, 4]]
     assert metrics["loss"] == metrics["grad_norm"] == 2.5 and metrics["left_out"] == 0.5  # means over the updates
     assert metrics["own_tokens"] == 40 and metrics["target_tokens"] == 7 and metrics["solutions"] == 2
@@ -2304,6 +2315,7 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     assert metrics["kl"] == 0.5 and metrics["kept"] == 1.0  # over the tokens there were, not halved by an update without any
     assert metrics["ratio_error"] == 0.2 and metrics["logprob_error"] == 0.3
     assert metrics["first_ratio_error"] == 0.1 and metrics["first_logprob_error"] == 0.3
+    assert metrics["skipped"] == run.progress.skipped == 1 and "not_finite" not in metrics
 
 
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():
@@ -2325,14 +2337,15 @@ def test_learning_rate_schedule():
 
 def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_batch", 8, "--sft_guided", 0.5)
-    records, gradients = [], []
+    gradients = []
 
-    def keep(run, learning_rate, loss):
-        gradients.append({name: parallel.whole_tensor(p.grad).clone() for name, p in run.model.named_parameters()})
+    def keep(model, *_):
+        gradients.append({name: parallel.whole_tensor(p.grad).clone() for name, p in model.named_parameters()})
         return 0.0
 
     monkeypatch.setattr(train, "apply_gradients", keep)
-    train.sft_stage(run, examples[:8], records.append)
+    train.sft_stage(run, examples[:8])
+    records = [json.loads(line) for line in (run.folder.out / "metrics.jsonl").read_text().splitlines()]
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
     total, count, guided = 0.0, 0, 0
     for place, example in train.data_order(examples[:8], 0, 8, 0, "sft"):
@@ -2358,7 +2371,8 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_end_the_run(loss,
         for parameter in run.model.parameters():
             parameter.grad = torch.ones_like(parameter)
         run.model.head_weight.grad.to_local()[3, 5] = gradient
-        return train.apply_gradients(run, 1e-3, loss)
+        norm = parallel.apply_gradients(run.model, run.optimizer, loss, 1e-3, 1.0)
+        run.progress.count_skipped(int(not parallel.may_step(loss, norm)), run.cfg.max_skipped, f"now {loss} and {norm}")
 
     apply()
     assert run.progress.skipped == 1 and not run.optimizer.state
@@ -2378,7 +2392,8 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     seen = {}
     gradients = lambda: (parallel.whole_tensor(p.grad) for p in run.model.parameters())  # noqa: E731
     run.optimizer.step = lambda: seen.update(norm=sum(g.square().sum() for g in gradients()).sqrt().item())
-    assert train.apply_gradients(run, 1e-3, 0.0) == pytest.approx(math.sqrt(numel), rel=1e-4)
+    norm = parallel.apply_gradients(run.model, run.optimizer, 0.0, 1e-3, 1.0)
+    assert norm == pytest.approx(math.sqrt(numel), rel=1e-4)
     assert seen["norm"] == pytest.approx(1.0, rel=1e-3)
 
 
@@ -2462,7 +2477,7 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
             assert train.measure(run, held_out, guided=True)["accuracy"] > 0.95
         for step in range(15):
             batch = train.data_order(examples, step, 16, 0, "rl")
-            train.sgpo_step(run, batch, step + 1, 2e-4 * min(1, (step + 1) / 5))
+            train.rl_step(run, batch, step + 1, 2e-4 * min(1, (step + 1) / 5))
         accuracy[method] = train.measure(run, held_out, guided=False)["accuracy"]
     print(accuracy)
     assert accuracy["sgpo"] > accuracy["base"] + 0.15
@@ -2558,7 +2573,7 @@ def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
     rows = [{k: v for k, v in row.items() if k not in ("strategy", "solution")} for row in tiny_rows(4)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run, examples = make_run(tmp_path, worker, "--data", path, "--method", "grpo", "--sft_fraction", 0)
-    metrics = train.sgpo_step(run, list(enumerate(examples)), 1, 1e-3)
+    metrics = train.rl_step(run, list(enumerate(examples)), 1, 1e-3)
     assert metrics["length_guided"] == metrics["distillation_loss"] == metrics["alpha"] == 0
 
 
@@ -2623,12 +2638,12 @@ def test_eval_script_writes_what_it_prints(tmp_path):
 
 def test_work_is_dealt_evenly_by_cost():
     costs = [1, 90, 2, 80, 3, 70, 4, 60]  # every second one is long: dealt in turn, one of two ranks would get all of them
-    assert parallel.deal(costs, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert parallel.balance(costs, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
     generator = random.Random(0)
     for _ in range(50):
         ranks, count = generator.randint(1, 6), generator.randint(0, 20)
         costs = [generator.paretovariate(1) for _ in range(count)]
-        shares = parallel.deal(costs, ranks)
+        shares = parallel.balance(costs, ranks)
         assert sorted(itertools.chain(*shares)) == list(range(count)) and len(shares) == ranks
         assert max(map(len, shares)) - min(map(len, shares)) <= 1 and (not count or 0 in shares[0])
         sums = [sum(costs[i] for i in share) for share in shares]
@@ -2826,14 +2841,15 @@ with parallel.whole_model(net) as policy:
         parallel.same_on_all_ranks(policy, cpu)
     except RuntimeError as error:
         print(f"rank {{rank}} found: {{error}}", flush=True)
-group = parallel.control_group()
-assert parallel.meet(group, rank, 1) == 1
+control = parallel.Control(1)
+assert control.barrier(rank) == 1
+control.timeout_minutes = 2 / 60
 if rank == 1:
     time.sleep(9)
 else:
     start = time.monotonic()
     try:
-        parallel.meet(group, 0, 2 / 60)
+        control.barrier()
     except parallel.RankLost as error:
         print("lost:", time.monotonic() - start < 8, error, flush=True)
 """)
@@ -2872,18 +2888,20 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "where, call, ends_at",
+    "module, where, call, ends_at",
     [
-        ("evaluate", 1, (0, 0)),  # the evaluation of the base model
-        ("sft_pair", 4, (2, 0)),  # a step of SFT, which is finished
-        ("sample_and_grade", 3, (2, 1)),  # sampling (the first call shows a sample), which is given up
-        ("update", 3, (2, 2)),  # an update, which is finished
-        ("evaluate", 6, (2, 2)),  # a periodic evaluation
-        ("save_model", 1, None),  # too late to be asked: the run ends by itself
+        (grading, "sample_records", 1, (0, 0)),  # the evaluation of the base model
+        (train, "sft_pair", 4, (2, 0)),  # a step of SFT, which is finished
+        (sgpo, "sample_and_grade", 2, (2, 1)),  # sampling, which is given up
+        (sgpo, "update", 3, (2, 2)),  # an update, which is finished
+        (grading, "sample_records", 6, (2, 2)),  # a periodic evaluation
+        (train, "save_model", 1, None),  # too late to be asked: the run ends by itself
     ],
 )
-def test_sigterm_then_resume_equals_an_uninterrupted_run(where, call, ends_at, uninterrupted, tmp_path, monkeypatch, capsys):
-    calls, ended, real = [], [], getattr(train, where)
+def test_sigterm_then_resume_equals_an_uninterrupted_run(
+    module, where, call, ends_at, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    calls, ended, real = [], [], getattr(module, where)
 
     def call_and_signal(*arguments, **settings):
         calls.append(where)
@@ -2893,12 +2911,12 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(where, call, ends_at, u
         ended.append(where)
         return result
 
-    monkeypatch.setattr(train, where, call_and_signal)
+    monkeypatch.setattr(module, where, call_and_signal)
     out = tmp_path / "run"
     train.main([*RESUMED.split(), "--checkpoint_minutes", "1e9", "--out", str(out)])
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert (len(calls) - len(ended)) == (where in ("evaluate", "sample_and_grade"))  # these are cut short at once
+    assert (len(calls) - len(ended)) == (where in ("sample_records", "sample_and_grade"))  # these are cut short at once
     if ends_at is None:
         assert (out / "model").exists()
         train.main(["--out", str(out), "--resume"])
@@ -2988,13 +3006,13 @@ def test_a_checkpoint_is_of_the_data_that_was_read_and_not_of_what_lies_there_la
     read = hashlib.sha256(data.read_bytes()).hexdigest()
     run, _ = make_run(tmp_path, worker, "--data", data, "--model", TINY_BASE)
     write_rows(data, tiny_rows(5))
-    train.save_progress(run)
-    _, state, _ = checkpoint.find_checkpoint(run.out / "checkpoints")
-    assert state["data"] == {"data": read} and state["commit"] == run.origin["commit"] != ""
+    run.folder.save(run.model, run.optimizer, run.progress)
+    _, state, _ = checkpoint.find_checkpoint(run.folder.out / "checkpoints")
+    assert state["data"] == {"data": read} and state["commit"] == run.folder.origin["commit"] != ""
     again, _ = make_run(tmp_path / "again", worker, "--data", data, "--model", TINY_BASE)
-    again.out = run.out
+    again.folder.out = run.folder.out
     with pytest.raises(ValueError, match=f"its data differs\n  data: '{read}' there, '"):
-        train.resume(again)
+        again.folder.resume(again.model, again.optimizer, print)
 
 
 def test_resuming_with_other_settings_or_data_is_an_error_that_shows_them(stopped, tmp_path, capsys):
@@ -3029,7 +3047,8 @@ def test_resuming_with_other_settings_or_data_is_an_error_that_shows_them(stoppe
 
 def test_two_processes_cannot_train_into_one_folder(stopped, capsys):
     before = (stopped / "metrics.jsonl").read_bytes()
-    other = "import sys, train, pathlib as p; f = train.lock(p.Path(sys.argv[1])); print('held' * bool(f), flush=True); input()"
+    other = "import sys, checkpoint, pathlib; held = checkpoint.lock(pathlib.Path(sys.argv[1])); "
+    other += "print('held' * bool(held), flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", other, stopped], cwd=ROOT, stdin=-1, stdout=-1, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(SystemExit, match="another process is training there"):
@@ -4958,7 +4977,7 @@ def _eval_scripted(monkeypatch, script, calls):
             on_row(row, member)
         return groups
 
-    monkeypatch.setattr(grading, "generate", sample)
+    monkeypatch.setattr(rollout, "generate", sample)
     config = types.SimpleNamespace(eos_ids=(0,), max_position_embeddings=4000)
     return types.SimpleNamespace(config=config)
 
@@ -4970,6 +4989,12 @@ def _eval_problems(count, strategy=None):
 EVAL_SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
 
 
+def _evaluated(model, problems, **settings):
+    """One rank's evaluation as the command makes it: figures with a vote, and the "responses" they are of."""
+    records = grading.sample_records(model, _eval_tokenizer(), problems, vote=True, **settings)
+    return grading.figures(records, voted=True) | {"responses": records}
+
+
 def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
     def script(prompt):  # problem 0: both right, one of them cut; 1: one right; 2: none
         return [["\\boxed{0}", "\\boxed{0} an~"], ["\\boxed{1}", "\\boxed{2}"], ["no", "\\boxed{2~"]][int(prompt[8])]
@@ -4977,9 +5002,7 @@ def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
     calls = []
     model = _eval_scripted(monkeypatch, script, calls)
     problems = _eval_problems(3)
-    result = grading.evaluate(
-        model, _eval_tokenizer(), problems, **EVAL_SETTINGS, worker=eval_worker, max_rows=4, keep_responses=True
-    )
+    result = _evaluated(model, problems, **EVAL_SETTINGS, worker=eval_worker, max_rows=4)
     assert result["accuracy"] == pytest.approx(0.5) and result["pass_at_n"] == pytest.approx(2 / 3)
     assert result["truncation"] == pytest.approx(2 / 6)
     assert result["tokens"] == pytest.approx((10 + 12 + 10 + 10 + 3 + 8) / 6)  # the end token counts, the cut has none
@@ -4998,7 +5021,7 @@ def test_evaluate_seeds_follow_the_problem_not_the_batch(monkeypatch, eval_worke
         calls = []
         model = _eval_scripted(monkeypatch, lambda prompt: ["x", "x"], calls)
         settings = EVAL_SETTINGS | changes
-        grading.evaluate(model, _eval_tokenizer(), problems, **settings, worker=eval_worker, max_rows=max_rows)
+        _evaluated(model, problems, **settings, worker=eval_worker, max_rows=max_rows)
         return [seed for call in calls for seed in call["seed"]]
 
     problems = _eval_problems(5)
@@ -5011,12 +5034,12 @@ def test_evaluate_guided(monkeypatch, eval_worker):
     calls = []
     model = _eval_scripted(monkeypatch, lambda prompt: ["\\boxed{0}"] * 2, calls)
     guided = _eval_problems(1, grading.Strategy("sum of two", "Add.", ("Add them.",)))
-    grading.evaluate(model, _eval_tokenizer(), guided, **EVAL_SETTINGS, worker=eval_worker, guided=True)
-    grading.evaluate(model, _eval_tokenizer(), guided, **EVAL_SETTINGS, worker=eval_worker)
+    _evaluated(model, guided, **EVAL_SETTINGS, worker=eval_worker, guided=True)
+    _evaluated(model, guided, **EVAL_SETTINGS, worker=eval_worker)
     texts = ["".join(map(chr, call["prompts"][0])) for call in calls]
     assert "sum of two" in texts[0] and "sum of two" not in texts[1]
     with pytest.raises(ValueError, match="no strategy, the first is 'r0'"):
-        grading.evaluate(model, _eval_tokenizer(), _eval_problems(2), **EVAL_SETTINGS, worker=eval_worker, guided=True)
+        _evaluated(model, _eval_problems(2), **EVAL_SETTINGS, worker=eval_worker, guided=True)
     assert len(calls) == 2
 
 
@@ -5024,10 +5047,10 @@ def test_evaluate_refuses_before_sampling(monkeypatch, eval_worker):
     calls = []
     model = _eval_scripted(monkeypatch, lambda prompt: ["x"] * 2, calls)
     with pytest.raises(ValueError, match="no problems"):
-        grading.evaluate(model, _eval_tokenizer(), [], **EVAL_SETTINGS, worker=eval_worker)
+        _evaluated(model, [], **EVAL_SETTINGS, worker=eval_worker)
     model.config.max_position_embeddings = 20
     with pytest.raises(ValueError, match="'r0': its prompt of .* fills the context of 20"):
-        grading.evaluate(model, _eval_tokenizer(), _eval_problems(1), **EVAL_SETTINGS, worker=eval_worker)
+        _evaluated(model, _eval_problems(1), **EVAL_SETTINGS, worker=eval_worker)
     assert calls == []
 
 
@@ -5040,10 +5063,10 @@ def test_evaluate_with_a_real_model(eval_worker):
     generator = torch.Generator().manual_seed(0)
     config = ModelConfig.from_dict(raw)
     model = build_model(config, generator=generator, dtype=torch.float32, device=torch.device("cpu"))
-    args = dict(EVAL_SETTINGS, temperature=1.0, top_p=1.0, worker=eval_worker, keep_responses=True)
+    args = dict(EVAL_SETTINGS, temperature=1.0, top_p=1.0, worker=eval_worker)
     problems = _eval_problems(3)
-    one, two = (grading.evaluate(model, _eval_tokenizer(), problems, **args, max_rows=b) for b in (1, 6))
-    assert one == two != grading.evaluate(model, _eval_tokenizer(), problems, **(args | {"seed": 4}))
+    one, two = (_evaluated(model, problems, **args, max_rows=b) for b in (1, 6))
+    assert one == two != _evaluated(model, problems, **(args | {"seed": 4}))
     room = 100 - len(grading.encode_chat(_eval_tokenizer(), grading.auto_messages(problems[0].problem)))
     assert 1 < room < 50  # so the context ends a response before max_new_tokens does
     samples = [sample for row in one["responses"] for sample in row["samples"]]
@@ -5742,7 +5765,7 @@ def _eval_results(correct, file="x/math500.jsonl", *, n=4, guided=False, model="
         {"id": problem, "majority": 0, "samples": [
             {"correct": i < count, "truncated": False, "timed_out": False, "length": 9} for i in range(n)]}
         for problem, count in correct.items()
-    ])  # fmt: skip
+    ], voted=True)  # fmt: skip
     settings = {"data_sha256": "d" * 64, "max_new_tokens": 32_768}
     config = {"model": model, "temperature": 0.6, "top_p": 0.95, "guided": guided}
     assert not changes.keys() - config.keys() - settings.keys() - {"problems"}
@@ -5906,7 +5929,7 @@ def _eval_benchmarks(tmp_path, *names):
 def test_benchmarks_have_the_papers_settings_and_others_small_ones(monkeypatch, tmp_path):
     calls, arguments = _eval_command(monkeypatch, tmp_path)
     del arguments[2:4]  # --n 2
-    monkeypatch.setattr(grading, "figures", lambda records: {})  # the scripted sampler has two responses, not 32
+    monkeypatch.setattr(grading, "figures", lambda records, **_: {})  # the scripted sampler has two responses, not 32
     folder = _eval_benchmarks(tmp_path, "math500", "amc23", "olympiad", "aime24", "aime25", "minerva")
     own = _eval_file(tmp_path, _eval_row(1))
     with MathWorker() as worker:
@@ -6011,10 +6034,10 @@ def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_work
     def full(record):
         raise OSError("disk full")
 
-    monkeypatch.setattr(grading, "generate", sample)
+    monkeypatch.setattr(rollout, "generate", sample)
     with pytest.raises(OSError, match="disk full"):
         settings = EVAL_SETTINGS | {"n": 1}
-        grading.evaluate(model, _eval_tokenizer(), _eval_problems(50), **settings, worker=eval_worker, on_problem=full)
+        _evaluated(model, _eval_problems(50), **settings, worker=eval_worker, on_problem=full)
     assert len(sampled) < 10
 
 
@@ -6030,7 +6053,7 @@ def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
     model = _eval_scripted(monkeypatch, lambda prompt: responses, [])
     problem = grading.Problem("r", "Expand.", "x^2+2x+1", None, None)
     settings = EVAL_SETTINGS | {"n": 3}
-    result = grading.evaluate(model, _eval_tokenizer(), [problem], **settings, worker=worker, keep_responses=True)
+    result = _evaluated(model, [problem], **settings, worker=worker)
     (record,) = result["responses"]
     assert [sample["timed_out"] for sample in record["samples"]] == [True, False, True]
     assert [sample["correct"] for sample in record["samples"]] == [False, True, False]
@@ -6251,7 +6274,7 @@ def test_work_left_is_dealt_to_all_ranks(monkeypatch):
     parts = [grading.Part("a", False, 1, 9, problems[:4], {"a": 1}), grading.Part("b", True, 2, 9, problems[4:], {"b": 1})]
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(grading, "world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 2))
         shares.append(grading._my_share(parts, {(0, "2"): b"", (1, "4"): b""}))
     done = [(part.file, problem.id) for share in shares for part, own in share for problem in own]
     assert sorted(done) == [("a", "0"), ("a", "1"), ("a", "3"), ("b", "5"), ("b", "6")]
@@ -6260,7 +6283,7 @@ def test_work_left_is_dealt_to_all_ranks(monkeypatch):
     assert sorted(cost) == [90 + 6, 120 + 6 + 5]
 
 
-def test_ranks_meet_before_anybody_writes_and_before_the_merge(monkeypatch, tmp_path):
+def test_ranks_wait_before_anybody_writes_and_before_the_merge(monkeypatch, tmp_path):
     _, arguments = _eval_command(monkeypatch, tmp_path, "--data", str(_eval_both_rows(tmp_path)))
     events = []
 
@@ -6268,10 +6291,11 @@ def test_ranks_meet_before_anybody_writes_and_before_the_merge(monkeypatch, tmp_
         events.append(name)
         return call(*args)
 
-    for name in ("read_responses", "meet", "sample_parts", "merge_responses"):
+    for name in ("read_responses", "sample_parts", "merge_responses"):
         monkeypatch.setattr(grading, name, partial(noted, name, getattr(grading, name)))
+    monkeypatch.setattr(parallel.Control, "barrier", lambda self: events.append("barrier"))
     grading.main(arguments)
-    assert events == ["read_responses", "meet", "sample_parts", "meet", "merge_responses", "read_responses"]
+    assert events == ["read_responses", "barrier", "sample_parts", "barrier", "merge_responses", "read_responses"]
 
 
 # ------------------------------------------------------------------------------------------------ plain math-verify
@@ -7824,10 +7848,10 @@ def planned_run(shape, **settings):
     generator = torch.Generator().manual_seed(0)
     model = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=torch.float32, device=CPU)
     model.model.recompute = cfg.recompute
-    parallel.shard(model, device=CPU, dtype=train.compute_dtype(cfg, CPU), shard_ranks=cfg.shard_ranks, offload=False)
+    parallel.shard(model, device=CPU, dtype=parallel.compute_dtype(cfg.dtype, CPU), shard_ranks=cfg.shard_ranks, offload=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    run = train.Run(cfg, model, None, optimizer, None, CPU, Path("."), None, {})
-    train.update(run, planned_samples(run, 1, 3, 3, 2, 4), 1e-6)
+    run = SimpleNamespace(cfg=cfg, model=model, optimizer=optimizer)
+    update(run, planned_samples(run, 1, 3, 3, 2, 4), 1e-6)
     return run
 
 
@@ -7846,7 +7870,7 @@ def planned_samples(run, problems, prompt, guided, shortest, longest):
             for c, n in zip(contexts, (run.cfg.group_auto, run.cfg.group_guided), strict=True)
         ]
         rewards = [float(i % 2) for i in range(run.cfg.group_auto)]
-        sample = train.ProblemSamples(p, train.Example(None, *contexts, None), *groups, rewards, [])
+        sample = sgpo.ProblemSamples(p, sgpo.Example(None, *contexts, None), *groups, rewards, [])
         sample.advantages = weighting.group_advantages(torch.tensor([rewards]))[0].tolist()
         sample.alpha, sample.target = 0.5, p % run.cfg.group_guided
         samples.append(sample)
@@ -7863,15 +7887,15 @@ def packed_pass(contexts, responses, distillation, first):
 
 def planned_passes(run, samples):
     """Every forward and backward pass that train.update makes of these samples."""
-    rows = [item.trajectory for item in train.policy_items(samples, run.cfg)]
+    rows = [item.trajectory for item in sgpo.policy_items(samples, run.cfg)]
     contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     for part in micro_batches(costs, run.cfg.micro_tokens, rollout.shared_tokens(contexts)):
         yield packed_pass([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
-    targets = train.target_items(samples, run.cfg)
-    costs = [len(t.auto_ids) + len(t.guided_ids) + 2 * len(t.response_ids) for t in targets]
+    targets = [(s.example.auto_ids, s.example.guided_ids, s.guided[s.target].response_ids) for s in samples]
+    costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
     for part in micro_batches(costs, run.cfg.micro_tokens):
-        yield packed_pass([targets[i].auto_ids for i in part], [targets[i].response_ids for i in part], True, False)
+        yield packed_pass([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
 
 
 SMALL_HEAD = dict(
@@ -7896,7 +7920,7 @@ PLANNED = {  # name: (shape, settings, problems)
 
 
 def planned_job(run, ranks=1, shard_ranks=1):
-    dtype = train.compute_dtype(run.cfg, CPU)
+    dtype = parallel.compute_dtype(run.cfg.dtype, CPU)
     return plan.Job(
         plan.shape_of(run.model.config), dtype.itemsize, shard_ranks, shard_ranks < ranks, kernel=False, cuda=False,
         recompute=run.cfg.recompute, offload=False, chunk_tokens=run.cfg.chunk_tokens, temperature=run.cfg.temperature,
@@ -7912,7 +7936,7 @@ def planned_sampling(run, samples):
         settings = dict(temperature=1.0, top_p=1.0, eos_ids=[-1], seed=0, max_rows=run.cfg.max_rows)
         with parallel.whole_model(run.model) as policy:
             generate(policy, prompts, n=counts, max_new_tokens=6, **settings)
-            train.unguided_logprobs(run, policy, samples)
+            sgpo.unguided_logprobs(run.cfg, policy, samples)
 
     pairs = [(s.example.auto_ids, row.response_ids) for s in samples for row in s.guided]
     costs, saved = [len(a) + len(b) for a, b in pairs], rollout.shared_tokens([a for a, _ in pairs])
@@ -7932,7 +7956,7 @@ def planned_update(run, samples, ranks=1, shard_ranks=1):
     job = planned_job(run, ranks, shard_ranks)
     peaks = [plan.peak(plan.update_moments(job, one)) for one in planned_passes(run, samples)]
     name, total = max(peaks, key=lambda item: item[1])
-    return total - sum(plan.resident(job).values()), live_bytes(lambda: train.update(run, samples, 1e-6)), name
+    return total - sum(plan.resident(job).values()), live_bytes(lambda: update(run, samples, 1e-6)), name
 
 
 def print_planned(setting, part, predicted, measured, name):
@@ -7967,7 +7991,7 @@ def rank_of_eight():
 
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     torch.set_num_threads(1)
-    train.apply_gradients = lambda run, *_, **__: run.optimizer.zero_grad() or 0.0  # what the others hold is not there
+    sgpo.apply_gradients = lambda model, optimizer, *_: optimizer.zero_grad() or 0.0  # what the others hold is not there
     for shard_ranks in (0, 4):
         settings = dict(micro_tokens=200, chunk_tokens=32, recompute=True, dtype="bfloat16", shard_ranks=shard_ranks)
         run = planned_run(WIDE_BLOCKS, group_auto=4, group_guided=1, **settings)

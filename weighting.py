@@ -4,16 +4,18 @@ Pure functions of rewards and log-probabilities; no model, no text. Imports no s
 alone. Axes: P problems, G autonomous group (8), J guided group (4). Symbols as in the paper (arXiv 2606.24064).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """GRPO's group-relative advantage, A_i = (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G).
+    """GRPO's group-relative advantage A_i of [eq 1]: (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G).
 
-    The standard deviation is the unbiased one (divisor G - 1) and eps is 1e-6: ours, after the framework the paper trained
-    with. A group of equal rewards, all right or all wrong, gets exactly zero. Truncated responses are in the mean like any
-    other: dropping them first would favour problems whose failures run long. ValueError where G < 2.
+    The standard deviation is the unbiased one (divisor G - 1) and eps is 1e-6 [ours], as in the framework that the paper
+    trained with. A group of equal rewards, all right or all wrong, gets exactly zero. Truncated responses are in the mean like
+    any other: dropping them first would favour problems whose failures run long. ValueError if G < 2.
 
     scale_by_std=False gives r_i - mean, the form of LUFFY (whose group is 7 rollouts and the demonstration) and HPT [code].
     """
@@ -21,13 +23,15 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
         raise ValueError(f"rewards must be (problems, group of at least 2), got shape {tuple(rewards.shape)}")
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
-    return centred / (rewards.std(dim=1, keepdim=True, correction=1) + eps) if scale_by_std else centred
+    if not scale_by_std:
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True, correction=1) + eps)  # A_i [eq 1]
 
 
 def instance_weight(
     p_auto: Tensor, p_guide: Tensor, alpha_0: float = 0.5, gamma: float = 0.1, alpha_max: float = 0.8
 ) -> Tensor:
-    """The adaptive weight of the distillation term, one per problem [paper]:
+    """The adaptive weight of the distillation term, one per problem [eq 6]:
 
         alpha(q) = clip( alpha_0 * (p_guide - p_auto + gamma) / (p_auto + gamma), 0, alpha_max )
 
@@ -37,25 +41,33 @@ def instance_weight(
     """
     p_auto, p_guide = torch.as_tensor(p_auto).float(), torch.as_tensor(p_guide).float()
     alpha = alpha_0 * (p_guide - p_auto + gamma) / (p_auto + gamma)
-    return alpha.clamp(0.0, alpha_max)
+    return alpha.clamp(0.0, alpha_max)  # [eq 6]
 
 
 def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
-    """The index of o+: of the correct guided trajectories the one the UNGUIDED policy finds most probable [paper].
+    """The index of o+: of the correct guided trajectories the one the UNGUIDED policy finds most probable [eq 4].
 
-    logprobs (J,): log pi(o~_j | q), each trajectory's log-probability without the strategy in the context: summed over its
-    tokens (ours, the paper does not say), or the mean per token where the caller passes that. correct (J,) bool. None where
-    no guided trajectory is correct: the distillation term of that problem is then zero. Ties go to the first.
+    logprobs (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the context, summed over its
+    tokens, or the mean per token if the caller passes that [ours]. correct (J,) bool. None if no guided trajectory is
+    correct: that problem then has no distillation term [alg 1]. Ties go to the first.
     """
     if logprobs.shape != correct.shape or logprobs.dim() != 1:
         raise ValueError(f"logprobs {tuple(logprobs.shape)} and correct {tuple(correct.shape)} must both be (J,)")
     if not bool(correct.any()):
         return None
-    return int(logprobs.masked_fill(~correct.bool(), float("-inf")).argmax())
+    return int(logprobs.masked_fill(~correct.bool(), float("-inf")).argmax())  # o+ [eq 4]
+
+
+def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], target: int | None) -> float:
+    """Nats by which o+ is more reachable than the correct guided trajectories are on average; 0 without one. A diagnostic."""
+    if target is None:
+        return 0.0
+    correct = [logprob for logprob, reward in zip(logprobs, rewards, strict=True) if reward > 0]
+    return logprobs[target] - sum(correct) / len(correct)
 
 
 # ---------------------------------------------------------------------------------------------------- ablations
-# What the paper compares alpha(q) and o+ with. It names them without a formula: the formulas are ours.
+# What alpha(q) and o+ are compared with, in forms of our own: the paper's group-advantage weight is its [eq 8], not this one.
 
 
 def group_advantage_weight(
@@ -73,7 +85,7 @@ def group_advantage_weight(
 
 
 def random_target(correct: Tensor, generator: torch.Generator) -> int | None:
-    """The index of one correct guided trajectory, drawn uniformly; correct (J,) bool. None where there is none. [paper]"""
+    """The index of one correct guided trajectory, drawn uniformly; correct (J,) bool. None if there is none. [ours]"""
     indices = correct.nonzero()[:, 0]
     if not len(indices):
         return None
