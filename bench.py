@@ -55,10 +55,11 @@ import rollout
 import train
 from eval import Problem
 from grader import MathWorker
+from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
 from parallel import control_group, shard, start_ranks, whole_model
-from rollout import generate, pack
+from rollout import Trajectory, generate, pack
 from weighting import group_advantages
 
 PARTS = ("sampler", "update", "step", "head")  # what one run measures; "growth" is for --only
@@ -535,7 +536,7 @@ def bench_sampler(args, device: torch.device) -> dict[str, Any]:
     limits = machine_limits(dtype, device)
     results = [sampler_workload(*pair, workload, limits, args, device) for workload in workloads]
     prefill = bench_prefill(pair[0], make_prompts(workloads[-1], pair[0].config.vocab_size, args.seed), limits, args, device)
-    graphs = rollout.decode_kernel(device, pair[0].config.head_dim) is not None
+    graphs = decode_kernel(device, pair[0].config.head_dim) is not None
     figures = {"model": raw, "cuda_graphs": graphs, "limits": limits, "checks": checks}
     return figures | {"prefill": prefill, "workloads": results}
 
@@ -650,7 +651,7 @@ def make_rollouts(workload: Workload, model: CausalLM, args) -> list[train.Probl
         old = token_logprobs(logits, packed.targets).tolist()
         rows = []
         for response in responses:
-            rows.append(rollout.Trajectory(prompt, response, old[: len(response)], True, p))
+            rows.append(Trajectory(prompt, response, old[: len(response)], True, p))
             old = old[len(response) :]
         rewards = [float(i % 2) for i in range(len(rows))]
         sample = train.ProblemSamples(p, train.Example(None, prompt, None, None), rows, [], rewards, [])

@@ -56,6 +56,7 @@ import eval as grading
 import extract
 import faults
 import grader
+import kv_cache
 import loss as losses
 import model as models
 import parallel
@@ -236,7 +237,7 @@ def test_packed_equals_each_sequence_alone(reference):
 
 def fill_cache(net, prompts, members, pages):
     """A cache with these prompts, `members` rows reading each of them: (cache, rows, the logits of the prompts' tokens)."""
-    cache = rollout.PagedCache(net.config, pages, dtype=torch.float32, device=CPU)
+    cache = kv_cache.PagedCache(net.config, pages, dtype=torch.float32, device=CPU)
     cache.store[:] = math.nan  # memory that was never written may hold anything
     entries = [cache.add_prompt(len(prompt)) for prompt in prompts]
     logits = net(torch.tensor([sum(prompts, [])]), lengths=[len(p) for p in prompts], cache=cache.prefill(entries))
@@ -250,7 +251,7 @@ def fill_cache(net, prompts, members, pages):
 
 def decode_step(net, cache, rows, tokens):
     for row in rows:
-        if row.written % rollout.PAGE == 0:
+        if row.written % kv_cache.PAGE == 0:
             cache.grow(row)
     positions = torch.tensor([[row.prompt.length + row.written] for row in rows])
     logits = net(torch.tensor(tokens)[:, None], positions, cache=cache.decode(rows))[:, 0]
@@ -265,7 +266,7 @@ def decode_step(net, cache, rows, tokens):
 def test_paged_decoding_equals_transformers(reference, page, monkeypatch):
     """Ragged prompts, groups of two, rows that leave while others go on (so that pages move), and one that comes later."""
     theirs, ours, _ = reference
-    monkeypatch.setattr(rollout, "PAGE", page)
+    monkeypatch.setattr(kv_cache, "PAGE", page)
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 9, 4)]
     cache, rows, logits = fill_cache(ours, prompts, members=2, pages=200)
     want = torch.cat([theirs(torch.tensor([prompt])).logits[0] for prompt in prompts])
@@ -281,8 +282,8 @@ def test_paged_decoding_equals_transformers(reference, page, monkeypatch):
         for b, row in enumerate(rows):
             want = theirs(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, -1]
             torch.testing.assert_close(got[b], want, atol=1e-4, rtol=1e-4)
-        owned = sum(rollout.pages_for(row.written) for row in rows) + sum(
-            rollout.pages_for(prompt.length) for prompt in {row.prompt for row in rows}
+        owned = sum(kv_cache.pages_for(row.written) for row in rows) + sum(
+            kv_cache.pages_for(prompt.length) for prompt in {row.prompt for row in rows}
         )
         assert cache.free == 200 - owned  # nothing is leaked and nothing is taken twice
     for row in rows:
@@ -309,8 +310,6 @@ def test_paged_attention_kernel():
 
 
 def check_paged_attention_kernel():  # in a process of its own: Triton reads TRITON_INTERPRET when it is imported
-    from paged_attention import paged_attention
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompt, own = torch.tensor([1, 16, 17, 33, 0]), torch.tensor([1, 5, 16, 10, 20])
     tolerances = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -331,7 +330,7 @@ def check_paged_attention_kernel():  # in a process of its own: Triton reads TRI
             kv.transpose(2, 3)[:, ~used] = math.nan  # what holds no token is never read
             arguments = [x.to(device) for x in (q, kv, table, prompt, own)]
             for splits in (1, 3, 8):
-                got = paged_attention(*arguments, splits).cpu()
+                got = kv_cache.paged_attention(*arguments, splits).cpu()
                 torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
@@ -339,13 +338,13 @@ def test_page_attention_without_the_cpu_kernel():
     q, k, v = torch.randn(3, 5, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     mask = torch.zeros(5, 1, 1, 4)
     mask[0, ..., 2:] = mask[3, ..., 1:] = -math.inf
-    out, lse = rollout.page_attention(q, k, v, mask)
+    out, lse = kv_cache.page_attention(q, k, v, mask)
     meta = SimpleNamespace(type="other")
 
     class Elsewhere(torch.Tensor):
         device = meta
 
-    other_out, other_lse = rollout.page_attention(q.as_subclass(Elsewhere), k, v, mask)
+    other_out, other_lse = kv_cache.page_attention(q.as_subclass(Elsewhere), k, v, mask)
     torch.testing.assert_close(other_out.as_subclass(torch.Tensor), out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other_lse.as_subclass(torch.Tensor), lse, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5, rtol=1e-5)
@@ -792,7 +791,7 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
     for p, group in enumerate(groups):
         for i, row in enumerate(group):
             own_stream = np.random.Generator(np.random.Philox(key=np.array([4 + p, i], dtype=np.uint64)))
-            uniforms = own_stream.random(rollout.PAGE).tolist()
+            uniforms = own_stream.random(kv_cache.PAGE).tolist()
             ids, logprobs, done = reference_sampler(theirs, PROMPTS[p], uniforms, **settings)
             assert (row.prompt_ids, row.response_ids, row.finished, row.group) == (PROMPTS[p], ids, done, p)
             assert row.logprobs == pytest.approx(logprobs, abs=1e-3)
@@ -829,7 +828,8 @@ def test_same_seed_same_rows_whatever_the_batch(small_model):
 @pytest.mark.usefixtures("decode_way")
 def test_a_small_cache_makes_rows_wait_and_never_changes_them(small_model, monkeypatch):
     """9 rows of up to 57 tokens in a cache that holds a few: rows wait, are put back, and end as they would have alone."""
-    monkeypatch.setattr(rollout, "PAGE", 4)
+    for module in (kv_cache, rollout):
+        monkeypatch.setattr(module, "PAGE", 4)
     settings = dict(n=3, max_new_tokens=50, temperature=1.0, top_p=1.0, eos_ids=(3, 20), seed=[1, 2, 3])
     want = [[row.response_ids for row in group] for group in generate(small_model, PROMPTS, **settings)]
     assert max(len(ids) for group in want for ids in group) == 50
@@ -1007,10 +1007,10 @@ def on_both():
 
 def test_gpu_samples_what_the_cpu_samples(on_both, monkeypatch):
     cpu, gpu = on_both
-    captured, capture = [], rollout.FixedStep.capture
-    monkeypatch.setattr(rollout.FixedStep, "capture", lambda self: (captured.append(self.places), capture(self)))
+    captured, capture = [], kv_cache.FixedStep.capture
+    monkeypatch.setattr(kv_cache.FixedStep, "capture", lambda self: (captured.append(self.places), capture(self)))
     settings = dict(n=6, max_new_tokens=40, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=[1, 2, 3])
-    for change in ({}, {"top_p": 0.9, "temperature": 0.7}, {"max_rows": 5}, {"cache_tokens": 9 * rollout.PAGE}):
+    for change in ({}, {"top_p": 0.9, "temperature": 0.7}, {"max_rows": 5}, {"cache_tokens": 9 * kv_cache.PAGE}):
         want, got = (generate(net, PROMPTS, **{**settings, **change}) for net in (cpu, gpu))
         rows = [list(itertools.chain(*groups)) for groups in (want, got)]
         assert [row.response_ids for row in rows[0]] == [row.response_ids for row in rows[1]]
@@ -2593,9 +2593,10 @@ def test_every_script_has_help(script):
     assert done.returncode == 2 and "unrecognized arguments: --no_such_flag" in done.stderr
 
 
-@pytest.mark.parametrize("leaf", ["model", "rollout", "loss", "weighting", "strategy", "checkpoint", "stats", "grader"])
+@pytest.mark.parametrize("leaf", "model kv_cache rollout loss weighting strategy checkpoint stats grader".split())
 def test_each_leaf_imports_alone_from_an_empty_folder(leaf, tmp_path):
-    shutil.copy(ROOT / f"{leaf}.py", tmp_path)
+    for name in {"rollout": ("rollout", "kv_cache")}.get(leaf, (leaf,)):  # the sampler is copied with its cache
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
     torch_alone, nothing = "('torch',)", "()"
     allowed = {"strategy": nothing, "stats": nothing, "grader": nothing, "loss": torch_alone, "weighting": torch_alone}
     allowed = allowed.get(leaf, "('torch', 'safetensors')")
@@ -7910,7 +7911,7 @@ def planned_sampling(run, samples):
     costs, saved = [len(a) + len(b) for a, b in pairs], rollout.shared_tokens([a for a, _ in pairs])
     parts = micro_batches(costs, run.cfg.micro_tokens, saved)
     scored = max(packed_pass(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
-    pages = sum(rollout.pages_for(len(prompt)) + 2 for prompt in prompts) + min(run.cfg.max_rows, sum(counts))
+    pages = sum(kv_cache.pages_for(len(prompt)) + 2 for prompt in prompts) + min(run.cfg.max_rows, sum(counts))
     job, rows = planned_job(run), min(run.cfg.max_rows, sum(counts))
     moments = plan.sampling_moments(
         job, pages=pages, rows=rows, prefill_tokens=sum(map(len, prompts)), prompts=len(prompts), scored_tokens=scored
@@ -8057,8 +8058,8 @@ def test_plan_largest_values_are_the_edge(name, gpus, settings):
     assert length % 64 == 0 and smooth(replace(settings, max_new_tokens=length))
     assert length > config.max_position_embeddings - 300 or not smooth(replace(settings, max_new_tokens=length + 64))
     many = replace(settings, problems_per_step=10_000 * gpus)  # more rows than fit: only --max_rows bounds them
-    prompts = sum(rollout.pages_for(prompt) for prompt, _ in plan.groups_of(settings, workload, gpus))
-    own = rollout.pages_for(min(settings.max_new_tokens, config.max_position_embeddings - 500))
+    prompts = sum(kv_cache.pages_for(prompt) for prompt, _ in plan.groups_of(settings, workload, gpus))
+    own = kv_cache.pages_for(min(settings.max_new_tokens, config.max_position_embeddings - 500))
     room = plan.memory_of(shape, many, workload, gpus, budget).cache.room
     assert prompts + made.largest_rows * own <= room < prompts + (made.largest_rows + 1) * own
 

@@ -45,6 +45,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 from eval import Problem, evaluate, load_problems, sample_and_grade
 from grader import MathWorker, is_correct
+from kv_cache import decode_kernel, smallest_cache
 from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, sft_terms
 from model import CausalLM, blank_model, encode_chat, packed_kernel, resolve_model, save_model
 from parallel import (
@@ -65,7 +66,7 @@ from parallel import (
     world,
 )
 from plan import Hardware, Workload, add_flags, print_plan
-from rollout import Packed, Trajectory, decode_kernel, micro_batches, pack, shared_tokens, smallest_cache
+from rollout import Packed, Trajectory, micro_batches, pack, shared_tokens
 from strategy import auto_messages, guided_messages
 from weighting import (
     group_advantage_weight,
