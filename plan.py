@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from kv_cache import PAGE, pages_for, places_for
+from kv_cache import PAGE, padded_batch_size, pages_for
 from model import KNOWN_FAMILIES, CausalLM, ModelConfig
 from rollout import PREFILL_TOKENS
 
@@ -404,7 +404,7 @@ def sampling_moments(
     # more in fp64, which the sum over a block of the vocabulary makes on the way
     drawn = V * (16 + (e if e != 4 or job.temperature != 1 else 0))
     # every size of a decode step that was captured keeps its logits
-    graphs = sum(V * e * places for places in {places_for(n) for n in range(1, rows + 1)}) if job.cuda else 0
+    graphs = sum(V * e * batch for batch in {padded_batch_size(n) for n in range(1, rows + 1)}) if job.cuda else 0
     forward = working_per_token(config, e) + 2 * e * config.head_dim + 8  # with cosines, sines and positions
     chunk = 8 * V * min(job.chunk_tokens, scored_tokens)  # fp32 logits and log-probabilities
     return {
