@@ -63,7 +63,7 @@ class Row(Response):
 
     def uniform(self) -> float:
         """The random number for its next token, from a stream of its own: it does not depend on any other row."""
-        if self.drawn % PAGE == 0:
+        if self.drawn % PAGE == 0:  # many at once, because a call for each is slow
             self.uniforms = self.generator.random(PAGE).tolist()
         return self.uniforms[self.drawn % PAGE]
 
