@@ -50,11 +50,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import rollout
+from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
 from parallel import shard, start_ranks, whole_model
-from rollout import generate, pack
+from rollout import Trajectory, generate, pack
 from sgpo import Example, Method, ProblemSamples, sgpo_step, update
 from weighting import group_advantages
 
@@ -261,23 +261,9 @@ def make_lengths(workload: Workload, seed: int) -> list[int]:
     return lengths
 
 
-@contextlib.contextmanager
-def prescribed(lengths: Sequence[int], group: int):
-    """Our sampler's rows end where `lengths` says, by a token put in the place of the sampled one."""
-    draw = rollout._Sampler.draw
-
-    def draw_and_end(self, rows, logits):
-        token = draw(self, rows, logits)
-        for b, row in enumerate(rows):
-            if row.drawn == lengths[row.group * group + row.member]:
-                token[b] = 0
-        return token
-
-    rollout._Sampler.draw = draw_and_end
-    try:
-        yield
-    finally:
-        rollout._Sampler.draw = draw
+def prompt_seeds(seed: int, prompts) -> list[int]:
+    """The seed of each prompt for rollout.generate."""
+    return [seed * 1_000_003 + p for p in range(len(prompts))]
 
 
 def sample_ours(model: CausalLM, prompts, eos_ids, *, n, max_new_tokens, temperature, seed, lengths=None) -> list[list[int]]:
@@ -285,11 +271,11 @@ def sample_ours(model: CausalLM, prompts, eos_ids, *, n, max_new_tokens, tempera
 
     lengths: instead of by eos_ids and max_new_tokens, each response ends at its length.
     """
-    limits = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, eos_ids=eos_ids)
+    limits = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids)
     if lengths is not None:
-        limits |= dict(max_new_tokens=max(lengths), eos_ids=[0])
-    with prescribed(lengths, n) if lengths is not None else contextlib.nullcontext():
-        groups = generate(model, prompts, **limits, seed=seed)
+        rows = [lengths[start : start + n] for start in range(0, len(lengths), n)]
+        limits = dict(max_new_tokens=rows, eos_ids=[model.config.vocab_size])
+    groups = generate(model, prompts, n=n, temperature=temperature, top_p=1.0, seed=prompt_seeds(seed, prompts), **limits)
     return [trajectory.response_ids for group in groups for trajectory in group]
 
 
@@ -407,7 +393,7 @@ def check_logprobs(ours, theirs, prompts, max_new_tokens: int, seed: int, tolera
     never = [theirs.config.vocab_size]
     limits = dict(n=2, max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
     worst, count = 0.0, 0
-    for group in generate(ours, prompts, **limits, eos_ids=never, seed=seed):
+    for group in generate(ours, prompts, **limits, eos_ids=never, seed=prompt_seeds(seed, prompts)):
         for row in group:
             reference = teacher_forced(theirs, row.prompt_ids, row.response_ids)
             tokens = torch.tensor(row.response_ids, device=theirs.device)
@@ -532,7 +518,7 @@ def bench_sampler(args, device: torch.device) -> dict[str, Any]:
     limits = machine_limits(dtype, device)
     results = [sampler_workload(*pair, workload, limits, args, device) for workload in workloads]
     prefill = bench_prefill(pair[0], make_prompts(workloads[-1], pair[0].config.vocab_size, args.seed), limits, args, device)
-    graphs = rollout.decode_kernel(device, pair[0].config.head_dim) is not None
+    graphs = decode_kernel(device, pair[0].config.head_dim) is not None
     figures = {"model": raw, "cuda_graphs": graphs, "limits": limits, "checks": checks}
     return figures | {"prefill": prefill, "workloads": results}
 
@@ -645,7 +631,7 @@ def make_rollouts(workload: Workload, model: CausalLM, args) -> list[ProblemSamp
         old = token_logprobs(logits, packed.targets).tolist()
         rows = []
         for response in responses:
-            rows.append(rollout.Trajectory(prompt, response, old[: len(response)], True, p))
+            rows.append(Trajectory(prompt, response, old[: len(response)], True, p))
             old = old[len(response) :]
         rewards = [float(i % 2) for i in range(len(rows))]
         sample = ProblemSamples(p, Example(None, prompt, None, None), rows, [], rewards, [])

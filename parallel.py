@@ -13,7 +13,7 @@ Three rules keep the ranks together, and each has its function here:
 
 What it is not: tensor, pipeline or context parallelism. A sequence and the activations of its micro-batch fit on one GPU.
 
-Imports model.py.
+Imports model.py and, to say which kernel is taken, kv_cache.py.
 """
 
 import math
@@ -34,8 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from kv_cache import decode_kernel
 from model import CausalLM, ModelConfig, inverse_frequencies, packed_kernel, read_weights
-from rollout import decode_kernel
 
 
 def start_ranks(device: str, timeout_minutes: float) -> torch.device:

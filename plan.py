@@ -5,17 +5,17 @@
     python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8 --gpu_memory 80     the same, with all of train.py's flags
 
 Only a config.json is read: no weights, no GPU. Settings have train.py's names and defaults. Memory is counted tensor by tensor
-at the moments where it can be largest (`sampling_moments`, `update_moments`), as model.py, rollout.py, loss.py, parallel.py
-and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 2 % of the measured peak
+at the moments where it can be largest (`sampling_moments`, `update_moments`), as model.py, kv_cache.py, rollout.py, loss.py,
+parallel.py and FSDP2 of PyTorch 2.13 allocate it. On a CPU with one rank the same functions are within 2 % of the measured peak
 (results/plan.md), and so is the update of one rank of eight, the exchanges left out. On a GPU nothing here was measured:
 there the count of tensors is reasoning, and the seconds are bytes and operations divided by stated speeds.
 
 What it is not: a simulator. Every assumption is a flag with a default and is printed with the result. Evaluation, grading and
 the writing of checkpoints are in neither figure.
 
-Reads: model.py, rollout.py. Letters: D width, W width of the MLP, V vocabulary, H query heads, E head width; Q = H E, KV = the
-key/value heads times E; T tokens of a micro-batch, M response tokens in it, S parameters of a block, R of what is gathered with
-the root (embedding, final norm, head). GB are 10^9 bytes.
+Reads: model.py, kv_cache.py, rollout.py. Letters: D width, W width of the MLP, V vocabulary, H query heads, E head width;
+Q = H E, KV = the key/value heads times E; T tokens of a micro-batch, M response tokens in it, S parameters of a block, R of
+what is gathered with the root (embedding, final norm, head). GB are 10^9 bytes.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 
+from kv_cache import PAGE, padded_batch_size, pages_for
 from model import KNOWN_FAMILIES, CausalLM, ModelConfig
-from rollout import PAGE, PREFILL_TOKENS, pages_for, places_for
+from rollout import PREFILL_TOKENS
 
 GB = 1e9
 PAPER = "the paper reports about 17 hours for its 7B model on 4 nodes of 8 GPUs: 544 GPU hours"
@@ -403,7 +404,7 @@ def sampling_moments(
     # more in fp64, which the sum over a block of the vocabulary makes on the way
     drawn = V * (16 + (e if e != 4 or job.temperature != 1 else 0))
     # every size of a decode step that was captured keeps its logits
-    graphs = sum(V * e * places for places in {places_for(n) for n in range(1, rows + 1)}) if job.cuda else 0
+    graphs = sum(V * e * batch for batch in {padded_batch_size(n) for n in range(1, rows + 1)}) if job.cuda else 0
     forward = working_per_token(config, e) + 2 * e * config.head_dim + 8  # with cosines, sines and positions
     chunk = 8 * V * min(job.chunk_tokens, scored_tokens)  # fp32 logits and log-probabilities
     return {

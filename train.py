@@ -34,6 +34,7 @@ from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differen
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
+from kv_cache import smallest_cache
 from loss import chunked_head, sft_terms
 from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
 from parallel import (
@@ -56,7 +57,7 @@ from parallel import (
     whole_model,
     world,
 )
-from rollout import micro_batches, pack, smallest_cache, stream_seed
+from rollout import micro_batches, pack, stream_seed
 from sgpo import MEAN_OVER, METHODS, Example, Method, ProblemSamples, knob, sgpo_step
 from strategy import auto_messages, guided_messages
 from weighting import reach_gap

@@ -1,0 +1,418 @@
+"""A paged KV cache, and decode steps over it.
+
+`PagedCache` keeps keys and values in pages, and knows which prompt or response owns each. A prompt is stored once and read by
+its whole group. `Decoder` runs a decode step in one of two ways. `CacheView` needs torch alone and runs on any device. On CUDA
+with Triton, `FixedStep` does the same in tensors that never move, so that the whole step is one CUDA graph; its attention is
+the kernel `paged_attention`.
+
+What it is not: attention for training. There is no backward pass, and a query of a decode step is always the newest token.
+
+The model is any callable with model.py's forward (ids, positions, cache=) and its `config` and `device`. Its layers call the
+cache's `write` with new keys and values and, in a decode step, `attend` with the queries. Imports no sibling: copy this file
+alone. Axes: B rows (responses being decoded), N pages in the cache, S token slots a page, W pages a row can have, T new tokens,
+V vocabulary; H query heads, K key/value heads, G = H / K, E head width, M rows that read a prompt.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:  # torch's CUDA builds bring it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+PAGE = 64  # S. Half a page is lost per response; a smaller one means more pages, and each costs a little beyond its tokens
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt in the cache. Its pages are read by every running row of its group."""
+
+    length: int
+    pages: list[int] = field(default_factory=list)
+    ref_count: int = 0  # rows that read it
+
+
+@dataclass(eq=False, kw_only=True)
+class Response:
+    """A response in the cache. `written` of its tokens after `prompt` are in `pages`."""
+
+    prompt: Prompt | None = None
+    pages: list[int] = field(default_factory=list)
+    written: int = 0
+
+    @property
+    def needs_page(self) -> bool:
+        """Whether its pages are full, so that its next token needs another one."""
+        return self.written % PAGE == 0
+
+
+def pages_for(tokens: int) -> int:
+    """The number of pages that hold this many tokens."""
+    return math.ceil(tokens / PAGE)
+
+
+def smallest_cache(prompt: int, response: int) -> int:
+    """The size in tokens of the smallest cache that can finish a response of this length to a prompt of this length."""
+    # a preempted row starts again with a prompt that holds part of its response: one page more than the two by themselves
+    return PAGE * (pages_for(prompt) + pages_for(response) + 1)
+
+
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the host's numbers."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    # pinned memory, because a plain copy to CUDA would wait for all work so far
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class PagedCache:
+    """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes.
+
+    A page holds S tokens of one prompt or of one response. Responses fill the block from its start, prompts from its end, and
+    a freed page is filled by moving the innermost page of its side. So the pages of either kind are always contiguous, and
+    attention reads them in place: see CacheView.attend.
+    """
+
+    def __init__(self, config: Any, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, config.head_dim)
+        self.pages = pages
+        self.store = torch.empty(shape, dtype=dtype, device=device)  # a page is zeroed when it is taken
+        self.response_owners: list[Response] = []  # of page 0, 1, 2, ...
+        self.prompt_owners: list[Prompt] = []  # of page N - 1, N - 2, ...
+        self.version = 0  # counts changes of the pages: a page table made at another version is out of date
+
+    @property
+    def free_pages(self) -> int:
+        return self.pages - len(self.response_owners) - len(self.prompt_owners)
+
+    def allocate_prompt(self, length: int) -> Prompt:
+        """Allocate the pages of a prompt of `length` tokens, for `prefill` to write. RuntimeError if the cache is full."""
+        prompt = Prompt(length)
+        for _ in range(pages_for(length)):
+            prompt.pages.append(self._take(self.pages - 1 - len(self.prompt_owners)))
+            self.prompt_owners.append(prompt)
+        return prompt
+
+    def add_row(self, row: Response, prompt: Prompt) -> None:
+        """Let a response read a prompt. It has no page yet."""
+        row.prompt, row.written = prompt, 0
+        prompt.ref_count += 1
+
+    def allocate(self, row: Response) -> None:
+        """Allocate the next page of a response. RuntimeError if the cache is full."""
+        row.pages.append(self._take(len(self.response_owners)))
+        self.response_owners.append(row)
+
+    def _take(self, page: int) -> int:
+        if not self.free_pages:
+            raise RuntimeError(f"all {self.pages} pages of the KV cache are taken")
+        self.store[:, :, page] = 0  # slots that hold no token are masked, but 0 * nan would still be nan
+        self.version += 1
+        return page
+
+    def free(self, row: Response) -> None:
+        """Free the pages of a response, and those of its prompt if no other response reads it."""
+        while row.pages:
+            page, innermost = row.pages.pop(), len(self.response_owners) - 1
+            self.response_owners[page] = self._move(innermost, page, self.response_owners[innermost])
+            self.response_owners.pop()
+        self.version += 1
+        row.prompt.ref_count -= 1
+        while row.prompt.pages and not row.prompt.ref_count:
+            page, innermost = row.prompt.pages.pop(), self.pages - len(self.prompt_owners)
+            self.prompt_owners[self.pages - 1 - page] = self._move(innermost, page, self.prompt_owners[-1])
+            self.prompt_owners.pop()
+        row.prompt = None
+
+    def _move(self, source: int, target: int, owner: Any) -> Any:
+        if source != target:
+            self.store[:, :, target] = self.store[:, :, source]
+            owner.pages[owner.pages.index(source)] = target
+        return owner
+
+    def prefill(self, prompts: Sequence[Prompt]) -> "CacheView":
+        """For a packed forward over new prompts: their tokens are written. They attend to each other without the cache."""
+        slots = [(prompt.pages[t // PAGE], t % PAGE) for prompt in prompts for t in range(prompt.length)]
+        return CacheView(self.store, slots)
+
+    def decode(self, rows: Sequence[Response]) -> "CacheView":
+        """For a forward over the next token of each row: it is written, and attends to itself and all before it."""
+        view = CacheView(self.store, [(row.pages[-1], row.written % PAGE) for row in rows])
+        batch = {row: b for b, row in enumerate(rows)}
+        readers: dict[Prompt, list[int]] = {}
+        filled = [PAGE] * self.pages  # how many slots of each page hold a token: only the last of an owner has empty ones
+        for b, row in enumerate(rows):
+            filled[row.pages[-1]] = row.written % PAGE + 1
+            readers.setdefault(row.prompt, []).append(b)
+        for prompt in readers:
+            filled[prompt.pages[-1]] = prompt.length - PAGE * (len(prompt.pages) - 1)
+        by_page = reversed(self.prompt_owners)  # they own the block from its end
+        view.set_pages([batch[row] for row in self.response_owners], [readers[prompt] for prompt in by_page], filled)
+        return view
+
+
+class CacheView:
+    """What the layers of one forward call. slots: for each of the T new tokens, its page and its slot in the page."""
+
+    def __init__(self, store: Tensor, slots: Sequence[tuple[int, int]]) -> None:
+        self.store = store
+        self.page, self.offset = on_device(slots, torch.int64, store.device).unbind(1)  # (T,) each
+
+    def _mask(self, filled: Sequence[int]) -> Tensor:
+        """(pages, 1, 1, S), to add to the scores: 0 if a slot holds a token, else -inf."""
+        slots = torch.arange(PAGE, device=self.store.device)
+        empty = slots >= on_device(filled, torch.int64, slots.device)[:, None]
+        return self.store.new_zeros(empty.shape).masked_fill_(empty, -math.inf)[:, None, None]
+
+    def set_pages(self, rows: Sequence[int], readers: Sequence[Sequence[int]], filled: Sequence[int]) -> None:
+        """For a decode step: the batch row of each page of a response, the batch rows that read each page of a prompt, and how
+        many slots of each page in the cache hold a token."""
+        B, M = len(self.page), max(map(len, readers))
+        # smaller groups are padded with row B, which does not exist: `attend` throws its result away
+        padded = [[*group, *[B] * (M - len(group))] for group in readers]
+        self.response_row = on_device(rows, torch.int64, self.store.device)  # (n_response,)
+        self.response_mask = self._mask(filled[: len(rows)])
+        self.readers = on_device(padded, torch.int64, self.store.device)  # (n_prompt, M)
+        self.prompt_mask = self._mask(filled[-len(readers) :])
+        self.result_row = torch.cat([self.response_row, self.readers.flatten()])  # (n_response + n_prompt M,)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put the new tokens' keys and values k, v (T, K, E) into their slots."""
+        write_slots(self.store[layer], self.page, self.offset, k, v)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E).
+
+        The softmax is taken within each page first, and then over the row's pages, with the page's softmax denominator
+        exp(lse) as its weight. No key is copied or repeated: a page is a batch element of one attention call, and the queries
+        of all rows that read it are brought to it.
+        """
+        B, H, E = q.shape
+        keys, values = self.store[layer]  # (N, K, S, E)
+        n_response, (n_prompt, M), K = len(self.response_row), self.readers.shape, keys.shape[1]
+        q = q.reshape(B, K, H // K, E).to(keys.dtype)
+        out, lse = page_attention(
+            q[self.response_row], keys[:n_response], values[:n_response], self.response_mask
+        )  # (n_response, K, G, E)
+        group = q[self.readers.clamp(max=B - 1)].transpose(1, 2).reshape(n_prompt, K, -1, E)  # (n_prompt, K, M G, E)
+        group_out, group_lse = page_attention(group, keys[-n_prompt:], values[-n_prompt:], self.prompt_mask)
+        group_out = group_out.view(n_prompt, K, M, -1, E).transpose(1, 2).flatten(0, 1)  # (n_prompt M, K, G, E)
+        group_lse = group_lse.view(n_prompt, K, M, -1).transpose(1, 2).flatten(0, 1)
+        out, lse = torch.cat([out, group_out]), torch.cat([lse, group_lse])
+        rows = self.result_row[:, None, None].expand_as(lse)
+        top = lse.new_full((B + 1, *lse.shape[1:]), -math.inf).scatter_reduce_(0, rows, lse, "amax")
+        weight = torch.exp(lse - top[self.result_row])
+        total = torch.zeros_like(top).index_add_(0, self.result_row, weight)
+        mixed = total.new_zeros(B + 1, *out.shape[1:]).index_add_(0, self.result_row, weight[..., None] * out)
+        return (mixed / total[..., None])[:B].to(q.dtype).view(B, H, E)
+
+
+def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
+    """Put k and v (T, K, E) into slots `offset` of pages `page`, both (T,), of one layer's kv (2, N, K, S, E)."""
+    kv[0][page, :, offset] = k.to(kv.dtype)
+    kv[1][page, :, offset] = v.to(kv.dtype)
+
+
+def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(E) + mask) v, and the logarithm of the softmax's denominator.
+
+    q (N, K, Q, E), k and v (N, K, S, E), mask (N, 1, 1, S) of q's dtype -> (N, K, Q, E), lse (N, K, Q) in fp32.
+    """
+    if q.device.type == "cpu":  # the kernel of scaled_dot_product_attention, which does not return the denominator
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + mask  # (N, K, Q, S)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).to(v.dtype) @ v, lse
+
+
+class Decoder:
+    """Runs decode steps: as CUDA graphs if `decode_kernel` finds a kernel, else with torch alone.
+
+    width: W, the most pages that a row can have, those of its prompt included.
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, width: int) -> None:
+        self.model, self.cache, self.width = model, cache, width
+        self.kernel = decode_kernel(model.device, model.config.head_dim)
+        self.steps: dict[int, FixedStep] = {}  # by their batch size
+        self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
+
+    def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
+        """tokens (B,), the newest of each row -> logits (B, V), which the next step overwrites.
+
+        Every row must have a page for its token, see `needs_page`. The caller then counts the token in `written`.
+        """
+        if self.kernel is None:
+            positions = [[row.prompt.length + row.written] for row in rows]
+            positions = on_device(positions, torch.int64, self.model.device)
+            return self.model(tokens[:, None], positions, cache=self.cache.decode(rows))[:, 0]
+        size = padded_batch_size(len(rows))
+        if size not in self.steps:
+            self.steps[size] = FixedStep(self.model, self.cache, size, self.width, self.kernel, self.pool)
+        return self.steps[size](rows, tokens)
+
+
+class FixedStep:
+    """A decode step of up to `batch_size` rows whose tensors never move, so that a CUDA graph can hold it.
+
+    A step is hundreds of small kernels, and to launch them one by one takes longer than to run them. A graph is one launch. It
+    reads the parameters in place and ends with the call of `generate` that captured it, so it cannot be stale. The model takes
+    this object for its cache. A smaller batch is padded with its last row, whose work is then done more than once.
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, batch_size: int, width: int, attention: Callable, pool: Any) -> None:
+        device = cache.store.device
+        self.model, self.cache, self.batch_size, self.attention, self.pool = model, cache, batch_size, attention, pool
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.state = torch.zeros(5, batch_size, dtype=torch.int64, device=device)
+        self.position, self.page, self.offset, self.prompt_length, self.response_length = self.state
+        self.page_table = torch.zeros(batch_size, width, dtype=torch.int32, device=device)  # a row's pages, its prompt's first
+        self.version, self.graph = -1, None
+
+    def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
+        """tokens (B,), the newest of each row -> logits (B, V), which the next step of any FixedStep overwrites."""
+        B, device = len(rows), self.tokens.device
+        padded = [*rows, *[rows[-1]] * (self.batch_size - B)]
+        state = [
+            (row.prompt.length + row.written, row.pages[-1], row.written % PAGE, row.prompt.length, row.written + 1)
+            for row in padded
+        ]
+        self.state.copy_(on_device(state, torch.int64, device).T)
+        if self.version != self.cache.version:
+            table = np.zeros(self.page_table.shape, np.int32)
+            for b, row in enumerate(padded):
+                table[b, : len(row.prompt.pages) + len(row.pages)] = row.prompt.pages + row.pages
+            self.page_table.copy_(on_device(table, torch.int32, device))
+            self.version = self.cache.version
+        self.tokens[:B, 0], self.tokens[B:, 0] = tokens, tokens[-1]
+        if device.type != "cuda":
+            return self.forward()[:B]
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits[:B]
+
+    def forward(self) -> Tensor:
+        return self.model(self.tokens, self.position[:, None], cache=self)[:, 0]  # (batch_size, V)
+
+    def capture(self) -> None:
+        """Record `forward` as a graph. A run before it loads the kernels; the replay writes the same slots again."""
+        stream = capture_stream(self.tokens.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        settings = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")  # other threads may use CUDA
+        with torch.cuda.graph(self.graph, **settings):
+            self.logits = self.forward()
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        write_slots(self.cache.store[layer], self.page, self.offset, k, v)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        kv = self.cache.store[layer]
+        return self.attention(q.to(kv.dtype), kv, self.page_table, self.prompt_length, self.response_length).to(q.dtype)
+
+
+def padded_batch_size(rows: int) -> int:
+    """The batch size of the step for this many rows: 8, 16, 24, 32, 48, 64, 96, ...: few graphs, little padding."""
+    size = max(8, 1 << (rows - 1).bit_length())
+    return size * 3 // 4 if size > 16 and rows <= size * 3 // 4 else size
+
+
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """The stream on which all graphs are recorded. Kept, because cuBLAS holds 32 MB for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
+    """`paged_attention`, for FixedStep, if it can run: on CUDA with Triton, with a head width it has. Else None."""
+    can_run = triton is not None and device.type == "cuda" and head_dim in (16, 32, 64, 128, 256)
+    return paged_attention if can_run else None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _decode_kernel(
+        q, kv, page_table, prompt_length, response_length, out, lse, scale, value_offset, table_width,
+        G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
+    ):  # fmt: skip
+        """One program: row b, key/value head k, split s. out[b, k, s] (G, E) and lse[b, k, s] (G,) cover the row's pages
+        s, s + SPLITS, ...
+        """
+        b, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        heads = tl.num_programs(1)
+        g, e, slot = tl.arange(0, G_PADDED), tl.arange(0, E), tl.arange(0, S)  # G is padded: tl.dot wants 16 rows or more
+        in_group = g < G
+        query = tl.load(q + ((b * heads + k) * G + g[:, None]) * E + e[None, :], mask=in_group[:, None], other=0.0)  # (G, E)
+        prompt, response = tl.load(prompt_length + b), tl.load(response_length + b)
+        prompt_pages = tl.cdiv(prompt, S)
+        top = tl.full((G_PADDED,), float("-inf"), tl.float32)  # the largest score so far
+        total = tl.zeros((G_PADDED,), tl.float32)  # the softmax's denominator, relative to exp(top)
+        mixed = tl.zeros((G_PADDED, E), tl.float32)  # its numerator
+        for i in range(split, prompt_pages + tl.cdiv(response, S), SPLITS):
+            page = tl.load(page_table + b * table_width + i).to(tl.int64)
+            filled = tl.where(i < prompt_pages, prompt - i * S, response - (i - prompt_pages) * S)  # at least 1
+            place = kv + ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
+            holds = slot < filled
+            key = tl.load(place, mask=holds[:, None], other=0.0)  # (S, E)
+            value = tl.load(place + value_offset, mask=holds[:, None], other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (G, S)
+            scores = tl.where(holds[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink, p = tl.exp(top - new_top), tl.exp(scores - new_top[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+            top = new_top
+        entry = ((b * heads + k) * SPLITS + split) * G + g
+        # a split without a page has weight exp(-inf) = 0, and its sum is 0 and not 0 / 0
+        tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=in_group[:, None])
+        tl.store(lse + entry, top + tl.log(total), mask=in_group)
+
+
+def paged_attention(
+    q: Tensor, kv: Tensor, page_table: Tensor, prompt_length: Tensor, response_length: Tensor, splits: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype.
+
+    kv               (2, N, K, S, E): keys and values of the cache's pages, contiguous, of q's dtype
+    page_table       (B, W) int32: a row's pages, those of its prompt first
+    prompt_length    (B,) int: tokens in the prompt's pages; only its last page may be partly filled
+    response_length  (B,) int: tokens in the pages after those; again only the last may be partly filled. Prompt and response
+                     together have at least 1 token
+    splits           programs that share the pages of a row, so that a few rows keep the whole GPU busy. None: two programs
+                     for every multiprocessor, but at most 16 a row and head
+
+    Slots that hold no token are never read. E and S must be powers of two, at least 16. Needs Triton.
+
+    The kernel is "flash decoding". One program takes one row, one key/value head with all query heads that share it, and every
+    splits-th page of the row. It goes over its pages with an online softmax (a running maximum and denominator), and the
+    partial results of a row's programs are combined afterwards by their denominators. Only pages that hold tokens are read,
+    each once. Every shape is fixed by the arguments' shapes, and the lengths are read on the device, so a call can be part of
+    a CUDA graph.
+    """
+    B, H, E = q.shape
+    _, N, K, S, _ = kv.shape
+    G = H // K
+    if splits is None:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        splits = min(max(2 * processors // (B * K), 1), 16)
+    out = q.new_empty(B, K, splits, G, E, dtype=torch.float32)
+    lse = q.new_empty(B, K, splits, G, dtype=torch.float32)
+    _decode_kernel[B, K, splits](
+        q.contiguous(), kv, page_table, prompt_length, response_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1],
+        G=G, G_PADDED=max(16, triton.next_power_of_2(G)), E=E, S=S, SPLITS=splits,
+    )  # fmt: skip
+    weight = torch.softmax(lse, 2)  # exp(lse) is each split's part of the whole softmax's denominator
+    return (weight[..., None] * out).sum(2).to(q.dtype).view(B, H, E)
