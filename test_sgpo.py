@@ -3258,6 +3258,7 @@ STRATEGY_HEAD = "Problem type: t\nStrategy: s\n"
     [
         ("", "no problem type, no strategy, no steps"),
         ("I am sorry, I cannot do that.", "no problem type, no strategy, no steps"),
+        ("1. Find both parts.\n2. Add them.", "no problem type, no strategy, no steps"),
         (STRATEGY_HEAD, "no steps"),
         (STRATEGY_HEAD + "Steps:\n", "no steps"),
         ("Strategy: s\nSteps:\n1. a", "no problem type"),
