@@ -605,7 +605,8 @@ def leaks(strategy, problem, solution, answer):
     steps, 0, 1, 2 and a half, coefficients of well-known formulas, units (60 minutes), angles, spelled numbers up to ten
     that are not stated as a result. Where such a number IS the answer, its surroundings decide.
     What it cannot see: an intermediate result without a number ("the triangle is isosceles"), and symbolic ones whose
-    coefficients are small. The scoring prompt's no_leak is there for these. Measured on labelled candidates in the tests.
+    coefficients are small; other languages, rounded values, terms in another order. The scoring prompt's no_leak is there for
+    these. Measured on data/leak_examples.jsonl (data/README.md has the figures).
     """
     given, wanted = _values(problem), _values(answer)
     computed = _values(solution) - given - wanted

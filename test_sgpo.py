@@ -90,7 +90,7 @@ from tools import extract
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 TINY_BASE = ROOT / "data/tiny/base"
-SHARED = ROOT.parent / "shared/data"  # real data that is not part of the project; tests that need it skip without it
+REAL_DATA = os.environ.get("SGPO_TEST_DATA")  # a folder of published data that is not part of the project (fixture real_data)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -105,6 +105,14 @@ def world_of_one():
     parallel.start_ranks("cpu", timeout_minutes=5)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """{sha256: path} of the files below $SGPO_TEST_DATA, whatever their names: those of prepare.SOURCES, and GRADER_PAIRS."""
+    if not REAL_DATA:
+        pytest.skip("reads published data that is not part of the project: set SGPO_TEST_DATA to a folder with it (README)")
+    return {prepare.sha256_of(path): path for path in sorted(Path(REAL_DATA).rglob("*")) if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -2695,7 +2703,9 @@ import parallel, train
 out, more = Path(sys.argv[1]), sys.argv[2:]
 parallel.start_ranks("cpu", 3)
 for method, flags in {flags!r}.items():
-    train.main([*{common!r}.split(), *flags.split(), "--method", method, "--out", str(out / method), *more])
+    train.main([*{common!r}.split(), *flags.split(), "--method", method, "--out", str(out / method)])
+if more:
+    train.main([*{common!r}.split(), "--method", "sgpo", *more])
 torch.distributed.destroy_process_group()
 """
 COMMON = (
@@ -2718,11 +2728,10 @@ def rank_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "methods.py"
     script.write_text(RANK_SCRIPT.format(flags=METHOD_FLAGS, common=COMMON))
-    for ranks in (1, 2, 4):
-        on_ranks(ranks, script, folder / str(ranks))
-    script.write_text(RANK_SCRIPT.format(flags={"sgpo": ""}, common=COMMON))
-    on_ranks(4, script, folder / "4, two replicas", "--shard_ranks", 2)
-    on_ranks(2, script, folder / "2, offloaded", "--offload")
+    on_ranks(1, script, folder / "1")
+    # One start for two kinds of run: starting is what takes long.
+    on_ranks(2, script, folder / "2", "--out", folder / "2, offloaded/sgpo", "--offload")
+    on_ranks(4, script, folder / "4", "--out", folder / "4, two replicas/sgpo", "--shard_ranks", 2)
     return folder
 
 
@@ -3149,14 +3158,10 @@ def test_no_setting_takes_a_token():
 # ---------------------------------------------------------------------------------------------------- strategies
 
 
-STRATEGY_DATA = SHARED / "strategies"
-
-
-def strategy_rows(name):
-    path = STRATEGY_DATA / name
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def leak_examples():
+    """(problem's row, candidate) of data/leak_examples.jsonl."""
+    rows = [json.loads(line) for line in (ROOT / "data/leak_examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row, candidate) for row in rows for candidate in row["candidates"]]
 
 
 def strategy_example():
@@ -3186,13 +3191,13 @@ def test_strategy_format_is_the_documented_text():
     assert parse_strategy(STRATEGY_EXAMPLE_TEXT) == strategy_example()
 
 
-@pytest.mark.parametrize("name", ["mawps.jsonl", "gsm8k.jsonl", "math.jsonl"])
-def test_strategy_real_ones_survive_every_dress(name):
-    rows = strategy_rows(name)
-    assert len(rows) > 100
-    for row in rows:
-        s = Strategy.from_dict(row["strategy"])
-        assert s.to_dict() == row["strategy"]
+def test_strategies_survive_every_dress():
+    rows = _starter_rows("train", "test", "heldout") + [candidate for _, candidate in leak_examples()]
+    strategies = {json.dumps(row["strategy"]): row["strategy"] for row in rows}
+    assert len(strategies) > 140
+    for strategy in strategies.values():
+        s = Strategy.from_dict(strategy)
+        assert s.to_dict() == strategy
         text = format_strategy(s)
         assert parse_strategy(text) == s
         # Only the first of these goes through the exact reader.
@@ -3206,8 +3211,8 @@ def test_strategy_real_ones_survive_every_dress(name):
             + "\n".join(f"{i}) {step}" for i, step in enumerate(s.steps, 1)),
             f"### Problem type\n{s.type}\n\n### Strategy\n{s.strategy}\n\n### Steps\n"
             + "\n".join(f"- {step}" for step in s.steps),
-            json.dumps(row["strategy"]),
-            "```json\n" + json.dumps(row["strategy"], indent=2, ensure_ascii=False) + "\n```\nDone.",
+            json.dumps(strategy),
+            "```json\n" + json.dumps(strategy, indent=2, ensure_ascii=False) + "\n```\nDone.",
         ):
             assert parse_strategy(dressed) == s, dressed
 
@@ -3258,25 +3263,6 @@ def test_strategy_random_ones_round_trip():
         assert parse_strategy(format_strategy(s)) == s
 
 
-def test_strategy_parser_agrees_with_the_labelled_candidates():
-    rows = strategy_rows("math_candidates.jsonl")
-    refused, disagreements = 0, []
-    for row in rows:
-        for i, candidate in enumerate(row["candidates"]):
-            try:
-                parsed = parse_strategy(candidate["text"])
-                assert all("\n" not in text for text in (parsed.type, parsed.strategy, *parsed.steps))
-            except ValueError as error:
-                parsed = None
-                refused += 1
-                assert str(error).startswith("strategy")
-            if (parsed is not None) != candidate["label"]["parses"]:
-                disagreements.append((row["id"], i, candidate["text"]))
-    print(f"{sum(len(row['candidates']) for row in rows)} candidates, {refused} refused, {disagreements} disagree")
-    assert disagreements == []
-    assert refused == 5
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -3322,6 +3308,7 @@ STRATEGY_HEAD = "Problem type: t\nStrategy: s\n"
     [
         ("", "no problem type, no strategy, no steps"),
         ("I am sorry, I cannot do that.", "no problem type, no strategy, no steps"),
+        ("1. Find both parts.\n2. Add them.", "no problem type, no strategy, no steps"),
         (STRATEGY_HEAD, "no steps"),
         (STRATEGY_HEAD + "Steps:\n", "no steps"),
         ("Strategy: s\nSteps:\n1. a", "no problem type"),
@@ -3616,73 +3603,51 @@ def test_leaks_outlasts_what_a_stuck_model_writes():
     assert strategy_module.leaks(with_step("It is 8" + "9" * 5000), "p", "9" * 5000, "9" * 99) == []
 
 
-def leak_half(row_id):
-    """The filter's rules were tuned on half 0 of the labelled candidates; half 1 only measures them."""
-    return hashlib.sha256(row_id.encode()).digest()[0] % 2
+# What the filter gets wrong in data/leak_examples.jsonl: (problem's id, candidate, label). Other languages; rounded values and
+# values in between that look harmless; small numbers; expressions with their terms in another order. And false alarms.
+LEAKS_MISSED = {
+    ("cyclist", 2, "computed"), ("cyclist", 3, "computed"), ("cyclist", 4, "answer"), ("jacket", 3, "computed"),
+    ("pizza", 4, "answer"), ("mean", 4, "answer"), ("rectangle", 4, "answer"), ("marbles", 4, "answer"),
+    ("petrol", 4, "answer"), ("radicals", 4, "answer"), ("digits", 4, "answer"), ("incircle", 4, "answer"),
+    ("iterate", 3, "computed"), ("logarithm", 3, "answer"), ("logarithm", 4, "answer"), ("recursion", 3, "computed"),
+    ("recursion", 4, "answer"), ("minimum", 4, "answer"), ("orthocentre", 3, "computed"),
+}  # fmt: skip
+LEAKS_ALARMED = {("digits", 2, "no"), ("incircle", 2, "no"), ("recursion", 2, "no"), ("stones", 2, "no")}
 
 
-def candidate_rows():
-    problems = {row["id"]: row for row in strategy_rows("math.jsonl")}
-    return [(problems[row["id"]], row["candidates"]) for row in strategy_rows("math_candidates.jsonl")]
+def test_leaks_on_our_labelled_examples(eval_worker):
+    """The labels were set before the filter ran (data/README.md has their rule), and both READMEs state these figures."""
+    cases, wrong = Counter(), set()
+    for i, (row, candidate) in enumerate(leak_examples()):
+        assert i % 4 or is_correct(row["solution"], row["answer"], eval_worker)
+        strategy, label = Strategy.from_dict(candidate["strategy"]), candidate["leaks"]
+        found = strategy_module.leaks(strategy, row["problem"], row["solution"], row["answer"])
+        cases[bool(found), {"no": False, "answer": True, "computed": True}[label]] += 1
+        if bool(found) != (label != "no"):
+            wrong.add((row["id"], i % 4 + 1, label))
+    print(f"found {cases[True, True]}, missed {cases[False, True]}, false alarms {cases[True, False]}, of {cases.total()}")
+    assert wrong == LEAKS_MISSED | LEAKS_ALARMED
+    figures = f"{cases[True, True]} of {cases[True, True] + cases[False, True]} leaks"
+    alarms = f"{cases[True, False]} false alarms on the other {cases[True, False] + cases[False, False]}"
+    for file in ("README.md", "data/README.md"):
+        text = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+        assert f"{cases.total()} " in text and figures in text and alarms in text, file
 
 
-def parsed_or_none(text):
-    try:
-        return parse_strategy(text)
-    except ValueError:
-        return None
-
-
-@pytest.mark.parametrize("half, precision, recall", [(0, 0.95, 0.95), (1, 0.95, 0.8), (None, 0.95, 0.9)])
-def test_leaks_on_the_labelled_candidates(half, precision, recall):
-    cases = Counter()
-    for row, candidates in candidate_rows():
-        for candidate in candidates:
-            strategy = parsed_or_none(candidate["text"])
-            if strategy is not None and half in (None, leak_half(row["id"])):
-                found = strategy_module.leaks(strategy, row["problem"], row["solution"], row["answer"])
-                leaks = candidate["label"]["leaks_answer"] or candidate["label"]["leaks_computation"]
-                cases[bool(found), leaks] += 1
-    hit, false, missed = cases[True, True], cases[True, False], cases[False, True]
-    print(f"half {half}: precision {hit}/{hit + false}, recall {hit}/{hit + missed}, of {cases.total()} candidates")
-    assert hit >= 8 and hit / (hit + false) >= precision and hit / (hit + missed) >= recall
-
-
-@pytest.mark.parametrize("name", ["mawps.jsonl", "gsm8k.jsonl", "math.jsonl"])
-def test_leaks_spares_good_strategies_and_finds_what_is_planted_into_them(name):
-    rows = strategy_rows(name)
-    spared = found = planted = 0
+def test_leaks_spares_the_starter_set_and_finds_what_is_planted_into_it():
     steps = ("Check that you get {}.", "Report ${}$ as the answer.", "The total is {}, as asked.")
-    for i, row in enumerate(rows):
+    alarms = []
+    for i, row in enumerate(_starter_rows("train", "test", "heldout")):
         strategy = Strategy.from_dict(row["strategy"])
         texts = row["problem"], row["solution"], row["answer"]
-        spared += strategy_module.leaks(strategy, *texts) == []
+        if found := strategy_module.leaks(strategy, *texts):
+            alarms.append((_starter_family(row), found))
         for step in steps if i % 5 == 0 else ():
-            planted += 1
             worse = replace(strategy, steps=(*strategy.steps, step.format(row["answer"])))
-            found += strategy_module.leaks(worse, *texts) != []
-    print(f"{name}: {spared} of {len(rows)} clean, {found} of {planted} planted answers found")
-    assert spared >= 0.99 * len(rows) and found >= 0.99 * planted
-
-
-def test_ranker_keeps_the_labelled_best():
-    """The labels stand for the scorer here (no_leak by its leak labels), so this measures parser, filter and choice only."""
-    kept_best = kept_good = total = 0
-    for row, candidates in candidate_rows():
-        scores = []
-        for candidate in candidates:
-            strategy, label = parsed_or_none(candidate["text"]), candidate["label"]
-            out = strategy is None or strategy_module.leaks(strategy, row["problem"], row["solution"], row["answer"])
-            scores.append(None if out else {"faithful": label["faithful"], "reusable": label["reusable"],
-                                            "no_leak": 3, "actionable": label["actionable"]})  # fmt: skip
-        label = candidates[strategy_module.best_candidate(scores)]["label"]
-        total += 1
-        kept_best += label["best"]
-        kept_good += min(label[name] for name in ("faithful", "reusable", "actionable")) >= 4 and not (
-            label["leaks_answer"] or label["leaks_computation"]
-        )
-    print(f"kept the labelled best in {kept_best} of {total}, a good one in {kept_good}")
-    assert kept_best >= total - 1 and kept_good == total == 17
+            assert strategy_module.leaks(worse, *texts), (row["id"], step)
+    # "the two times", where two is the answer too: the one false alarm
+    ((family, found),) = alarms
+    assert family == "work-together" and len(found) == 1 and "the answer two in step 1" in found[0]
 
 
 def test_choice_and_quality_by_hand():
@@ -4509,9 +4474,6 @@ def test_extraction_by_our_own_sampler_runs_from_the_command_line(tmp_path, caps
 # ---------------------------------------------------------------------------------------------------- grader and evaluation
 
 
-EVAL_DATA = SHARED
-
-
 @pytest.fixture(scope="module")
 def eval_worker():
     with MathWorker(timeout_s=10.0) as worker:
@@ -4697,20 +4659,6 @@ def test_grader_tables_hold_enough_and_no_pair_twice():
     assert len(EVAL_SAME) >= 100 and len(EVAL_DIFFERENT) >= 100
     pairs = EVAL_SAME + EVAL_DIFFERENT
     assert len(set(pairs)) == len(pairs)
-
-
-def test_grader_on_real_answers_of_a_model(eval_worker):
-    path = EVAL_DATA / "grader_pairs" / "math500_qwen3_answers.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    pairs = json.loads(path.read_text())
-    accepted = [same_answer(extract_answer(p["prediction"]), p["answer"], eval_worker) for p in pairs]
-    print(f"accepted {sum(accepted)} of {len(pairs)}")
-    assert len(pairs) == 500
-    # math-verify alone accepts 298 (0.596). By eye, 299 are right; we lose "12^{\\mathrm{th}} grade" and an interval
-    # without a point, written as a difference of sets. More than 299 would be wrong positives.
-    assert 297 <= sum(accepted) <= 299
-    assert eval_worker.timeouts == 0
 
 
 # ------------------------------------------------------------------------------------------------ extraction
@@ -4934,26 +4882,22 @@ def test_load_problems_needs_a_file_with_rows(tmp_path):
             load_problems(tmp_path / path)
 
 
-def test_load_problems_accepts_every_answer_of_the_data_sets(eval_worker):
-    if not EVAL_DATA.is_dir():
-        pytest.skip(f"{EVAL_DATA} is not here")
-    answers = {"math": [], "gsm8k": [], "easy": []}
-    for path in sorted(EVAL_DATA.glob("bench_unify/*.json")):
-        answers[path.stem] = [row["answer"] for row in json.loads(path.read_text())]
-    answers["math"] = [json.loads(row)["answer"] for row in (EVAL_DATA / "math_train/train.jsonl").open()]
-    for row in (EVAL_DATA / "gsm8k/test.jsonl").open():
-        answers["gsm8k"].append(json.loads(row)["answer"].split("####")[1])
-    for name in ("mawps_singleop", "mawps_addsub", "mawps_multiarith", "svamp"):
-        rows = [json.loads(row) for row in (EVAL_DATA / f"easy_word_problems/{name}.jsonl").open()]
-        answers["easy"] += [str(row.get("target", row.get("Answer"))) for row in rows]
+def test_load_problems_accepts_every_answer_of_the_real_data_sets(real_data, eval_worker):
+    answers, field = {}, {"gsm8k": "answer", "math": "answer", "mawps": "target", "svamp": "Answer"}
+    for source in prepare.SOURCES:
+        if source.repo == prepare.UNIFY:
+            answers[source.command] = [row["answer"] for row in json.loads(real_data[source.sha256].read_text())]
+        elif source.command in field:
+            rows = [json.loads(row) for row in real_data[source.sha256].open()]
+            answers[source.command, source.part] = [str(row[field[source.command]]).split("####")[-1] for row in rows]
     rejected = {}
     for name, group in answers.items():
         group = sorted(set(group))  # thousands repeat
         rejected[name] = [x for x in group if grader.unusable(grader.normalise_answer(x))]
         assert all(is_correct(f"\\boxed{{{x}}}", grader.normalise_answer(x), eval_worker) for x in group if x)
     # two rows of MATH have an empty answer; nothing else is refused
-    assert {name: bad for name, bad in rejected.items() if bad} == {"math": [""]}
-    assert len(answers) == 9 and eval_worker.timeouts == 0
+    assert {name: bad for name, bad in rejected.items() if bad} == {("math", "train"): [""]}
+    assert len(answers) == 13 and eval_worker.timeouts == 0
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -6401,15 +6345,20 @@ def test_where_plain_math_verify_differs_from_our_tables(plain_math_verify):
     assert {pair for pair in EVAL_DIFFERENT if verdicts.get(pair)} == set(PLAIN_ACCEPTS)
 
 
-def test_on_real_answers_we_agree_with_plain_math_verify_but_for_two(plain_math_verify, eval_worker):
-    path = EVAL_DATA / "grader_pairs" / "math500_qwen3_answers.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    pairs = [(row["answer"], extract_answer(row["prediction"])) for row in json.loads(path.read_text())]
+# Of rasbt/reasoning-from-scratch, commit f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958:
+# ch03/03_advanced-parser/math500_qwen3_answers.json (Apache-2.0), 500 answers of a model to MATH-500.
+GRADER_PAIRS = "a9cce1a061e7f08c202d49793a66dc41fcf76407e297bc198521c2990182b0fa"
+
+
+def test_grader_on_real_answers_of_a_model(real_data, plain_math_verify, eval_worker):
+    pairs = [(row["answer"], extract_answer(row["prediction"])) for row in json.loads(real_data[GRADER_PAIRS].read_text())]
     ours = [same_answer(prediction, answer, eval_worker) for answer, prediction in pairs]
-    differ = [pair for pair, own, plain in zip(pairs, ours, plain_math_verify(pairs), strict=True) if own != plain]
-    # Ours are the strict ones on both, and wrong on both: 498 of 500 verdicts agree.
-    assert set(differ) <= {("12", "12^{\\mathrm{th}} grade"), ("(0,9) \\cup (9,36)", "(0, 36) \\setminus \\{9\\}")}
+    plain = plain_math_verify(pairs)
+    assert len(pairs) == 500 and eval_worker.timeouts == 0
+    # By eye 299 are right. Ours is the strict one where the two differ, and wrong on both.
+    assert (sum(ours), sum(plain)) == (297, 299)
+    differ = {pair for pair, own, other in zip(pairs, ours, plain, strict=True) if own != other}
+    assert differ == {("12", "12^{\\mathrm{th}} grade"), ("(0,9) \\cup (9,36)", "(0, 36) \\setminus \\{9\\}")}
 
 
 # ---------------------------------------------------------------------------------------------------- starter set
@@ -7308,13 +7257,6 @@ def test_prepare_table_of_sources():
     for source in prepare.SOURCES:
         for value, digits in ((source.revision, 40), (source.sha256, 64)):
             assert re.fullmatch(f"[0-9a-f]{{{digits}}}", value) if source.command != "openr1" else value is None
-    listed = SHARED / "SOURCES.md"
-    if listed.is_file():  # the commits, paths and checksums as they were noted down when the files were fetched
-        table = listed.read_text()
-        for source in prepare.SOURCES:
-            if source.sha256:
-                row = next(line for line in table.splitlines() if source.sha256[:16] in line)
-                assert f"| {source.repo} | {source.file} | {source.revision} |" in row
 
 
 @pytest.fixture
@@ -7443,19 +7385,14 @@ def test_prepare_command_line(tmp_path):
 # Real files: counted and looked at by hand.
 
 
-
-def _prepare_real(tmp_path, command, file, *flags):
-    path = SHARED / file
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    return _prepare(tmp_path / "out", command, path, *flags)
+def _real_sum(command, part):
+    """The checksum of the file that `--source hub` would fetch."""
+    return next(source.sha256 for source in prepare.SOURCES if (source.command, source.part) == (command, part))
 
 
-def test_prepare_real_benchmarks(tmp_path, raw_host):
-    if not (SHARED / "bench_unify").is_dir():
-        pytest.skip(f"{SHARED / 'bench_unify'} is not here")
+def test_prepare_real_benchmarks(tmp_path, raw_host, real_data):
     out = tmp_path / "bench"
-    prepare.main(["benchmarks", "--source", str(SHARED), "--out", str(out)])
+    prepare.main(["benchmarks", "--source", REAL_DATA, "--out", str(out)])
     rows = {path.stem: load_problems(path) for path in out.glob("*.jsonl")}
     counts = {"math500": 500, "amc23": 40, "olympiad": 674, "aime24": 30, "aime25": 30, "minerva": 272}
     assert {name: len(group) for name, group in rows.items()} == counts
@@ -7478,7 +7415,7 @@ def test_prepare_real_benchmarks(tmp_path, raw_host):
     for command in counts:
         name = names.get(command, command.upper())
         path = f"/TsinghuaC3I/Unify-Post-Training/ae332f5fa4dc8b4c3d3cd77ebc9cff3a3abab2d0/data/{name}/test.json"
-        files[path] = (SHARED / f"bench_unify/{name}.json").read_bytes()
+        files[path] = real_data[manifest[f"{command}.jsonl"]["source"]["sha256"]].read_bytes()
     prepare.main(["benchmarks", "--source", "hub", "--out", str(tmp_path / "hub")])
     assert sorted(asked) == sorted(files)
     for command in counts:
@@ -7486,28 +7423,28 @@ def test_prepare_real_benchmarks(tmp_path, raw_host):
     # cut off behind the second file, or one of them changed: the same command makes what is missing, and refuses the changed
     (out / "aime24.jsonl").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
-    prepare.main(["benchmarks", "--source", str(SHARED), "--out", str(out)])
+    prepare.main(["benchmarks", "--source", REAL_DATA, "--out", str(out)])
     assert load_problems(out / "aime24.jsonl") == rows["aime24"]
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}.items()
     write_rows(out / "amc23.jsonl", tiny_rows(1))
     with pytest.raises(ValueError, match="amc23.jsonl: already there; remove it"):
-        prepare.main(["benchmarks", "--source", str(SHARED), "--out", str(out)])
+        prepare.main(["benchmarks", "--source", REAL_DATA, "--out", str(out)])
     with pytest.raises(ValueError) as error:
         prepare.main(["benchmarks", "--source", str(out), "--out", str(tmp_path / "new")])
     assert "no file with the checksum of" in str(error.value) and len(str(error.value).splitlines()) == 7
 
 
-def test_prepare_real_luffy_validation_file(tmp_path):
+def test_prepare_real_luffy_validation_file(tmp_path, real_data):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed (it is optional)")
-    file = "luffy_valid/valid.parquet"
+    file, out = real_data[prepare.LUFFY_VALID], tmp_path / "out"
     for command, count in (("aime24", 30), ("math500", 500), ("minerva", 272)):
-        rows, entry = _prepare_real(tmp_path, command, file)
+        rows, entry = _prepare(out, command, file)
         assert len(rows) == count and entry["counts"]["read"] == 2019
         assert entry["counts"]["dropped"] == ({"repeats a problem": 210} if command == "aime24" else {})
         assert rows[0]["problem"].split()[0] == {"aime24": "Every", "math500": "Convert", "minerva": "Each"}[command]
     # the other copy of AIME24: five texts differ (drawings, blanks), and all thirty are found
-    ours, _ = _prepare_real(tmp_path / "ours", "aime24", "bench_unify/AIME24.json")
-    theirs = load_problems(tmp_path / "out/aime24.jsonl")
+    ours, _ = _prepare(tmp_path / "ours", "aime24", real_data[_real_sum("aime24", "aime24")])
+    theirs = load_problems(out / "aime24.jsonl")
     same = {prepare.normal_text(row["problem"]) for row in ours} & {prepare.normal_text(row.problem) for row in theirs}
     found = prepare.find_overlap([row.problem for row in theirs], {row["id"]: row["problem"] for row in ours})
     assert len(same) == 25 and len(found) == len({key for key, _ in found.values()}) == 30
@@ -7515,64 +7452,67 @@ def test_prepare_real_luffy_validation_file(tmp_path):
     assert all(answers[key] == theirs[i].answer for i, (key, _) in found.items())
     for command, what in (("amc23", "83 distinct problems in 332 rows"), ("olympiad", "675 distinct problems in 675 rows")):
         with pytest.raises(ValueError, match="This is LUFFY's validation file"):
-            _prepare_real(tmp_path, command, file)
+            _prepare(out, command, file)
         with pytest.raises(ValueError, match=what):
-            _prepare_real(tmp_path, command, file, "--sha256", "any")
+            _prepare(out, command, file, "--sha256", "any")
 
 
-def test_prepare_real_gsm8k(tmp_path):
-    test, _ = _prepare_real(tmp_path, "gsm8k", "gsm8k/test.jsonl", "--part", "test")
-    assert len(test) == 1319 and test[0]["answer"] == "18"
-    rows, entry = _prepare_real(tmp_path, "gsm8k", "gsm8k/train.jsonl", "--against", tmp_path / "out/test.jsonl")
-    assert len(rows) == entry["counts"]["with_solution"] == 7471 and entry["counts"]["read"] == 7473
-    assert entry["source"]["revision"] == "3101c7d5072418e28b9008a6636bde82a006892c"
-    assert rows[0]["answer"] == "72" and rows[0]["problem"].startswith("Natalia sold clips to 48 of her friends in April")
-    assert rows[0]["solution"] == (
+# (command, part): (repository and commit, rows read, rows kept, what is dropped, the first row's answer and problem)
+REAL_TRAINING_FILES = {
+    ("gsm8k", "test"): ("openai/grade-school-math@3101c7d5", 1319, 1319, {}, "18", "Janet’s ducks lay 16 eggs"),
+    ("gsm8k", "train"): (
+        "openai/grade-school-math@3101c7d5", 7473, 7471, {"is nearly in a file of --against": 2},
+        "72", "Natalia sold clips to 48 of her friends in April",
+    ),
+    ("mawps", "singleop"): ("QwenLM/Qwen2.5-Math@a45202bd", 562, 531, {"repeats a problem": 31}, "14", "If there are 7"),
+    ("mawps", "addsub"): ("QwenLM/Qwen2.5-Math@a45202bd", 395, 395, {}, "43", "Joan found 70 seashells"),
+    ("mawps", "multiarith"): (
+        "QwenLM/Qwen2.5-Math@a45202bd", 600, 580, {"repeats a problem": 20},
+        "39", "For Halloween Debby and her sister combined",
+    ),
+    ("svamp", "svamp"): ("QwenLM/Qwen2.5-Math@a45202bd", 1000, 1000, {}, "145", "There are 87 oranges"),
+    ("asdiv", "asdiv"): (
+        "QwenLM/Qwen2.5-Math@a45202bd", 2215, 2214, {"repeats a problem": 1},
+        "9", "Seven red apples and two green apples are in the basket. How many apples are in the basket?",
+    ),
+    ("math", "train"): (
+        "fadibenz/llm-alignment-reasoning-RL@377d6e5b", 7500, 7497, {"repeats a problem": 1, "its answer is empty": 2},
+        "16", "Chandra has four",
+    ),
+    ("solutions", "train"): (
+        "desirepathh/assignment5-alignment@d789558c", 4836, 4708,
+        {"repeats a problem": 1, "its answer is empty": 1, "no solution: its final answer is not the row's": 126},
+        "\\frac{\\sqrt{2}}{2}", "Compute $",
+    ),
+}  # fmt: skip
+
+
+def test_prepare_real_training_files(tmp_path, real_data):
+    rows, dropped = {}, {}
+    for (command, part), (origin, read, kept, reasons, answer, problem) in REAL_TRAINING_FILES.items():
+        flags = ["--part", part] if command in prepare.PARTS else []
+        flags += ["--against", tmp_path / "gsm8k/test.jsonl"] if (command, part) == ("gsm8k", "train") else []
+        rows[command, part], entry = _prepare(tmp_path / command, command, real_data[_real_sum(command, part)], *flags)
+        first, dropped[command, part] = rows[command, part][0], entry["dropped"]
+        assert f"{entry['source']['repo']}@{entry['source']['revision'][:8]}" == origin
+        assert (entry["counts"]["read"], len(rows[command, part]), entry["counts"]["dropped"]) == (read, kept, reasons)
+        assert first["answer"] == answer and first["problem"].startswith(problem)
+    # "A train travels 270 miles in 3 hours. At the same rate ...": of its 21 runs, six hold one of the three changed words
+    near = dropped["gsm8k", "train"]["is nearly in a file of --against"]
+    assert [e["where"] for e in near] == ["line 1315", "line 5163"]
+    assert {e["similarity"] for e in near} == {round(15 / 27, 3)}
+    assert [e["where"] for e in dropped["math", "train"]["its answer is empty"]] == ["line 7037", "line 7437"]
+    assert rows["math", "train"][0]["id"] == "math-train-0"
+    assert rows["gsm8k", "train"][0]["solution"] == (
         "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
         "\n\nThe final answer is \\boxed{72}"
     )
-    assert not any("<<" in row["solution"] or "####" in row["solution"] for row in rows)
-    # "A train travels 270 miles in 3 hours. At the same rate ...": of its 21 runs, six hold one of the three changed words
-    near = entry["dropped"]["is nearly in a file of --against"]
-    assert [e["where"] for e in near] == ["line 1315", "line 5163"]
-    assert {e["similarity"] for e in near} == {round(15 / 27, 3)} and len(entry["dropped"]) == 1
+    assert not any("<<" in row["solution"] or "####" in row["solution"] for row in rows["gsm8k", "train"])
+    solved = [row["solution"] for row in rows["solutions", "train"]]
+    assert solved[0].endswith("= 1/√2 = √2/2.\n\nThe final answer is \\boxed{√2/2}")
+    assert not any("think>" in text or "<answer>" in text for text in solved)
 
 
-def test_prepare_real_easy_word_problems(tmp_path):
-    counts = {}
-    for part in ("singleop", "addsub", "multiarith"):
-        rows, entry = _prepare_real(tmp_path, "mawps", f"easy_word_problems/mawps_{part}.jsonl", "--part", part)
-        counts[part] = (entry["counts"]["read"], len(rows), entry["counts"]["dropped"])
-    assert rows[0]["answer"] == "39" and rows[0]["problem"].startswith("For Halloween Debby and her sister combined")
-    for command in ("svamp", "asdiv"):
-        rows, entry = _prepare_real(tmp_path, command, f"easy_word_problems/{command}.jsonl")
-        counts[command] = (entry["counts"]["read"], len(rows), entry["counts"]["dropped"])
-    assert rows[0]["problem"] == "Seven red apples and two green apples are in the basket. How many apples are in the basket?"
-    assert rows[0]["answer"] == "9"
-    assert counts == {
-        "singleop": (562, 531, {"repeats a problem": 31}), "addsub": (395, 395, {}),
-        "multiarith": (600, 580, {"repeats a problem": 20}), "svamp": (1000, 1000, {}),
-        "asdiv": (2215, 2214, {"repeats a problem": 1}),
-    }  # fmt: skip
-
-
-def test_prepare_real_math(tmp_path):
-    rows, entry = _prepare_real(tmp_path, "math", "math_train/train.jsonl")
-    assert (len(rows), entry["counts"]["read"]) == (7497, 7500)
-    assert entry["counts"]["dropped"] == {"repeats a problem": 1, "its answer is empty": 2}
-    assert [e["where"] for e in entry["dropped"]["its answer is empty"]] == ["line 7037", "line 7437"]
-    assert rows[0]["id"] == "math-train-0" and rows[0]["answer"] == "16" and rows[0]["problem"].startswith("Chandra has four")
-
-
-def test_prepare_real_solutions(tmp_path):
-    rows, entry = _prepare_real(tmp_path, "solutions", "strong_solutions/sft_gpt-oss-120b.jsonl")
-    assert (len(rows), entry["counts"]["read"]) == (4708, 4836)
-    assert entry["counts"]["dropped"] == {
-        "repeats a problem": 1, "its answer is empty": 1, "no solution: its final answer is not the row's": 126,
-    }  # fmt: skip
-    assert rows[0]["answer"] == "\\frac{\\sqrt{2}}{2}"
-    assert rows[0]["solution"].endswith("= 1/√2 = √2/2.\n\nThe final answer is \\boxed{√2/2}")
-    assert not any("think>" in row["solution"] or "<answer>" in row["solution"] for row in rows)
 # ---------------------------------------------------------------------------------------------------- recipe
 
 
@@ -7664,20 +7604,20 @@ def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path)
 
 
 def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
-    """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout and the benchmarks to the table."""
+    """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout to the table. The benchmarks are there."""
     rows = {row["problem"]: row for row in tiny_rows(14)}
     names = ["math500", "amc23", "olympiad", "aime24", "aime25", "minerva"]
     raw = [_openr1_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
     work = tmp_path / "work"
-    if not (SHARED / "bench_unify").is_dir():  # without the benchmarks' files their step is passed over, as in a second run
-        (work / "bench").mkdir(parents=True)
-        for name in names:
-            write_rows(work / f"bench/{name}.jsonl", [{"id": name, "problem": f"Of {name}: 1 + 1?", "answer": "2"}] * 2)
-        sums = {file.name: {"sha256": prepare.sha256_of(file)} for file in (work / "bench").iterdir()}
-        (work / "bench/manifest.json").write_text(json.dumps(sums))
+    (work / "bench").mkdir(parents=True)
+    for name in names:
+        group = [{"id": f"{name}-{i}", "problem": f"Of {name}: {i} + 1?", "answer": str(i + 1)} for i in range(2)]
+        write_rows(work / f"bench/{name}.jsonl", group)
+    sums = {file.name: {"sha256": prepare.sha256_of(file)} for file in (work / "bench").iterdir()}
+    (work / "bench/manifest.json").write_text(json.dumps(sums))
     with ChatServer(partial(strong_model, rows)) as server:
         variables = {
-            "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": SHARED,
+            "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": tmp_path / "unread",
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
             "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think strip",
