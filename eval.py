@@ -1,9 +1,9 @@
-r"""Evaluation: the loader of problem files, samples that are graded while others are drawn, and accuracy over them.
+r"""Evaluation: samples of a model that are graded while others are drawn, and accuracy over them.
 
     python eval.py --model DIR --data test.jsonl other.jsonl --n 4       # a line per file, and a JSON file of results
     python eval.py --model DIR --benchmarks data/bench                   # the paper's, each with its n (data/prepare.py)
     python eval.py --model DIR --data test.jsonl --n 8 --both            # without and with each row's strategy
-    torchrun --nproc_per_node 8 -- eval.py --model DIR ...               # the problems dealt to the ranks (mind the --)
+    torchrun --nproc_per_node 8 -- eval.py --model DIR ...               # the problems shared out over ranks (mind the --)
     python eval.py --compare a.json b.json                               # the paired difference of two models
     python eval.py --table a.json b.json                                 # Markdown, beside the paper's figures
 
@@ -205,7 +205,7 @@ def _prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Probl
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalSet:
     """The problems of one file in one group, alone or guided. key: all that a kept response must agree in to count here."""
 
     file: str
@@ -216,7 +216,7 @@ class Part:
     key: dict
 
 
-def read_parts(args: argparse.Namespace, worker: MathWorker) -> list[Part]:
+def read_parts(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
     """Read and check all files, the model's identity too: a bad line in the last file must not cost an evaluation.
 
     A file of --data has n 1 and 2,048 tokens, one of --benchmarks the paper's; --n and --max_new_tokens overrule both.
@@ -247,7 +247,7 @@ def read_parts(args: argparse.Namespace, worker: MathWorker) -> list[Part]:
             if guided and without:
                 raise ValueError(f"{file}: {len(without)} problems have no strategy, the first is {without[0]!r}")
             key = shared | {"data_sha256": data, "guided": guided, "n": n, "max_new_tokens": tokens}
-            parts.append(Part(file, guided, n, tokens, problems, key))
+            parts.append(EvalSet(file, guided, n, tokens, problems, key))
     return parts
 
 
@@ -294,7 +294,7 @@ def _responses_path(out: Path, rank: int | None = None) -> Path:
 
 
 @contextmanager
-def own_responses(out: Path, rank: int) -> Iterator[Callable[[Part, dict], None]]:
+def own_responses(out: Path, rank: int) -> Iterator[Callable[[EvalSet, dict], None]]:
     """This rank's file of responses, as a function that adds a record. ValueError where another process writes to it.
 
     A line is flushed when it is written, which a killed process cannot take back; a machine that loses power can. What stands
@@ -309,7 +309,7 @@ def own_responses(out: Path, rank: int) -> Iterator[Callable[[Part, dict], None]
         stream.seek(0)
         stream.truncate(_whole_lines(stream.read()))
 
-        def write(part: Part, record: dict) -> None:
+        def write(part: EvalSet, record: dict) -> None:
             line = {"file": part.file, **record, "key": part.key}
             stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             stream.flush()
@@ -325,7 +325,7 @@ def _whole_lines(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def read_responses(parts: Sequence[Part], out: Path) -> dict[tuple[int, str], bytes]:
+def read_responses(parts: Sequence[EvalSet], out: Path) -> dict[tuple[int, str], bytes]:
     """{(index of the part, id): line} of all responses that are on disk for these parts, from however many ranks.
 
     ValueError, naming file, line and what differs, for a line of another evaluation, one that is no record, and two different
@@ -345,7 +345,7 @@ def read_responses(parts: Sequence[Part], out: Path) -> dict[tuple[int, str], by
     return found
 
 
-def _job_of(line: bytes, parts: Sequence[Part]) -> tuple[int, str]:
+def _job_of(line: bytes, parts: Sequence[EvalSet]) -> tuple[int, str]:
     try:
         record = json.loads(line)
         key, problem, samples = record["key"], record["id"], record["samples"]
@@ -361,7 +361,7 @@ def _job_of(line: bytes, parts: Sequence[Part]) -> tuple[int, str]:
     raise ValueError(f"is of another evaluation ({'; '.join(changes)}); name another file with --out, or remove it")
 
 
-def merge_responses(parts: Sequence[Part], out: Path, ranks: int) -> list[list[dict]]:
+def merge_responses(parts: Sequence[EvalSet], out: Path, ranks: int) -> list[list[dict]]:
     """All records, a list per part in the order of its problems; the ranks' files become one, in the same order."""
     found = read_responses(parts, out)
     jobs = [(index, problem.id) for index, part in enumerate(parts) for problem in part.problems]
@@ -482,8 +482,8 @@ def read_results(path: str) -> dict:
 
 
 def sample_parts(
-    args: argparse.Namespace, shares: Sequence[tuple[Part, list[Problem]]], device: torch.device, worker: MathWorker,
-    write: Callable[[Part, dict], None],
+    args: argparse.Namespace, shares: Sequence[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker,
+    write: Callable[[EvalSet, dict], None],
 ) -> None:  # fmt: skip
     """This rank's problems of each part: sampled, graded and written."""
     model, tokenizer = load_model(args.model, dtype=getattr(torch, args.dtype), device=device)
@@ -498,14 +498,14 @@ def sample_parts(
         )  # fmt: skip
 
 
-def _my_share(parts: Sequence[Part], kept: dict[tuple[int, str], bytes]) -> list[tuple[Part, list[Problem]]]:
+def _my_share(parts: Sequence[EvalSet], kept: dict[tuple[int, str], bytes]) -> list[tuple[EvalSet, list[Problem]]]:
     """What is left to do for this rank, balanced by length: a problem's text times n [ours]; a response's is not known."""
     left = [(part, p) for index, part in enumerate(parts) for p in part.problems if (index, p.id) not in kept]
     chosen = my_share(left, [part.n * len(problem.problem) for part, problem in left])
     return [(part, own) for part in parts if (own := [problem for owner, problem in chosen if owner is part])]
 
 
-def collect(parts: Sequence[Part], records: Sequence[list[dict]], seed: int) -> dict[str, dict]:
+def collect(parts: Sequence[EvalSet], records: Sequence[list[dict]], seed: int) -> dict[str, dict]:
     """{file: its figures}, a line printed for each part; with --both the guided figures are in "guided", and "guidance"."""
     files: dict[str, dict] = {}
     for part, own in zip(parts, records, strict=True):

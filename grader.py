@@ -530,7 +530,7 @@ def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool])
     return not p - g - {"e", "i"} and ask(*expressions)
 
 
-def unusable(answer: str) -> str:
+def why_unusable(answer: str) -> str:
     """Why no prediction could match this reference, "" if one can."""
     text = _clean(answer)
     # What math-verify cannot read (L_{\odot}) still matches when it is written the same way, if it is whole.

@@ -2328,6 +2328,38 @@ def test_first_update_has_ratio_one(tmp_path, worker, temperature):
     assert metrics["policy_kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_new_method_is_one_entry_and_a_reward_of_ones_own_is_one_argument(tmp_path, worker, monkeypatch):
+    """REINFORCE with the batch's mean as baseline, from the command line to the update; its loss by hand on one group."""
+
+    def weigh(settings, samples, rewards, reward):
+        return rewards - rewards.mean()
+
+    def terms(logits, targets, old_logprobs, advantages, weight, *, temperature):
+        values = losses.grpo_terms(
+            logits, targets, old_logprobs, advantages, weight, clip_low=0, clip_high=0, temperature=temperature
+        )
+        return values | {"loss": -weight * advantages * losses.token_logprobs(logits, targets, temperature)}
+
+    monkeypatch.setitem(sgpo.METHODS, "reinforce", sgpo.Variant((), weigh, lambda settings: terms))
+    run, examples = make_run(tmp_path, worker, "--method", "reinforce", "--problems_per_step", 2)
+    seen = []
+
+    def reward(response, problem):
+        seen.append(problem.id)
+        return len(seen) % 2  # whatever the response says
+
+    given = (run.model, run.tokenizer, run.optimizer, run.cfg, list(enumerate(examples[:2])), reward)
+    (metrics,), samples = sgpo.sgpo_step(*given, step=1, learning_rate=0.0)
+    assert sorted(seen) == sorted([examples[0].problem.id] * 8 + [examples[1].problem.id] * 8)
+    rewards = torch.tensor([sample.auto_rewards for sample in samples])
+    assert rewards.sum() == 8 and [s.advantages for s in samples] == (rewards - 0.5).tolist()
+    rows = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
+    want = sum(-a * sum(row.logprobs) for row, a in rows) / sum(len(row.response_ids) for row, _ in rows)
+    assert metrics["policy_loss"] == pytest.approx(want, rel=1e-4)
+    with pytest.raises(SystemExit):
+        train.parse_config(["--method", "reinfroce"])
+
+
 def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
     seen = []
@@ -2479,6 +2511,8 @@ def test_same_seed_same_run_and_everything_it_writes(tmp_path, capsys):
     head = read_metrics(tmp_path / "a")[0]
     assert head["config"]["delta"] == 1.0 and head["config"]["steps"] == 2 and head["commit"]
     assert [r["stage"] for r in first] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]
+    names = summarise([[True]], [[3]], [[False]]).keys()  # of eval.py's results, and no other ones for the same figures
+    assert first[0].keys() == names | {"stage", "when", "step", "guided", "grader_timeouts"}
     samples = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * (8 + 4) and sum(s["target"] for s in samples) <= 2
     assert all((s["reach"] is None) == (s["group"] == "auto") for s in samples)
@@ -4893,7 +4927,7 @@ def test_load_problems_accepts_every_answer_of_the_real_data_sets(real_data, eva
     rejected = {}
     for name, group in answers.items():
         group = sorted(set(group))  # thousands repeat
-        rejected[name] = [x for x in group if grader.unusable(grader.normalise_answer(x))]
+        rejected[name] = [x for x in group if grader.why_unusable(grader.normalise_answer(x))]
         assert all(is_correct(f"\\boxed{{{x}}}", grader.normalise_answer(x), eval_worker) for x in group if x)
     # two rows of MATH have an empty answer; nothing else is refused
     assert {name: bad for name, bad in rejected.items() if bad} == {("math", "train"): [""]}
@@ -5454,7 +5488,7 @@ def test_there_are_ten_thousand_hostile_answers_and_forty_references(hostile_fol
 
 def test_the_references_of_the_hostile_answers_are_paid_when_they_are_given(hostile_worker):
     for gold in HOSTILE_GOLDS:
-        assert not grader.unusable(grader.normalise_answer(gold)), gold
+        assert not grader.why_unusable(grader.normalise_answer(gold)), gold
         assert is_correct(f"\\boxed{{{gold}}}", gold, hostile_worker), gold
     rng, read = random.Random("true values"), 0
     for _ in range(200):  # the arithmetic is read, not refused
@@ -6035,7 +6069,7 @@ def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
 
 
 def test_a_record_is_on_disk_when_it_is_written(tmp_path):
-    part = grading.Part("f.jsonl", False, 1, 9, [grading.Problem("p", "q", "1", None, None)], {"seed": 0})
+    part = grading.EvalSet("f.jsonl", False, 1, 9, [grading.Problem("p", "q", "1", None, None)], {"seed": 0})
     out = tmp_path / "x.json"
     (tmp_path / "x-responses-rank3.jsonl").write_bytes(b'{"torn')
     with grading.own_responses(out, 3) as write:
@@ -6244,7 +6278,8 @@ def test_two_ranks_go_on_from_one_and_equal_it(eval_undisturbed, tmp_path):
 
 def test_work_left_is_dealt_to_all_ranks(monkeypatch):
     problems = [grading.Problem(str(i), "x" * length, "1", None, None) for i, length in enumerate((90, 5, 7, 6, 1, 60, 3))]
-    parts = [grading.Part("a", False, 1, 9, problems[:4], {"a": 1}), grading.Part("b", True, 2, 9, problems[4:], {"b": 1})]
+    parts = [grading.EvalSet("a", False, 1, 9, problems[:4], {"a": 1})]
+    parts += [grading.EvalSet("b", True, 2, 9, problems[4:], {"b": 1})]
     shares = []
     for rank in range(2):
         monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 2))
@@ -7225,7 +7260,7 @@ def test_prepare_manifest_accounts_for_every_row(tmp_path, capsys):
 
 
 def test_prepare_leaves_nothing_behind_where_the_loader_refuses_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "unusable", lambda answer: "")  # a filter that lets everything through
+    monkeypatch.setattr(prepare, "why_unusable", lambda answer: "")  # a filter that lets everything through
     with pytest.raises(ValueError, match="field 'answer' cannot be read"):
         _prepare_jsonl(tmp_path, [{"problem": "1?", "answer": "3 +"}])
     monkeypatch.setattr(prepare, "normal_text", lambda text: text)  # and one that is finer than the loader's

@@ -54,7 +54,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.problems import load_problems
-from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, unusable
+from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
 
 GITHUB = "https://raw.githubusercontent.com"
 SHINGLE, JACCARD = 5, 0.5  # near-duplicates: find_overlap
@@ -555,11 +555,11 @@ def check_ids(path: Path, rows: list[Row]) -> None:
         places[row.id] = row.where
 
 
-def dropunusable(rows: list[Row], dropped: Dropped) -> list[Row]:
+def drop_unusable(rows: list[Row], dropped: Dropped) -> list[Row]:
     """The rows without those whose answer load_problems would refuse, because no response could match it."""
     kept = []
     for row in rows:
-        if fault := unusable(row.answer):
+        if fault := why_unusable(row.answer):
             dropped.add(f"its answer {fault}", row, row.answer)
         else:
             kept.append(row)
@@ -579,7 +579,7 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
             f"file is known for this: its aime is AIME24 eight times, its amc holds 83 problems, not AMC23's 40, four times"
         )
     check_ids(path, rows)
-    rows = dropunusable(rows, dropped)
+    rows = drop_unusable(rows, dropped)
     rows = drop_overlap(rows, others, dropped)
     rows, missing = check_solutions(rows, options, dropped, worker)
     usable = len(rows)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grader import MathWorker, normalise_answer, same_answer, unusable
+from grader import MathWorker, normalise_answer, same_answer, why_unusable
 from strategy import Strategy
 
 
@@ -93,7 +93,7 @@ def read_row(raw: bytes) -> Problem:
         if name != "strategy" and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"field {name!r} must be a non-empty string, {value!r}")
     answer = normalise_answer(row["answer"])
-    if reason := unusable(answer):
+    if reason := why_unusable(answer):
         raise ValueError(f"field 'answer' {reason}, {row['answer'][:200]!r}")
     strategy = Strategy.from_dict(row["strategy"]) if "strategy" in row else None
     return Problem(row["id"], row["problem"], answer, row.get("solution"), strategy)
