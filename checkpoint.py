@@ -8,7 +8,7 @@
         state.json                                          everything else, and a SHA-256 of every file
 
 torch.distributed.checkpoint writes and reads the tensors, in safetensors: another number of ranks can resume, and nothing is
-ever unpickled. Around it stands what a crash needs:
+ever unpickled. Around it is what a crash needs:
 
     complete    written to a folder *.part, synced, described by state.json, and renamed as the last act. What is not renamed is
                 never read.

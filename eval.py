@@ -297,8 +297,8 @@ def _responses_path(out: Path, rank: int | None = None) -> Path:
 def own_responses(out: Path, rank: int) -> Iterator[Callable[[EvalSet, dict], None]]:
     """This rank's file of responses, as a function that adds a record. ValueError where another process writes to it.
 
-    A line is flushed when it is written, which a killed process cannot take back; a machine that loses power can. What stands
-    behind the last line's end is a line that was torn, and is cut off.
+    A line is flushed when it is written, which a killed process cannot take back; a machine that loses power can. What
+    comes after the last line's end is a line that was torn, and is cut off.
     """
     path = _responses_path(out, rank)
     with path.open("a+b") as stream:
@@ -410,14 +410,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
     group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
-    parser.add_argument("--limit", type=int, help="only the first so many problems of each file")
+    parser.add_argument("--limit", type=int, help="only the first problems of each file, this many")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
     parser.add_argument("--max_rows", type=int, default=64, help="responses decoded at once")
     parser.add_argument("--cache_tokens", type=int, help="size of the KV cache in tokens (default: what is needed)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for one symbolic comparison")
     parser.add_argument("--timeout_minutes", type=float, default=1440.0, help="how long a rank waits for the slowest one")
-    parser.add_argument("--out", help="results file, must not exist (default: eval-MODEL.json, -guided or -both behind)")
+    parser.add_argument("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
     return parser
 
 

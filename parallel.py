@@ -234,7 +234,7 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
 
     device       of the computation; the model may still be on the meta device, for load_sharded
     dtype        of activations and of the gathered weights; the shards, gradients and optimizer states are fp32
-    shard_ranks  how many ranks share one copy of the weights; the groups of so many ranks hold replicas (HSDP). 0: all ranks
+    shard_ranks  how many ranks share one copy of the weights; each group of that size holds a replica (HSDP). 0: all ranks
     offload      keep shards, gradients and optimizer states in host memory
     """
     ranks, kind = world()[1], device.type

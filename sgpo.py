@@ -270,11 +270,11 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
     pairs = [(sample.example.auto_ids, row.response_ids) for sample in samples for row in sample.guided]
     costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
     terms = partial(sft_terms, weight=torch.ones((), device=policy.device), temperature=settings.temperature)
+    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     scores: list[float] = []
     for indices in micro_batches(costs, settings.micro_tokens, saved):
         packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=policy.device)
-        head = partial(chunked_head, terms=terms, inputs=(packed.targets,), at=packed.predict)
-        _, stats = policy(**packed.layout, head=partial(head, chunk_tokens=settings.chunk_tokens))
+        _, stats = policy(**packed.layout, head=partial(head, inputs=(packed.targets,), at=packed.predict))
         total = torch.zeros(len(indices), device=policy.device).index_add_(0, packed.sequence, stats["logprob"])
         if settings.reach == "mean":
             total = total / torch.bincount(packed.sequence, minlength=len(indices))
@@ -343,6 +343,8 @@ def backward_policy(
     the trajectories is needed [ours]. By what the two computations differ is logged as logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
+    terms = partial(variant.terms(settings), temperature=settings.temperature)
+    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     # a group of equal rewards has no gradient: its tokens are counted and measured, but cost no backward pass [ours]
@@ -355,10 +357,8 @@ def backward_policy(
             chosen, weight = ([part[i] for i in indices], 1 / tokens) if indices else ([NO_TRAJECTORY], 0.0)
             packed, old, inputs, solution = policy_inputs(chosen, weight, device)
             inputs = (*inputs, solution) if variant.demonstrates else inputs
-            terms = partial(variant.terms(settings), temperature=settings.temperature)
-            head = partial(chunked_head, terms=terms, inputs=inputs, at=packed.predict)
             with torch.set_grad_enabled(gradient):
-                loss, stats = model(**packed.layout, head=partial(head, chunk_tokens=settings.chunk_tokens))
+                loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
             if gradient:
                 loss.backward()
             if indices:
@@ -393,6 +393,7 @@ def backward_distillation(
     """
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
+    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     targets = [item.guided[item.target].response_ids for item in items]
     contexts = [len(item.example.auto_ids) + len(item.example.guided_ids) for item in items]
     costs = [context + 2 * len(target) for context, target in zip(contexts, targets, strict=True)]
@@ -405,8 +406,7 @@ def backward_distillation(
             teacher = model(**guided.layout, head=lambda hidden, _, at=guided.predict: hidden[0, at])  # (M, D)
         weight = [item.alpha / (problems * len(target)) for item, target in zip(chosen, targets, strict=True)]
         inputs = (unguided.targets, torch.tensor(weight, device=device)[unguided.sequence])
-        head = partial(chunked_head, terms=terms, inputs=inputs, at=unguided.predict, teacher=teacher)
-        loss, stats = model(**unguided.layout, head=partial(head, chunk_tokens=settings.chunk_tokens))
+        loss, stats = model(**unguided.layout, head=partial(head, inputs=inputs, at=unguided.predict, teacher=teacher))
         loss.backward()
         if indices:
             sums["distillation_loss"] += loss.item()
