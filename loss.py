@@ -24,7 +24,7 @@ TokenTerms = Callable[..., dict[str, Tensor]]
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(v) of every token v, in fp32: logits (..., V) -> (..., V)."""
-    logits = logits.float()
+    logits = logits.float()  # bf16 rounds a log-probability of -10 to steps of 0.06: no ratio would mean anything
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
@@ -61,15 +61,16 @@ def policy_loss(
     diagnostics. No KL to a reference model, as in the paper, and no dual clip [ours].
     """
     ratio = torch.exp(logprobs - old_logprobs.detach())  # rho_it = pi_theta / pi_old of the sampled token [eq 1]
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)  # clip_high is the larger: DAPO's "clip-higher"
     loss = -torch.minimum(ratio * advantages, bounded * advantages)  # [eq 1], which is printed without the minus sign
+    # not wherever the ratio is outside: the minimum takes the clipped side only where that is the worse one
     clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
     return loss, ratio.detach(), clipped.detach()
 
 
 def luffy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, demonstration: Tensor, shaping: float = 0.1
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """LUFFY's mixed-policy loss per token (arXiv 2504.14945, as its public code computes it), all of one shape, e.g. (M,):
 
         the policy's own tokens    loss_t = -A_t ratio_t,  ratio_t = exp(logprobs_t - old_logprobs_t),  no clip
@@ -77,17 +78,17 @@ def luffy_loss(
 
     `demonstration` (bool) tells them apart by position. The strong model's own probability is taken as 1, so for its tokens
     old_logprobs is ignored. f lifts the gradient on tokens that the policy finds improbable: f'(x) = shaping / (x + shaping)^2.
-    Returns (loss, ratio); ratio is pi_t on a demonstration. The normaliser is the caller's: the public code divides the sum by
-    the padded width of the responses, we by the tokens of the whole update (ours).
+    Returns (loss, ratio, clipped) as policy_loss does: ratio is pi_t on a demonstration, nothing is clipped. The normaliser is
+    the caller's: the public code divides by the padded width of the responses, we by the tokens of the whole update [ours].
     """
-    ratio = torch.exp(logprobs - old_logprobs.detach().masked_fill(demonstration, 0.0))
+    ratio = torch.exp(logprobs - old_logprobs.detach().masked_fill(demonstration, 0.0))  # log 1 = 0: the writer's probability
     shaped = torch.where(demonstration, ratio / (ratio + shaping), ratio)
-    return -advantages * shaped, ratio.detach()
+    return -advantages * shaped, ratio.detach(), torch.zeros_like(demonstration)
 
 
 def hpt_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, demonstration: Tensor, sft_weight: float = 1.0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """HPT's loss per token (Hybrid Post-Training, arXiv 2509.04419, as its public code computes it), all of one shape:
 
         the policy's own tokens    loss_t = -A_t exp(logprobs_t - old_logprobs_t),  no clip
@@ -95,10 +96,11 @@ def hpt_loss(
 
     Which problems have a demonstration in the place of their rollouts is weighting.hpt_gate's decision; `demonstration` (bool)
     marks its tokens by position, and their advantages and old log-probs are ignored. sft_weight is 1.0, or 0.3 for its 1.5B
-    model. Returns (loss, ratio). One normaliser for both kinds, the tokens of the whole update (ours).
+    model. Returns (loss, ratio, clipped) as luffy_loss does. One normaliser for both kinds of token [ours].
     """
     ratio = torch.exp(logprobs - old_logprobs.detach().masked_fill(demonstration, 0.0))
-    return torch.where(demonstration, -sft_weight * logprobs, -advantages * ratio), ratio.detach()
+    loss = torch.where(demonstration, -sft_weight * logprobs, -advantages * ratio)
+    return loss, ratio.detach(), torch.zeros_like(demonstration)
 
 
 def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -131,7 +133,7 @@ def kl_clip_mask(divergence: Tensor, delta: float = 1.0) -> Tensor:
     The mask acts on d_t after the sum over the vocabulary. Clipping the single terms instead would make the sum negative,
     because only the whole sum is a divergence.
     """
-    return (divergence.detach() <= delta).to(divergence.dtype)
+    return (divergence.detach() <= delta).to(divergence.dtype)  # d_t = delta stays
 
 
 # ---------------------------------------------------------------------------------------------------- per-token terms
@@ -145,18 +147,34 @@ def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor, *, temperature: f
     return {"loss": -weight * logprob, "logprob": logprob.detach()}
 
 
-def _policy_values(loss: Tensor, logprob: Tensor, ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-    """What every policy loss hands back: the weighted loss, and the diagnostics without gradient."""
-    return {
-        "loss": loss,
-        "logprob": logprob.detach(),
-        "ratio": ratio,
-        "clipped": clipped,
-        "entropy": entropy.detach(),
-    }
+def policy_terms(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    *demonstration: Tensor,
+    loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    temperature: float,
+    entropy_bonus: float = 0.0,
+) -> dict[str, Tensor]:
+    """A policy loss, with the step's diagnostics from the same pass over the vocabulary.
+
+    loss           one of the policy losses above with its settings: called with (logprobs, old_logprobs, advantages) and, for
+                   those that know demonstrations, with their mask; all (m,)
+    entropy_bonus  LUFFY's: loss_t - entropy_bonus H_t
+    """
+    log_p = log_softmax(logits, temperature)
+    logprob = _of_targets(log_p, targets)
+    token_loss, ratio, clipped = loss(logprob, old_logprobs, advantages, *demonstration)
+    entropy = _entropy(log_p if entropy_bonus else log_p.detach())  # a diagnostic has no graph
+    if entropy_bonus:
+        token_loss = token_loss - entropy_bonus * entropy
+    stats = {"logprob": logprob.detach(), "ratio": ratio, "clipped": clipped.float(), "entropy": entropy.detach()}
+    return {"loss": weight * token_loss, **stats}
 
 
-def policy_diagnostics(
+def diagnostics(
     stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(sums, largest values) of what a policy loss handed back, over the chosen tokens: all (M,), `chosen` bool.
@@ -171,63 +189,6 @@ def policy_diagnostics(
     per_token["policy_kl"] = ratio - 1 - log_ratio
     sums = {"own_tokens": ratio.numel()} | {name: value.sum().item() for name, value in per_token.items()}
     return sums, {"ratio_error": (ratio - 1).abs().max().item(), "logprob_error": log_ratio.abs().max().item()}
-
-
-def grpo_terms(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """The policy loss on the autonomous trajectories, with the step's diagnostics from the same pass over the vocabulary."""
-    log_p = log_softmax(logits, temperature)
-    logprob = _of_targets(log_p, targets)
-    loss, ratio, clipped = policy_loss(logprob, old_logprobs, advantages, clip_low, clip_high)
-    entropy = _entropy(log_p.detach())
-    return _policy_values(weight * loss, logprob, ratio, clipped.float(), entropy)
-
-
-def luffy_terms(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    demonstration: Tensor,
-    *,
-    shaping: float,
-    entropy_bonus: float,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """LUFFY's loss with its entropy bonus: loss_t = weight_t (luffy_loss_t - entropy_bonus H_t)."""
-    log_p = log_softmax(logits, temperature)
-    logprob, entropy = _of_targets(log_p, targets), _entropy(log_p)
-    loss, ratio = luffy_loss(logprob, old_logprobs, advantages, demonstration, shaping)
-    return _policy_values(weight * (loss - entropy_bonus * entropy), logprob, ratio, torch.zeros_like(ratio), entropy)
-
-
-def hpt_terms(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    demonstration: Tensor,
-    *,
-    sft_weight: float,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """HPT's loss, cross-entropy on demonstrations and the unclipped policy loss elsewhere, with the step's diagnostics."""
-    log_p = log_softmax(logits, temperature)
-    logprob = _of_targets(log_p, targets)
-    loss, ratio = hpt_loss(logprob, old_logprobs, advantages, demonstration, sft_weight)
-    entropy = _entropy(log_p.detach())
-    return _policy_values(weight * loss, logprob, ratio, torch.zeros_like(ratio), entropy)
 
 
 def distillation_terms(
@@ -253,7 +214,7 @@ def distillation_terms(
     divergence_of = reverse_kl if objective == "reverse_kl" else forward_kl
     divergence = divergence_of(guided_logits, unguided_logits, temperature)  # d_t (m,) [eq 3]
     kept = kl_clip_mask(divergence, delta)  # w_t [eq 5]
-    loss = kept * divergence
+    loss = kept * divergence  # a dropped token is 0 here and still counts in the weight's |o+| [eq 5]
     if objective == "sft":
         loss, kept = -token_logprobs(unguided_logits, targets, temperature), torch.ones_like(kept)
     return {"loss": weight * loss, "divergence": divergence.detach(), "kept": kept}
@@ -300,10 +261,10 @@ def chunked_head(
 
     Returns (sum of loss, every term as (M,) without gradient). The gradient is taken in the forward pass, while a chunk's
     logits are there: three matrix products a chunk, as many as without chunks and one fewer than recomputing them in
-    backward. Peak memory: four to five tensors of (chunk_tokens, V) in fp32 and one gradient of the head. Called without
-    gradient mode, only values are computed. [ours]
+    backward. Peak memory: four to five tensors of (chunk_tokens, V) in fp32 and one gradient of the head. [ours]
     """
     hidden = hidden if at is None else hidden[0, at]
+    # without a gradient to give (scoring, evaluation) the loop below only computes values
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -319,7 +280,7 @@ def chunked_head(
             if teacher is not None:
                 given.insert(0, F.linear(teacher[span].to(dtype), w))
             with torch.set_grad_enabled(wants_grad):
-                logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V)
+                logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V), a leaf: its gradient is asked for
                 values = terms(logits, *given)
                 chunk_loss = values["loss"].sum()
             given = None  # or the teacher's logits would still be alive beside the gradient

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss import chunked_head, distillation_terms, grpo_terms, hpt_terms, luffy_terms, policy_diagnostics, sft_terms
+from loss import chunked_head, diagnostics, distillation_terms, hpt_loss, luffy_loss, policy_loss, policy_terms, sft_terms
 from model import CausalLM
 from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, same_on_all_ranks, whole_model
 from rollout import Packed, Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
@@ -343,12 +343,13 @@ def backward_policy(
     the trajectories is needed [ours]. By what the two computations differ is logged as logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
-    terms = partial(variant.terms(settings), temperature=settings.temperature)
+    loss, bonus = variant.loss(settings), variant.entropy_bonus(settings)
+    terms = partial(policy_terms, loss=loss, temperature=settings.temperature, entropy_bonus=bonus)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     # a group of equal rewards has no gradient: its tokens are counted and measured, but cost no backward pass [ours]
-    moves = [item.advantage != 0 or variant.moves_at_zero for item in items]
+    moves = [item.advantage != 0 or bonus != 0 for item in items]
     for gradient in (True, False):
         part = [item for item, with_gradient in zip(items, moves, strict=True) if with_gradient == gradient]
         contexts = [item.trajectory.prompt_ids for item in part]
@@ -364,7 +365,7 @@ def backward_policy(
             if indices:
                 sums["policy_loss"] += loss.item()
                 sums["solutions"] += sum(item.is_solution for item in chosen)
-                found, largest = policy_diagnostics(stats, old, ~solution)  # a solution has no sampler to differ from
+                found, largest = diagnostics(stats, old, ~solution)  # a solution has no sampler to differ from
                 sums |= {name: sums[name] + value for name, value in found.items()}
                 worst |= {name: max(worst[name], value) for name, value in largest.items()}
     return sums, worst
@@ -425,35 +426,28 @@ class Variant:
 
     needs: tuple[str, ...]  # the fields that every training row must have
     weigh: Callable[..., Tensor] | None = None  # see weigh; None: the method does not sample
-    terms: Callable[[Method], Callable[..., dict[str, Tensor]]] | None = None  # its per-token policy loss
+    loss: Callable[[Method], Callable[..., tuple[Tensor, ...]]] | None = None  # its per-token policy loss, with its settings
     guided: bool = False  # a guided group is sampled, and o+ chosen from it
     solution_in_group: bool = False  # one member of the group is the strong model's solution
     demonstrates: bool = False  # its loss takes solutions beside trajectories, and is told which tokens are theirs
-    moves_at_zero: bool = False  # tokens with advantage 0 have a gradient too
+    entropy_bonus: Callable[[Method], float] = lambda m: 0.0
     skip_above: Callable[[Method], float] = lambda m: math.inf  # an update with a larger gradient norm is left out
 
 
-def clipped(m: Method) -> Callable[..., dict[str, Tensor]]:
-    return partial(grpo_terms, clip_low=m.clip_low, clip_high=m.clip_high)
+def clipped(m: Method) -> Callable[..., tuple[Tensor, ...]]:
+    return partial(policy_loss, clip_low=m.clip_low, clip_high=m.clip_high)
 
 
 METHODS = {
-    "sgpo": Variant(("strategy",), weigh_sgpo, clipped, guided=True),
-    "grpo": Variant((), weigh_grpo, clipped),
+    "sgpo": Variant(needs=("strategy",), weigh=weigh_sgpo, loss=clipped, guided=True),
+    "grpo": Variant(needs=(), weigh=weigh_grpo, loss=clipped),
     "luffy": Variant(
-        ("solution",),
-        weigh_luffy,
-        lambda m: partial(luffy_terms, shaping=m.luffy_shaping, entropy_bonus=m.luffy_entropy),
-        solution_in_group=True,
-        demonstrates=True,
-        moves_at_zero=True,  # by the entropy bonus
+        needs=("solution",), weigh=weigh_luffy, loss=lambda m: partial(luffy_loss, shaping=m.luffy_shaping),
+        solution_in_group=True, demonstrates=True, entropy_bonus=lambda m: m.luffy_entropy,
     ),
     "hpt": Variant(
-        ("solution",),
-        weigh_hpt,
-        lambda m: partial(hpt_terms, sft_weight=m.hpt_sft_weight),
-        demonstrates=True,
-        skip_above=lambda m: m.hpt_max_norm,
+        needs=("solution",), weigh=weigh_hpt, loss=lambda m: partial(hpt_loss, sft_weight=m.hpt_sft_weight),
+        demonstrates=True, skip_above=lambda m: m.hpt_max_norm,
     ),
-    "sft": Variant(("solution",)),  # has no step: train.py's supervised stage is all of it
-}
+    "sft": Variant(needs=("solution",)),  # has no step: train.py's supervised stage is all of it
+}  # fmt: skip

@@ -1302,7 +1302,7 @@ def test_luffy_loss_by_hand():
     old = torch.tensor([math.log(0.25), math.log(0.2), -7.0, 5.0])  # on a demonstration it is ignored
     advantages = torch.tensor([-0.5, 0.25, 0.5, 0.5])
     demonstration = torch.tensor([False, False, True, True])
-    loss, ratio = losses.luffy_loss(logprobs, old, advantages, demonstration)
+    loss, ratio, _ = losses.luffy_loss(logprobs, old, advantages, demonstration)
     assert loss.tolist() == pytest.approx([1.0, -0.75, -0.5 * 0.25 / 0.35, -0.5 * 0.9 / 1.0], rel=1e-5)
     assert ratio.tolist() == pytest.approx([2.0, 3.0, 0.25, 0.9], rel=1e-5)
     loss.sum().backward()
@@ -1314,7 +1314,7 @@ def test_hpt_loss_by_hand():
     """Own tokens as LUFFY's; a demonstration's cost is -c log pi, whatever advantage and old log-prob say."""
     logprobs = torch.tensor([math.log(0.5), math.log(0.25)], requires_grad=True)
     old, advantages = torch.tensor([math.log(0.25), -7.0]), torch.tensor([0.5, -3.0])
-    loss, ratio = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
+    loss, ratio, _ = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
     assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
@@ -1345,16 +1345,15 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
     w = torch.rand(M, generator=generator)
     old, advantages, guided_hidden = -normal(M).abs() - 3, normal(M), hidden.detach() + 0.7 * normal(M, D)
     demonstration = torch.rand(M, generator=generator) < 0.5
-    clip = dict(clip_low=0.2, clip_high=0.28, temperature=0.9)
-    luffy = dict(shaping=0.1, entropy_bonus=0.05, temperature=0.9)
+    policy = partial(losses.policy_terms, temperature=0.9)
     objective = {"target_sft": "sft", "reverse_kl": "reverse_kl"}.get(kind, "kl")
     kd = dict(delta=1.0, temperature=0.9, objective=objective)
     distillation = (partial(losses.distillation_terms, **kd), (targets, w))
     terms, inputs = {
         "sft": (partial(losses.sft_terms, temperature=0.9), (targets, w)),
-        "grpo": (partial(losses.grpo_terms, **clip), (targets, old, advantages, w)),
-        "luffy": (partial(losses.luffy_terms, **luffy), (targets, old, advantages, w, demonstration)),
-        "hpt": (partial(losses.hpt_terms, sft_weight=0.3, temperature=0.9), (targets, old, advantages, w, demonstration)),
+        "grpo": (partial(policy, loss=losses.policy_loss), (targets, old, advantages, w)),
+        "luffy": (partial(policy, loss=losses.luffy_loss, entropy_bonus=0.05), (targets, old, advantages, w, demonstration)),
+        "hpt": (partial(policy, loss=partial(losses.hpt_loss, sft_weight=0.3)), (targets, old, advantages, w, demonstration)),
     }.get(kind, distillation)
     arguments = [x.detach().clone() for x in (hidden, weight, *inputs)]
     teacher = guided_hidden if terms.func is losses.distillation_terms else None
@@ -2334,13 +2333,11 @@ def test_a_new_method_is_one_entry_and_a_reward_of_ones_own_is_one_argument(tmp_
     def weigh(settings, samples, rewards, reward):
         return rewards - rewards.mean()
 
-    def terms(logits, targets, old_logprobs, advantages, weight, *, temperature):
-        values = losses.grpo_terms(
-            logits, targets, old_logprobs, advantages, weight, clip_low=0, clip_high=0, temperature=temperature
-        )
-        return values | {"loss": -weight * advantages * losses.token_logprobs(logits, targets, temperature)}
+    def loss(logprobs, old_logprobs, advantages):
+        ratio = torch.exp(logprobs - old_logprobs).detach()
+        return -advantages * logprobs, ratio, torch.zeros_like(ratio)
 
-    monkeypatch.setitem(sgpo.METHODS, "reinforce", sgpo.Variant((), weigh, lambda settings: terms))
+    monkeypatch.setitem(sgpo.METHODS, "reinforce", sgpo.Variant((), weigh, lambda settings: loss))
     run, examples = make_run(tmp_path, worker, "--method", "reinforce", "--problems_per_step", 2)
     seen = []
 

@@ -238,6 +238,7 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         if "strategy" in needs:
             guided_ids = encode_chat(tokenizer, guided_messages(problem.problem, problem.strategy))
         if "solution" in needs:
+            # the end is a target too, or the model never learns to stop
             solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
         prompt = max(len(auto_ids), len(guided_ids or []))
         longest = prompt + len(solution_ids or [0])
@@ -299,13 +300,13 @@ def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list
 def sft_update(run: Run, pairs: Sequence[tuple[list[int], list[int]]], learning_rate: float) -> tuple[float, float]:
     """One optimizer update on this rank's (context, response) pairs: (loss, gradient norm) over all ranks."""
     cfg, device, total = run.cfg, run.model.device, 0.0
-    tokens = all_reduce({"tokens": sum(len(response) for _, response in pairs)}, device)["tokens"]
+    tokens = all_reduce({"tokens": sum(len(response) for _, response in pairs)}, device)["tokens"]  # of the whole update
     costs = [len(context) + len(response) for context, response in pairs]
     for indices in pad_micro_batches(micro_batches(costs, cfg.micro_tokens), device):
         contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
         packed = pack(contexts, responses, device=device)
         weight = torch.full(packed.targets.shape, 1 / tokens if indices else 0.0, device=device)
-        terms = partial(sft_terms, temperature=1.0)
+        terms = partial(sft_terms, temperature=1.0)  # whatever RL samples at: it learns the text as it is
         head = partial(chunked_head, terms=terms, inputs=(packed.targets, weight), at=packed.predict)
         loss, _ = run.model(**packed.layout, head=partial(head, chunk_tokens=cfg.chunk_tokens))
         loss.backward()
@@ -322,6 +323,7 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem])
     cfg, progress, rank = run.cfg, run.progress, world()[0]
     steps = rl_steps(cfg, len(examples))
     for step in tqdm(range(progress.rl_steps, steps), cfg.method, steps, initial=progress.rl_steps, disable=rank > 0):
+        # a run that was stopped after an evaluation and before its step must not log it twice
         if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
             accuracy = measure(run, held_out, guided=False)
             run.folder.log({"stage": "eval", "step": step, **accuracy})
