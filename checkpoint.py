@@ -19,7 +19,8 @@ ever unpickled. Around it is what a crash needs:
 All ranks need to see the same folder (on several nodes: a shared file system). What it is not: a model for others to load; that
 is the folder `model` that train.py writes at the end.
 
-Imports no sibling: copy this file alone. Every function here is called by all ranks, with the same arguments.
+Imports no sibling: copy this file alone. It needs a process group (torch.distributed), of one process too; every function here
+is called by all ranks, with the same arguments.
 """
 
 import dataclasses
@@ -67,10 +68,10 @@ class Progress:
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
-    def count_skipped(self, updates: int, allowed: int, now: str) -> None:
-        """Add updates that were left out; NotFinite if they are more than are allowed."""
-        self.skipped += updates
-        if updates and self.skipped > allowed:
+    def count_skipped(self, skipped: bool, allowed: int, now: str) -> None:
+        """Count an update that was left out; NotFinite if they are more than are allowed."""
+        self.skipped += skipped
+        if skipped and self.skipped > allowed:
             raise NotFinite(
                 f"{self.skipped} updates were left out because the loss or the gradient norm was not finite ({now}), "
                 f"--max_skipped allows {allowed}"
@@ -206,9 +207,12 @@ def origin_of(data: dict[str, str]) -> dict[str, Any]:
 
 
 def code_commit() -> str:
-    """The commit of this code, with a + if the files differ from it; 'unknown' outside a git checkout."""
+    """The commit of this code, with a + if the files differ from it; 'unknown' outside a git checkout of its own."""
+    here = Path(__file__).resolve().parent
     try:
-        git = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True)
+        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()).resolve() != here:
+            return "unknown"  # a copy inside another repository, whose commit says nothing about this code
         head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         return head + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):

@@ -59,8 +59,8 @@ def evaluate(
     """
     mine = my_share(problems, [expected_length(problem) for problem in problems])
     records = ragged(lambda: sample_records(model, tokenizer, mine, **settings) if mine else [])
-    for sample in (sample for record in records for sample in record["samples"]):
-        del sample["text"]  # long, and no figure needs it
+    needed = ("correct", "truncated", "timed_out", "length")  # by the figures: what the model wrote stays on its rank
+    records = [record | {"samples": [{k: one[k] for k in needed} for one in record["samples"]]} for record in records]
     by_id = {record["id"]: record for rank in all_gather(records) for record in rank}
     return figures([by_id[problem.id] for problem in problems])
 
@@ -295,7 +295,7 @@ def _responses_path(out: Path, rank: int | None = None) -> Path:
 
 @contextmanager
 def own_responses(out: Path, rank: int) -> Iterator[Callable[[EvalSet, dict], None]]:
-    """This rank's file of responses, as a function that adds a record. ValueError where another process writes to it.
+    """This rank's file of responses, as a function that adds a record. ValueError if another process writes to it.
 
     A line is flushed when it is written, which a killed process cannot take back; a machine that loses power can. What
     comes after the last line's end is a line that was torn, and is cut off.
@@ -412,7 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
     parser.add_argument("--limit", type=int, help="only the first problems of each file, this many")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto", help="auto takes cuda where there is one, else cpu")
+    parser.add_argument("--device", default="auto", help="auto takes cuda if there is one, else cpu")
     parser.add_argument("--max_rows", type=int, default=64, help="responses decoded at once")
     parser.add_argument("--cache_tokens", type=int, help="size of the KV cache in tokens (default: what is needed)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for one symbolic comparison")
@@ -471,7 +471,7 @@ def _line(result: dict) -> str:
 
 
 def read_results(path: str) -> dict:
-    """A result file of main's; ValueError where it is something else."""
+    """A result file of main's; ValueError if it is something else."""
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         if all("correct" in part and "data_sha256" in part for part in results["files"].values()) and results["config"]:

@@ -4,7 +4,8 @@ Pure functions of tensors. No model, no text, no normaliser: every loss here is 
 that it worked out over the whole optimizer step (all micro-batches, all ranks), so that the gradient cannot depend on how the
 step was cut. Imports no sibling and needs torch only: copy this file alone.
 
-Symbols as in the paper (arXiv 2606.24064). Axes: M response tokens, D width, V vocabulary. Logits enter the softmax in fp32.
+Symbols as in the paper (arXiv 2606.24064). [eq N]: there; [code]: in the public code of a baseline; [ours]: both are silent.
+Axes: M response tokens (m of a chunk), D width, V vocabulary. Logits enter the softmax in fp32.
 
 Direction: "forward" KL here is KL(guided || unguided), the expectation under the guided side. Public code uses the word for
 both directions; the formula in `forward_kl` is what counts, and the tests pin it by hand.

@@ -432,7 +432,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where a forward is computed: sharded weights may be kept elsewhere (parallel.shard's offload), the angles never."""
+        """Where a forward is computed. The angles are there; sharded weights may be elsewhere (parallel.shard: offload)."""
         return self.inv_freq.device
 
     @property

@@ -237,6 +237,7 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
     shard_ranks  how many ranks share one copy of the weights; each group of that size holds a replica (HSDP). 0: all ranks
     offload      keep shards, gradients and optimizer states in host memory
     """
+    model.inv_freq = model.inv_freq.to(device)  # a buffer, which FSDP does not move; it says where the model computes
     ranks, kind = world()[1], device.type
     shard_ranks = shard_ranks or ranks
     if ranks % shard_ranks:
@@ -329,7 +330,11 @@ def model_on_host(model: CausalLM, dtype: torch.dtype) -> CausalLM | None:
         whole = whole_tensor(parameter)
         if world()[0] == 0:
             weights[name] = whole.to(dtype).cpu()
-    return _rebuilt(model, weights) if weights else None
+    if not weights:
+        return None
+    whole = _rebuilt(model, weights)
+    whole.inv_freq = whole.inv_freq.cpu()
+    return whole
 
 
 def _rebuilt(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:

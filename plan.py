@@ -431,7 +431,7 @@ class Cache:
 
     wanted: int  # what rollout.generate asks for
     room: int  # what there is place for: --cache_tokens, or 90 % of the free memory
-    enough: int  # with so many no row ever waits or is put back
+    enough: int  # with that many no row ever waits or is preempted
     least: int  # with fewer, generate refuses the longest prompt
 
     @property

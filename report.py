@@ -451,7 +451,7 @@ speed of a large matrix product, whichever takes longer.
 """,
     "update": """## One update
 
-`train.update` on given rollouts: the GRPO loss, its gradient, clipping, AdamW. The rival is the same loss with transformers
+`sgpo.update` on given rollouts: the GRPO loss, its gradient, clipping, AdamW. The rival is the same loss with transformers
 and autograd on right-padded batches of 8 and whole logits. Weights and optimizer states are fp32 on both sides, whatever
 the dtype of the computation. Tokens are those of the responses.
 """,
@@ -829,7 +829,7 @@ def find_targets(model: Any, tokenizer: Any, worker: Any, args: argparse.Namespa
     """
     import torch
 
-    from eval import load_problems
+    from data.problems import load_problems
     from weighting import reachable_target
 
     problems = [problem for problem in load_problems(args.data, worker) if args.id in (None, problem.id)]

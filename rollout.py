@@ -140,6 +140,8 @@ def generate(
 
 
 def _check(prompts, counts, limits, temperature, top_p, eos_ids, seed, context, max_rows) -> None:
+    if isinstance(seed, int):
+        raise ValueError(f"seed={seed}: give a list, one for each of the {len(prompts)} prompts")
     for name, values in (("n", counts), ("max_new_tokens", limits), ("seed", seed)):
         if len(values) != len(prompts):
             raise ValueError(f"{len(values)} values of {name} for {len(prompts)} prompts")

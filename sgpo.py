@@ -9,21 +9,22 @@ Algorithm 1, and where its lines are. One call of `sgpo_step` is one pass throug
                  alpha(q) from p_auto and p_guide                          [eq 6]           weigh: instance_weight
         choose   o+ = argmax over the correct õ_j of log pi(õ_j | q)       [eq 4]           choose: reachable_target
     update on L = mean over q of L_GRPO(q) + alpha(q) L_KD^clip(q)         [eq 7]           update
-        L_GRPO: the clipped surrogate along the autonomous o_i             [eq 1]           backward_policy: loss.policy_loss
+        L_GRPO: the clipped surrogate along the autonomous o_i, [eq 1] but for one mean     backward_policy: loss.policy_loss
+            over all tokens of the update where the paper takes each response's first [ours]
         L_KD^clip: 1/|o+| sum_t 1[d_t <= delta] d_t along o+               [eq 5]           backward_distillation
         d_t = KL( sg[pi(. | q, s, o+_<t)] || pi(. | q, o+_<t) )            [eq 3]           loss.forward_kl
 
 A step is called with a model, a tokenizer, an optimizer, settings, a batch and a reward; train.py is the loop around it. The
-baselines (GRPO, LUFFY, HPT) are the same step with other parts: METHODS, at the end, has them side by side. A new method is one
-entry there, a per-token loss in loss.py, and a test.
+baselines (GRPO, LUFFY, HPT) are the same step with other parts: METHODS, at the end, has them side by side. A new method is an
+entry there with its `weigh`, a per-token loss in loss.py, and a test.
 
-Marks: [eq N] and [alg 1] in the paper; [code] in the public code of a baseline; [ours] the paper is silent.
+Marks: [eq N] and [alg 1] in the paper; [code] in the public code of a baseline; [ours] the paper is silent or has it otherwise.
 Axes: P problems, G autonomous group (8), J guided group (4), M response tokens, D width.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,15 +48,15 @@ def knob(default: Any, help: str, choices: Sequence[str] | Callable[[], Sequence
 
 @dataclass(frozen=True)
 class Method:
-    """Every setting of a step. The defaults are the paper's where it names one."""
+    """Every setting of a step. The defaults are the paper's unless the line says otherwise. ValueError for no such choice."""
 
     method: str = knob("sgpo", "what to train with", lambda: tuple(METHODS))
-    sampling_seed: int = knob(-1, "seeds the training responses; -1: as --seed")
+    sampling_seed: int = knob(-1, "seeds the training responses; in train.py -1: as --seed")
     # sampling
     group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]; with luffy one of them is the solution [code]")
     group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
     temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [paper]")
-    max_new_tokens: int = knob(8192, "longest response in training, in tokens")
+    max_new_tokens: int = knob(8192, "longest response in training, in tokens [ours; the paper has 16K]")
     max_rows: int = knob(256, "responses decoded at once")
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss
@@ -70,8 +71,8 @@ class Method:
     reach: str = knob("sum", "log-probability that ranks the targets: summed [paper] or mean per token", ("sum", "mean"))
     # ablations of sgpo, beside --delta inf
     distill: str = knob("kl", "what pulls towards the target; none: nothing", ("kl", "reverse_kl", "sft", "none"))
-    target: str = knob("reachable", "which correct guided trajectory", ("reachable", "random"))
-    weight: str = knob("adaptive", "alpha(q); fixed: alpha_0 everywhere", ("adaptive", "fixed", "group_advantage"))
+    target: str = knob("reachable", "which correct guided trajectory; random [ours]", ("reachable", "random"))
+    weight: str = knob("adaptive", "alpha(q); fixed: alpha_0 [ours; 1.0 there]", ("adaptive", "fixed", "group_advantage"))
     autonomous: bool = knob(True, "train on the autonomous group; without it the distillation term is alone")
     # baselines, as their public code has them
     luffy_shaping: float = knob(0.1, "the x + this in LUFFY's shaping of a solution's probabilities x / (x + this) [code]")
@@ -85,6 +86,13 @@ class Method:
     max_grad_norm: float = knob(1.0, "the global gradient norm is clipped to this")
     micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result")
     chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            choices, value = spec.metadata["choices"], getattr(self, spec.name)
+            choices = choices() if callable(choices) else choices
+            if choices and value not in choices:
+                raise ValueError(f"{spec.name} {value!r}: must be one of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------------------- what a step works on
@@ -150,9 +158,10 @@ def sgpo_step(
 ) -> tuple[list[dict[str, float]], list[ProblemSamples]]:
     """One step of SGPO [alg 1], or of a baseline: (the metrics of each update, over all ranks; this rank's samples).
 
-    model    sharded by parallel.shard, on one rank too. The step changes its weights and the optimizer's moments
-    batch    this rank's share of the step's problems, each with its place in the whole batch
-    reward   (response, problem) -> 1 or 0, called in one thread while other responses are still being sampled
+    model    on several ranks sharded by parallel.shard. The step changes its weights and the optimizer's moments
+    batch    this rank's share of the step's problems, each with its place in the whole batch, below settings.problems_per_step
+    reward   (response, problem) -> 1 or 0; above 0 is correct. Called in one thread while other responses are still sampled;
+             LUFFY asks it about problem.solution too
     step     with the place it seeds the sampling, so that the result depends neither on earlier steps nor on the ranks
     ragged   calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
@@ -177,21 +186,19 @@ def sample_and_reward(
     def seeds(kind: str) -> list[int]:
         return [stream_seed(settings.sampling_seed, "sample", kind, step, place) for place, _ in batch]
 
+    # first the autonomous groups of all problems, then their guided groups
     prompts, prompt_seeds = [example.auto_ids for example in examples], seeds("auto")
     counts = [settings.group_auto - variant.solution_in_group] * len(examples)
     if variant.guided:  # both groups in one call: the places that one leaves in the sampler are taken by the other
         prompts += [example.guided_ids for example in examples]
         prompt_seeds += seeds("guided")
         counts += [settings.group_guided] * len(examples)
-
-    def grade(row: Trajectory, member: int, text: str) -> float:
-        return float(reward(text, examples[row.group % len(examples)].problem))
-
     groups, rewards = sample_and_grade(
-        policy, tokenizer, prompts, grade, n=counts, seed=prompt_seeds,
+        policy, tokenizer, prompts, lambda row, member, text: float(reward(text, examples[row.group % len(examples)].problem)),
+        n=counts, seed=prompt_seeds,
         max_new_tokens=settings.max_new_tokens, max_rows=settings.max_rows, cache_tokens=settings.cache_tokens or None,
         temperature=settings.temperature,
-        top_p=1.0,  # below 1 the ratio would no longer be that of the policy's own distribution
+        top_p=1.0,  # [ours; 0.95 there] below 1 the ratio would no longer be that of the policy's own distribution
     )  # fmt: skip
     P = len(examples)
     guided, guided_rewards = (rows[P:] or [[] for _ in examples] for rows in (groups, rewards))
@@ -209,7 +216,7 @@ def weigh(settings: Method, samples: list[ProblemSamples], reward: Reward) -> No
     if not samples:
         return  # this rank has no problem in this step
     rewards = torch.tensor([sample.auto_rewards for sample in samples])  # (P, G)
-    advantages = METHODS[settings.method].weigh(settings, samples, rewards, reward)  # (P, G)
+    advantages = METHODS[settings.method].weigh(settings, samples, rewards, reward)  # (P, G); one signature for all methods
     for sample, row in zip(samples, advantages.tolist(), strict=True):
         sample.advantages = row
 
@@ -227,9 +234,8 @@ def weigh_sgpo(settings: Method, samples: list[ProblemSamples], rewards: Tensor,
     elif settings.weight == "fixed":
         alpha = torch.full_like(p_auto, settings.alpha_0)
     for sample, value in zip(samples, alpha.tolist(), strict=True):
-        sample.alpha = value
-    # A_i [eq 1]: GRPO is on the autonomous group alone, the guided one is not in its mean. Without autonomous GRPO the pass
-    # stays, for the diagnostics, and has no gradient
+        sample.alpha = value  # also where no õ is correct; there [alg 1] has 0, which without an o+ only the logs can tell
+    # A_i [eq 1], of the autonomous group alone; without autonomous GRPO its pass stays, for the diagnostics, without gradient
     return group_advantages(rewards) if settings.autonomous else torch.zeros_like(rewards)
 
 
@@ -286,7 +292,7 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
 # ---------------------------------------------------------------------------------------------------- the update
 
 
-# metrics that are means, and the tokens that each is over
+# metrics that are means over tokens, and which; until update divides them they are sums
 MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl"), "own_tokens")
 MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
 
@@ -297,7 +303,7 @@ def update(
     """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]; metrics over all ranks.
 
     Both divisors are counted over the whole update before any backward pass: policy tokens are weighted 1 / (all response
-    tokens) [ours], a target's tokens alpha(q) / (P |o+|) with P all problems, those without a correct õ included.
+    tokens) [ours, not eq 1], a target's alpha(q) / (P |o+|) [eq 5, 7] with P all problems, those without a correct õ too.
     """
     policy = policy_items(samples, settings)
     targets = [sample for sample in samples if sample.target is not None and settings.distill != "none"]
@@ -343,13 +349,13 @@ def backward_policy(
     the trajectories is needed [ours]. By what the two computations differ is logged as logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
-    loss, bonus = variant.loss(settings), variant.entropy_bonus(settings)
-    terms = partial(policy_terms, loss=loss, temperature=settings.temperature, entropy_bonus=bonus)
+    loss, bonus = variant.loss(settings), variant.entropy_bonus and variant.entropy_bonus(settings)
+    terms = partial(policy_terms, loss=loss, temperature=settings.temperature, entropy_bonus=bonus or 0.0)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     # a group of equal rewards has no gradient: its tokens are counted and measured, but cost no backward pass [ours]
-    moves = [item.advantage != 0 or bonus != 0 for item in items]
+    moves = [item.advantage != 0 or bonus is not None for item in items]
     for gradient in (True, False):
         part = [item for item, with_gradient in zip(items, moves, strict=True) if with_gradient == gradient]
         contexts = [item.trajectory.prompt_ids for item in part]
@@ -395,9 +401,9 @@ def backward_distillation(
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
-    targets = [item.guided[item.target].response_ids for item in items]
+    lengths = [len(item.guided[item.target].response_ids) for item in items]
     contexts = [len(item.example.auto_ids) + len(item.example.guided_ids) for item in items]
-    costs = [context + 2 * len(target) for context, target in zip(contexts, targets, strict=True)]
+    costs = [context + 2 * length for context, length in zip(contexts, lengths, strict=True)]
     for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens), device):
         chosen = [items[i] for i in indices] or [NO_TARGET]
         targets = [item.guided[item.target].response_ids for item in chosen]  # o+ of each
@@ -430,7 +436,7 @@ class Variant:
     guided: bool = False  # a guided group is sampled, and o+ chosen from it
     solution_in_group: bool = False  # one member of the group is the strong model's solution
     demonstrates: bool = False  # its loss takes solutions beside trajectories, and is told which tokens are theirs
-    entropy_bonus: Callable[[Method], float] = lambda m: 0.0
+    entropy_bonus: Callable[[Method], float] | None = None  # it moves every token, those with advantage 0 too
     skip_above: Callable[[Method], float] = lambda m: math.inf  # an update with a larger gradient norm is left out
 
 

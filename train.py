@@ -87,9 +87,9 @@ class Config(Method):
     weight_decay: float = knob(0.01, "AdamW's decoupled weight decay")
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems used for the SFT warm-up instead of RL [paper]; 0: none")
-    sft_epochs: float = knob(1.0, "passes over them (with --method sft: over all problems)")
+    sft_epochs: float = knob(1.0, "passes over them (with --method sft: over all problems) [ours; the paper has 10]")
     sft_batch: int = knob(64, "solutions in one SFT update [paper]")
-    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [paper], decayed linearly")
+    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [paper], decayed linearly [ours]")
     sft_guided: float = knob(0.0, "share of the SFT examples whose prompt holds the strategy [ours]")
     # evaluation
     eval_every: int = knob(20, "steps between evaluations; 0: only before and after")
@@ -244,7 +244,7 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         longest = prompt + len(solution_ids or [0])
         if longest > context:
             raise ValueError(
-                f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution where it is used), "
+                f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution if it is used), "
                 f"the context holds {context}"
             )
         cache = smallest_cache(prompt, min(cfg.max_new_tokens, context - prompt))
@@ -355,8 +355,8 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
     updates, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=ragged)
     seconds = {"sampling_s": sampled - start, "step_s": time.perf_counter() - start}
     metrics = over_updates(updates)
-    now = f"now {metrics['loss']} and {metrics['grad_norm']}"
-    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped, now)
+    for one in updates:
+        run.progress.count_skipped(one["not_finite"], run.cfg.max_skipped, f"now {one['loss']} and {one['grad_norm']}")
     # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
     metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
@@ -397,11 +397,11 @@ def after_step(run: Run, *, last: bool) -> None:
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of a step's updates as one: counts are added up, a mean over tokens stays one over all of their tokens, a
     largest value stays one, and the rest (losses, norm, share left out) is the mean over the updates."""
-    total = {name: sum(one[name] for one in updates) for name in updates[0]}
+    total = {name: sum(one[name] for one in updates) for name in updates[0] if name != "not_finite"}
     metrics = {name: value / len(updates) for name, value in total.items()}
     for name, tokens in MEAN_OVER.items():
         metrics[name] = sum(one[name] * one[tokens] for one in updates) / max(total[tokens], 1)
-    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions", "not_finite")}
+    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions")}
     return metrics | {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
 
 

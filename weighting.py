@@ -1,7 +1,8 @@
 """The decisions taken per problem: advantages, which guided trajectory to learn from, and how much; and the baselines' own.
 
 Pure functions of rewards and log-probabilities; no model, no text. Imports no sibling and needs torch only: copy this file
-alone. Axes: P problems, G autonomous group (8), J guided group (4). Symbols as in the paper (arXiv 2606.24064).
+alone. Symbols as in the paper (arXiv 2606.24064). [eq N]: there; [code]: in the public code of a baseline; [ours]: both are
+silent. Axes: P problems, G autonomous group (8), J guided group (4).
 """
 
 from collections.abc import Sequence

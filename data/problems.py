@@ -41,7 +41,7 @@ def read_lines(path: Path) -> list[bytes]:
 
 
 def read_problems(lines: Sequence[bytes], name: str | Path, worker: MathWorker) -> list[Problem]:
-    """The rows in these lines: {"id", "problem", "answer"} as strings, "solution" and "strategy" where there are any.
+    """The rows in these lines: {"id", "problem", "answer"} as strings, "solution" and "strategy" if there are any.
 
     Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem
     with the same answer is dropped, and a line printed: copies of benchmarks repeat their rows. An answer that no
