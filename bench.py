@@ -16,9 +16,10 @@ What it is not: a benchmark of answers or of inference servers. Response lengths
     python bench.py --out /tmp/b.json --quick                    toy shapes, seconds: checks that everything runs, times nothing
 
 Two rivals need packages that nothing else here does: `pip install psutil` for generate_batch on a CPU, `pip install trl` for
-the part step; where one is missing the report says so. --dtype: fp32 by default on a CPU, bf16 on CUDA; the checks are in
-fp32. Exit status 1 where a check of equality fails. Timings mean something only on an idle machine; the load average before
-and after is recorded. Axes: P prompts, n responses a prompt, B rows, M response tokens, D width, V vocabulary.
+the part step; if one is missing, or dies, the report says so and goes on. --dtype: fp32 by default on a CPU, bf16 on CUDA; the
+checks are in fp32. Exit status 1 if a check of equality or a part fails. Timings mean something only on an idle machine; the
+load average before and after is recorded. Axes: P prompts, n responses a prompt, B rows, M response tokens, D width,
+V vocabulary.
 """
 
 import argparse
@@ -35,10 +36,10 @@ import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -50,10 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import code_commit
 from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
 from model import CausalLM, ModelConfig, build_model
-from parallel import shard, start_ranks, whole_model
+from parallel import ranks_of, shard, whole_model
 from rollout import Trajectory, generate, pack
 from sgpo import Example, Method, ProblemSamples, sgpo_step, update
 from weighting import group_advantages
@@ -279,7 +281,7 @@ def sample_ours(model: CausalLM, prompts, eos_ids, *, n, max_new_tokens, tempera
     return [trajectory.response_ids for group in groups for trajectory in group]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the worker is a thread, which would be outside of it and write to its tensors
 def sample_batch(model: Any, prompts, *, n, lengths, seed, **_: Any) -> list[list[int]]:
     """The same by transformers' continuous batching: what model.generate_batch does, with a length for each request."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -569,20 +571,41 @@ def sampler_workload(ours, theirs, workload: Workload, limits, args, device: tor
     runs = []
     for repeat in range(-1, args.repeats):  # the first round is a short one: threads, kernels, lazily made tables
         lengths = make_lengths(workload, args.seed + repeat) if repeat >= 0 else [2] * (workload.prompts * workload.group)
-        for name in names:
+        for name in [name for name in names if name not in left_out]:
             model = ours if name == "ours" else theirs
             options = dict(n=workload.group, max_new_tokens=0, temperature=1.0, eos_ids=(), lengths=lengths)
             work = partial(SAMPLERS[name], model, prompts, **options, seed=args.seed + repeat + 1)
-            rows, seconds, peak = measured(work, device)
-            if repeat < 0:
+            done = measured(work, device) if name == "ours" else attempt(name, partial(measured, work, device), left_out)
+            if repeat < 0 or done is None:
                 continue
+            rows, seconds, peak = done
             useful = sum(map(len, rows))
             run = {"side": name, "repeat": repeat, "seconds": seconds, "tokens": useful, "prescribed": sum(lengths)}
             run |= {"tokens_per_s": useful / seconds, "peak_mb": peak / MB}
             run["floor_share"] = sampling_floor(ours, prompts, lengths, workload.group, limits) / seconds
             runs.append(run)
             print(f"  {workload.name:17}{name:15}{run['tokens_per_s']:9.1f} tokens/s {seconds:7.1f} s", flush=True)
-    return {"workload": asdict(workload), "left_out": left_out, "runs": runs} | compare(runs, "tokens_per_s", names)
+    for name in {run["side"] for run in runs if not run["tokens"]} - {"ours"}:
+        left_out[name] = "it made no tokens"
+    runs = [run for run in runs if run["side"] not in left_out]
+    sides = [name for name in names if name not in left_out]
+    return {"workload": asdict(workload), "left_out": left_out, "runs": runs} | compare(runs, "tokens_per_s", sides)
+
+
+def attempt(name: str, work: Callable[[], Any], left_out: dict[str, str]) -> Any:
+    """The result of a rival's work; None, and the reason in left_out, if it dies: the others' figures are worth as much."""
+    try:
+        return work()
+    except Exception as error:  # whatever a rival raises
+        left_out[name] = one_line(error)
+        print(f"  {name:15} died: {left_out[name]}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
 def compare(runs: Sequence[dict[str, Any]], figure: str, names: Sequence[str]) -> dict[str, Any]:
@@ -689,21 +712,28 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
     spans = prompts + [(len(row.prompt_ids), len(row.response_ids)) for sample in samples for row in sample.auto]
     flops = 3 * forward_flops(ours, spans, tokens)  # the backward pass is twice the forward
     peak_rate = machine_limits(getattr(torch, args.dtype), device)["matmul"]
-    figures, runs = {}, []
+    figures, runs, left_out = {}, [], {}
     for repeat in range(-1, args.repeats):
-        for name, work in sides.items():
-            result, seconds, peak = measured(work, device)
+        for name, work in [(name, work) for name, work in sides.items() if name not in left_out]:
+            done = measured(work, device) if name == "ours" else attempt(name, partial(measured, work, device), left_out)
+            if done is None:
+                continue
+            result, seconds, peak = done
             if repeat < 0:
                 figures[name] = result  # the first update starts from equal weights
                 continue
             runs.append({"side": name, "repeat": repeat, "seconds": seconds, "tokens_per_s": tokens / seconds})
             runs[-1] |= {"peak_mb": peak / MB, "flop_share": flops / seconds / peak_rate}
             print(f"  update           {name:15}{tokens / seconds:9.1f} tokens/s {seconds:7.1f} s", flush=True)
+    workload_and = {"workload": asdict(workload), "left_out": left_out}
+    runs = [run for run in runs if run["side"] not in left_out]
+    if left_out:
+        return workload_and | {"runs": runs, "checks": {}} | compare(runs, "tokens_per_s", ["ours"])
     tolerance = 1e-3 if args.dtype == "float32" else 5e-2
     worst = abs(figures["ours"][1] - figures["transformers"][1]) / figures["transformers"][1]
     worst = max(worst, abs(figures["ours"][0] - figures["transformers"][0]))  # the loss itself is near zero
     check = {"loss_and_norm": figures, "max_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
-    return {"workload": asdict(workload), "runs": runs, "checks": {"same_update": check}} | compare(runs, "tokens_per_s", sides)
+    return workload_and | {"runs": runs, "checks": {"same_update": check}} | compare(runs, "tokens_per_s", sides)
 
 
 # ---------------------------------------------------------------------------------------------------- part: step
@@ -725,13 +755,17 @@ def bench_step(args, device: torch.device) -> dict[str, Any]:
     All responses have the full length, because TRL has no way to prescribe others. The reward is right half of the time on
     either side (the last token is even), so that no group is without a gradient.
     """
+    left_out: dict[str, str] = {}
     if importlib.util.find_spec("trl") is None:
-        return {"left_out": "trl is not installed: pip install trl", "runs": [], "checks": {}}
+        left_out["trl"] = "not installed: pip install trl"
     raw = TOY if args.quick else SHAPES[args.shape]
     workload = QUICK_WORKLOADS[0] if args.quick else STEP_WORKLOADS[device.type]
     ours, theirs = model_pair(raw, args.seed, torch.float32, device)
     prompts, tokenizer = make_prompts(workload, ours.config.vocab_size, args.seed), word_tokenizer(ours.config.vocab_size)
-    theirs_s, versions = trl_steps(theirs.train(), tokenizer, prompts, workload, args, device)
+    theirs_s, versions = [], {}
+    if not left_out:
+        steps = partial(trl_steps, theirs.train(), tokenizer, prompts, workload, args, device)
+        theirs_s, versions = attempt("trl", steps, left_out) or ([], {})
     changes = dict(problems_per_step=workload.prompts, group_auto=workload.group, max_new_tokens=workload.longest)
     ours.config = replace(ours.config, eos_ids=(ours.config.vocab_size,))  # no response ends before the limit, nor at TRL
     model, optimizer, settings = trained(ours.train(), args, device, **changes)
@@ -741,14 +775,14 @@ def bench_step(args, device: torch.device) -> dict[str, Any]:
     for step in range(args.repeats + 1):
         _, seconds, peak = measured(partial(one_step, step=step + 1), device)
         ours_s.append({"seconds": seconds, "peak_mb": peak / MB})
-    runs = []
-    for repeat, pair in enumerate(zip(ours_s[1:], theirs_s[1:], strict=True)):  # the first step of each warms up
-        for name, run_ in zip(("ours", "trl"), pair, strict=True):
+    runs, sides = [], {"ours": ours_s} | ({} if left_out else {"trl": theirs_s})
+    for repeat in range(1, args.repeats + 1):  # the first step of each warms up
+        for name, run_ in ((name, steps[repeat]) for name, steps in sides.items()):
             tokens = workload.prompts * workload.group * workload.longest
-            runs.append({"side": name, "repeat": repeat, "tokens_per_s": tokens / run_["seconds"], **run_})
+            runs.append({"side": name, "repeat": repeat - 1, "tokens_per_s": tokens / run_["seconds"], **run_})
             print(f"  whole step       {name:15}{tokens / run_['seconds']:9.1f} tokens/s {run_['seconds']:7.1f} s", flush=True)
-    result = {"workload": asdict(workload), "versions": versions, "runs": runs, "checks": {}}
-    return result | compare(runs, "tokens_per_s", ("ours", "trl"))
+    result = {"workload": asdict(workload), "versions": versions, "left_out": left_out, "runs": runs, "checks": {}}
+    return result | compare(runs, "tokens_per_s", list(sides))
 
 
 def even_is_right(response: str, _: Any) -> float:
@@ -927,15 +961,7 @@ def check_head(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str, An
 
 def environment(args, device: torch.device) -> dict[str, Any]:
     """Everything that is needed to judge or repeat the figures."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    commit = code_commit()
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -948,8 +974,8 @@ def environment(args, device: torch.device) -> dict[str, Any]:
         "dtype": args.dtype,
         "repeats": args.repeats,
         "quick": args.quick,
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "changed_files": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit.rstrip("+"),
+        "changed_files": commit.endswith("+"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "device_type": device.type,
         "cpus": os.cpu_count(),
@@ -1002,13 +1028,14 @@ def print_head(part: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
+    failed = {name: part["failed"] for name, part in report.items() if isinstance(part, dict) and "failed" in part}
+    for name, why in failed.items():
+        print(f"\n{name}: failed, {why}")
+    report = {name: part for name, part in report.items() if name not in failed}
     if "sampler" in report:
         print_sampler(report["sampler"])
     for part, title in (("update", "one update"), ("step", "a whole GRPO step")):
         if part not in report:
-            continue
-        if not report[part]["runs"]:
-            print(f"\n{title}: not run, {report[part]['left_out']}")
             continue
         print(f"\n{title}; response tokens/s")
         print_sides(part, report[part], "tokens_per_s", "flop_share" if part == "update" else None)
@@ -1020,10 +1047,11 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_checks(report: dict[str, Any]) -> bool:
-    """Every check on a line; returns whether all hold."""
+    """Every check on a line; returns whether all hold and no part failed."""
     print("\nchecks: both ways compute the same")
     passed = True
     for part in (*PARTS, "growth"):
+        passed = passed and "failed" not in report.get(part, {})
         for name, check in report.get(part, {}).get("checks", {}).items():
             details = {key: value for key, value in check.items() if key != "ok"}
             print(f"  {'ok    ' if check['ok'] else 'FAILED'} {part} {name}: {json.dumps(details)}")
@@ -1055,19 +1083,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, print the tables, write the JSON. Returns 1 where a check failed."""
+    """Run the parts, print the tables, write the JSON. Returns 1 if a check or a part failed."""
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    device = start_ranks(args.device, timeout_minutes=10)
-    report: dict[str, Any] = environment(args, device)
-    setting = f"{report['device']}, {report['shape']}, {args.dtype}, {args.threads} threads, seed {args.seed}"
-    print(f"{setting}, load {report['load_before'][0]:.2f}", flush=True)
     parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head, "growth": bench_growth}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for part in args.only:
-        report[part] = parts[part](args, device)
-        report["load_after"] = os.getloadavg()
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # a later part may be too large
+    with ranks_of(args.device, timeout_minutes=10) as device:
+        report: dict[str, Any] = environment(args, device)
+        setting = f"{report['device']}, {report['shape']}, {args.dtype}, {args.threads} threads, seed {args.seed}"
+        print(f"{setting}, load {report['load_before'][0]:.2f}", flush=True)
+        for part in args.only:
+            try:
+                report[part] = parts[part](args, device)
+            except Exception as error:  # a row of the report, and not its end: the other parts are worth as much
+                traceback.print_exc()
+                report[part] = {"failed": one_line(error), "runs": [], "checks": {}}
+            report["load_after"] = os.getloadavg()
+            args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_report(report)
     passed = print_checks(report)
     print(f"\nwritten: {args.out}")

@@ -519,7 +519,7 @@ def read_benches(folder: Path) -> Benches:
         if report["quick"]:
             raise ValueError(f"{path}: made with --quick, which times nothing; it does not belong among measured figures")
         for part in BENCH_PARTS:
-            if part not in report or (report[part].get("left_out") and not report[part].get("runs")):
+            if part not in report or "failed" in report[part] or (part == "step" and not report[part]["runs"]):
                 continue
             key = (part, report["device"], report["dtype"])
             if key in found:

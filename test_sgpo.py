@@ -8319,20 +8319,37 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     assert {run["prescribed"] for run in uniform["runs"]} == {3 * 2 * 6}
     assert [run["side"] for run in report["update"]["runs"]] == ["ours", "transformers"] * 2
     trl = importlib.util.find_spec("trl") is not None
-    assert [run["side"] for run in report["step"]["runs"]] == ["ours", "trl"] * 2 * trl
+    assert [run["side"] for run in report["step"]["runs"]] == ["ours", "trl"] * 2 if trl else ["ours"] * 2
     assert trl or "pip install trl" in done.stdout
 
 
-def test_bench_keeps_the_parts_before_one_that_fails(tmp_path, monkeypatch):
+def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def dies(*_, **__):
+        calls.append(0)
+        if len(calls) > 3:  # after the first workload's warm-up and its two repeats
+            raise RuntimeError("gone\nwith a long explanation")
+        return [[1, 2]] * 6
+
     def too_large(args, device):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(bench, "bench_head", lambda args, device: {"checks": {}})
+    monkeypatch.setattr(bench, "SAMPLERS", {**bench.SAMPLERS, "mortal": dies, "silent": lambda *_, **__: [[]] * 6})
+    monkeypatch.setattr(bench, "sampler_rivals", lambda device: (["ours", "mortal", "silent"], {}))
+    monkeypatch.setattr(bench, "plain_update", dies)
     monkeypatch.setattr(bench, "bench_growth", too_large)
-    with pytest.raises(torch.OutOfMemoryError):
-        bench.main(["--quick", "--only", "head", "growth", "--device", "cpu", "--out", str(tmp_path / "new/b.json")])
-    report = json.loads((tmp_path / "new/b.json").read_text())
-    assert report["head"] == {"checks": {}} and "growth" not in report and report["load_after"]
+    flags = "--quick --repeats 2 --threads 1 --only growth sampler update --device cpu --out".split()
+    assert bench.main([*flags, str(tmp_path / "new/b.json")]) == 1
+    report, said = json.loads((tmp_path / "new/b.json").read_text()), capsys.readouterr().out
+    assert report["growth"]["failed"] == "OutOfMemoryError: no message" and "growth: failed, OutOfMemoryError" in said
+    first, second = report["sampler"]["workloads"]
+    assert first["left_out"] == {"silent": "it made no tokens"} and list(first["ratio"]) == ["mortal"]
+    assert second["left_out"] == {"mortal": "RuntimeError: gone", "silent": "it made no tokens"} and not second["ratio"]
+    assert [run["side"] for run in second["runs"]] == ["ours"] * 2 and second["tokens_per_s"]["ours"]["median"] > 0
+    update = report["update"]
+    assert update["left_out"] == {"transformers": "RuntimeError: gone"} and [r["side"] for r in update["runs"]] == ["ours"] * 2
+    assert report["load_after"] and "not run: RuntimeError: gone" in said
 
 
 def test_bench_growth_is_measured_and_drawn(tmp_path):
