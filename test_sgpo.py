@@ -1313,7 +1313,7 @@ def test_luffy_loss_by_hand():
 def test_hpt_loss_by_hand():
     """Own tokens as LUFFY's; a demonstration's cost is -c log pi, whatever advantage and old log-prob say."""
     logprobs = torch.tensor([math.log(0.5), math.log(0.25)], requires_grad=True)
-    old, advantages = torch.tensor([math.log(0.25), -7.0]), torch.tensor([0.5, -3.0])
+    old, advantages = torch.tensor([math.log(0.25), -700.0]), torch.tensor([0.5, -3.0])  # e^700 is inf, and its gradient nan
     loss, ratio = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
     assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
     loss.sum().backward()
@@ -1931,12 +1931,14 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(
 
     count = sum(len(row.response_ids) for sample in samples for row in sample.auto)
     policy, distillation = torch.zeros(()), torch.zeros(())
-    divergences = []
+    divergences, ratios, entropy = [], [], 0.0
     for sample in samples:
         for row, advantage in zip(sample.auto, sample.advantages, strict=True):
             logp = torch.log_softmax(response_logits(row.prompt_ids, row.response_ids), -1)
+            entropy -= (logp.exp() * logp).sum().item()
             for t, token in enumerate(row.response_ids):
                 ratio = torch.exp(logp[t, token] - row.logprobs[t])
+                ratios.append((ratio.item(), advantage))
                 policy = policy - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / count
         if sample.target is not None and distill != "none":
             response = sample.guided[sample.target].response_ids
@@ -1954,6 +1956,16 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(
     assert_equal_gradients(got, want, 1e-4)
     assert metrics["policy_loss"] == pytest.approx(policy.item(), abs=1e-5)
     assert metrics["distillation_loss"] == pytest.approx(distillation.item(), abs=1e-5)
+    rho, a = torch.tensor(ratios).T
+    diagnostics = {
+        "entropy": entropy / count,
+        "clip_fraction": ((a > 0) & (rho > 1.28) | (a < 0) & (rho < 0.8)).sum().item() / count,
+        "policy_kl": (rho - 1 - rho.log()).sum().item() / count,
+        "ratio_error": (rho - 1).abs().max().item(),
+        "logprob_error": rho.log().abs().max().item(),
+    }
+    assert {name: metrics[name] for name in diagnostics} == pytest.approx(diagnostics, rel=1e-3)
+    assert 0.05 < metrics["clip_fraction"] < 0.95
     if distill == "none":
         assert metrics["kl"] == metrics["target_tokens"] == 0
         return
@@ -2039,10 +2051,13 @@ def test_hpt_leaves_out_an_update_with_a_huge_gradient(tmp_path, worker):
         for sample in samples:
             sample.target = None
         metrics = update(run, samples, 1e-3)
-        assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves)
+        assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves) and metrics["not_finite"] == 0
         changed = any(not torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
         assert changed == moves == (metrics["grad_norm"] <= limit)
         assert all(parameter.grad is None for parameter in run.model.parameters())  # nothing is left for the next update
+    samples[0].advantages[0] = math.nan
+    metrics = update(run, samples, 1e-3)
+    assert metrics["left_out"] == metrics["not_finite"] == 1  # and this one counts against --max_skipped
 
 
 def test_luffy_samples_seven_and_only_sgpo_samples_with_the_strategy(tmp_path, worker):
@@ -2050,6 +2065,38 @@ def test_luffy_samples_seven_and_only_sgpo_samples_with_the_strategy(tmp_path, w
         run, examples = make_run(tmp_path / method, worker, "--method", method)
         (sample,) = draw_samples(run, list(enumerate(examples[:1])))
         assert (len(sample.auto), len(sample.guided)) == (alone, guided), method
+
+
+def test_every_response_is_graded_by_its_own_problem(tmp_path, worker):
+    """The reward is the number of the question, which says what was asked: about which response, to which problem."""
+    run, examples = make_run(tmp_path, worker)
+    asked = []
+
+    def reward(response, problem):
+        asked.append((response, problem))
+        return len(asked) - 1
+
+    with parallel.whole_model(run.model) as policy:
+        samples = sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, list(enumerate(examples[:3])), reward, 1)
+    for sample, example in zip(samples, examples[:3], strict=True):
+        rows = [(row, example.auto_ids) for row in sample.auto] + [(row, example.guided_ids) for row in sample.guided]
+        for (row, prompt), number in zip(rows, sample.auto_rewards + sample.guided_rewards, strict=True):
+            text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
+            assert asked[int(number)] == (text, example.problem) and row.prompt_ids == prompt
+    assert len(asked) == 3 * (8 + 4)
+
+
+def test_every_group_has_random_numbers_of_its_own_and_keeps_them_on_any_rank(tmp_path, worker):
+    """One prompt at two places, as its own guided one too, in two steps; and a rank that has the second place alone."""
+    run, examples = make_run(tmp_path, worker)
+    example = replace(examples[0], guided_ids=examples[0].auto_ids)
+    groups = []
+    for step in (1, 2):
+        for sample in draw_samples(run, [(0, example), (1, example)], step):
+            groups += [[row.response_ids for row in rows[:4]] for rows in (sample.auto, sample.guided)]
+    assert all(a != b for a, b in itertools.combinations(groups, 2))
+    (second,) = draw_samples(run, [(1, example)])
+    assert [row.response_ids for row in second.auto[:4]] == groups[2]
 
 
 # ---------------------------------------------------------------------------------------------------- ablations
