@@ -2431,6 +2431,29 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     assert metrics["ratio_error"] == 0.2 and metrics["logprob_error"] == 0.3
     assert metrics["first_ratio_error"] == 0.1 and metrics["first_logprob_error"] == 0.3
     assert metrics["skipped"] == run.progress.skipped == 1 and "not_finite" not in metrics
+    seen.clear()
+    train.rl_step(run, [(3, examples[3])], 1, 0.0)
+    assert seen == [[], [3]]  # a rank that has the fourth problem alone
+
+
+def test_what_a_step_says_of_its_samples_by_hand():
+    """Three problems: all right alone, all wrong, and one without a target. A row of four tokens or more is cut off."""
+
+    def rows(*lengths):
+        return [Trajectory([1], [5] * n, [0.0] * n, finished=n < 4, group=0) for n in lengths]
+
+    samples = [
+        sgpo.ProblemSamples(0, None, rows(1, 2, 4), rows(2, 3), [1.0, 1.0, 1.0], [1.0, 0.0], alpha=0.5, target=0),
+        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6), [0.0, 0.0, 0.0], [1.0, 1.0], alpha=0.3, target=1),
+        sgpo.ProblemSamples(2, None, rows(1, 1, 1), rows(1, 1), [1.0, 0.0, 0.0], [0.0, 0.0], alpha=0.1),
+    ]
+    for sample, logprobs in zip(samples, ([-2.0, -1.0], [-8.0, -4.0], [-3.0, -3.0]), strict=True):
+        sample.unguided_logprobs = logprobs
+    want = {"alpha": 0.3, "with_target": 2 / 3, "all_right": 1 / 3, "all_wrong": 1 / 3, "reward_auto": 4 / 9}
+    want |= {"truncated": 3 / 9, "length_auto": 21 / 9, "reward_guided": 3 / 6, "length_guided": 18 / 6}
+    want |= {"grader_timeouts": 7, "sampled_tokens": 39}
+    want["reach_gap"] = (0 + 2) / 2  # of those with a target: -2 against a mean of -2, and -4 against one of -6
+    assert train.describe(samples, 7, CPU) == pytest.approx(want)
 
 
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():
@@ -3117,6 +3140,18 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000009"]
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_not_again_at_once(tmp_path, worker, monkeypatch):
+    run, _ = make_run(tmp_path, worker, "--checkpoint_minutes", 60)
+    written = []
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda folder, name, *_, **__: written.append(name))
+    train.after_step(run, last=False)
+    assert written == []
+    run.folder.saved_at -= 3601
+    for _ in range(2):
+        train.after_step(run, last=False)
+    assert written == ["step-000000"]
 
 
 def test_a_checkpoint_is_of_the_data_that_was_read_and_not_of_what_lies_there_later(tmp_path, worker):
@@ -5083,6 +5118,26 @@ def test_evaluate_seeds_follow_the_problem_not_the_batch(monkeypatch, eval_worke
     assert seeds(problems, 1) == seeds(problems, 3)
     assert seeds(problems, 8)[2:] == seeds(problems[2:], 8)  # a second rank's share keeps its seeds
     assert len(set(seeds(problems, 8) + seeds(problems, 8, seed=4))) == 10
+
+
+def test_evaluate_samples_its_share_and_has_the_figures_of_all(monkeypatch, eval_worker):
+    """As each of three ranks, of which the last has no problem; the records come back as the ranks had them."""
+
+    def script(prompt):
+        return [["\\boxed{0}", "\\boxed{0}"], ["\\boxed{1}", "no"]][int(prompt[8])]
+
+    model, problems = _eval_scripted(monkeypatch, script, []), _eval_problems(2)
+    settings = dict(EVAL_SETTINGS, worker=eval_worker)
+    records = {problem.id: grading.sample_records(model, _eval_tokenizer(), [problem], **settings) for problem in problems}
+    brought, began = [], []
+    monkeypatch.setattr(grading, "all_gather", lambda mine: brought.append(mine) or [[], records["r1"], records["r0"]])
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 3))
+        ragged = lambda work: began.append(1) or work()  # noqa: E731
+        result = grading.evaluate(model, _eval_tokenizer(), problems, ragged=ragged, **settings)
+        assert list(result["correct"].items()) == [("r0", 2), ("r1", 1)] and result["accuracy"] == 0.75
+    assert [[record["id"] for record in mine] for mine in brought] == [["r0"], ["r1"], []] and len(began) == 3
+    assert [record["majority"] for mine in brought for record in mine] == [None, None]  # nobody asked for a vote
 
 
 def test_evaluate_guided(monkeypatch, eval_worker):
