@@ -1535,6 +1535,7 @@ def test_reachable_target_is_the_most_probable_correct_one():
     assert weighting.reachable_target(logprobs, torch.tensor([False, True, True, True])) == 3
     assert weighting.reachable_target(logprobs, torch.tensor([True, True, True, True])) == 0
     assert weighting.reachable_target(logprobs, torch.tensor([False] * 4)) is None
+    assert weighting.reachable_target(torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([False, True, True])) == 1  # a tie
     with pytest.raises(ValueError):
         weighting.reachable_target(logprobs, torch.tensor([True]))
 
@@ -2172,6 +2173,7 @@ def test_a_random_target_is_a_correct_one_and_moves_with_step_and_seed(tmp_path,
             found.append(tuple(sample.target for sample in samples))
             step += 10
         assert all(target in (1, 2, 3) for targets in found for target in targets)
+        assert any(len(set(targets)) > 1 for targets in found)  # each problem has a draw of its own
         drawn.setdefault((step, seed), []).append(found)
     again, *others = drawn.values()
     assert again[0] == again[1] and all(again[0] != other[0] for other in others)
@@ -2223,6 +2225,17 @@ def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, mon
         got, again = gradients_of(run, samples, monkeypatch)
         assert_equal_gradients(got, want)
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_the_pass_of_a_rank_without_targets_adds_nothing(tmp_path, worker, monkeypatch):
+    """With cross-entropy, because a divergence, of two equal prompts, would be zero whatever its weight."""
+    run, examples = make_run(tmp_path, worker, "--distill", "sft")
+    samples = fake_samples(run, examples)
+    want, metrics = gradients_of(run, samples, monkeypatch)
+    monkeypatch.setattr(sgpo, "pad_micro_batches", lambda batches, device: [*batches, []])
+    got, again = gradients_of(run, samples, monkeypatch)
+    assert_equal_gradients(got, want)
+    assert again == pytest.approx(metrics)
 
 
 def test_a_dead_group_counts_in_the_normaliser_and_costs_no_backward_pass(tmp_path, worker, monkeypatch):
