@@ -1957,6 +1957,7 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(
     assert_equal_gradients(got, want, 1e-4)
     assert metrics["policy_loss"] == pytest.approx(policy.item(), abs=1e-5)
     assert metrics["distillation_loss"] == pytest.approx(distillation.item(), abs=1e-5)
+    assert metrics["loss"] == pytest.approx((policy + distillation).item(), abs=1e-5)
     rho, a = torch.tensor(ratios).T
     diagnostics = {
         "entropy": entropy / count,
