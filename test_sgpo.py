@@ -1320,6 +1320,13 @@ def test_hpt_loss_by_hand():
     assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
 
 
+def test_the_largest_error_of_a_ratio_may_be_on_either_side():
+    ratio = torch.tensor([0.25, 1.5, 9.0])
+    stats = dict.fromkeys(("ratio", "entropy", "clipped"), ratio) | {"logprob": ratio.log()}
+    _, largest = losses.policy_diagnostics(stats, torch.zeros(3), torch.tensor([True, True, False]))
+    assert largest == pytest.approx({"ratio_error": 0.75, "logprob_error": math.log(4)})
+
+
 def test_token_quantities_against_torch():
     logits = torch.randn(4, 9)
     targets = torch.tensor([0, 3, 8, 5])
