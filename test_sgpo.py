@@ -3180,6 +3180,19 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000009"]
 
 
+def test_a_checkpoint_from_before_the_first_update_leaves_no_moments(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker)
+    before = weights_of(run.model)
+    path = checkpoint.save_checkpoint(tmp_path, "a", run.model, run.optimizer, {}, keep=2)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parallel.apply_gradients(run.model, run.optimizer, 0.0, 1e-3, 1.0)
+    assert all(run.optimizer.state.values())
+    checkpoint.load_checkpoint(path, run.model, run.optimizer)
+    assert not any(run.optimizer.state.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
+
+
 def test_a_checkpoint_is_written_when_it_is_due_and_not_again_at_once(tmp_path, worker, monkeypatch):
     run, _ = make_run(tmp_path, worker, "--checkpoint_minutes", 60)
     written = []
