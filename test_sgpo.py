@@ -5152,6 +5152,8 @@ def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
     assert result["responses"][1]["samples"][0] == sample
     assert [r["majority"] for r in result["responses"]] == [0, 0, None]  # a tie goes to the first; without an answer no vote
     assert result["maj_at_n"] == pytest.approx(2 / 3) and result["correct"] == {"r0": 2, "r1": 1, "r2": 0}
+    result["responses"][1]["majority"] = 1  # had the vote gone to the wrong answer
+    assert grading.figures(result["responses"], voted=True)["maj_at_n"] == pytest.approx(1 / 3)
     assert [(len(call["prompts"]), call["max_rows"]) for call in calls] == [(3, 4)]
     assert calls[0]["temperature"] == 0.6 and calls[0]["top_p"] == 0.95 and calls[0]["eos_ids"] == (0,)
     assert calls[0]["max_new_tokens"] == 50 and calls[0]["n"] == 2
