@@ -2107,6 +2107,11 @@ def test_every_group_has_random_numbers_of_its_own_and_keeps_them_on_any_rank(tm
     assert all(a != b for a, b in itertools.combinations(groups, 2))
     (second,) = draw_samples(run, [(1, example)])
     assert [row.response_ids for row in second.auto[:4]] == groups[2]
+    for step in (1, 2):
+        train.rl_step(run, [(0, example)], step, 0.0)
+    lines = (run.folder.out / "samples.jsonl").read_text().splitlines()
+    texts = {step: [r["text"] for r in map(json.loads, lines) if r["step"] == step] for step in (1, 2)}
+    assert len(texts[1]) == 8 + 4 and texts[1] != texts[2]  # the loop's steps too
 
 
 # ---------------------------------------------------------------------------------------------------- ablations
