@@ -2365,8 +2365,9 @@ def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, mo
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, worker):
     """Ranked by the log-probability WITHOUT the strategy, summed, or per token with --reach mean; by transformers' logits, at
-    the temperature of the policy that is trained."""
-    run, examples = make_run(tmp_path, worker, "--temperature", temperature)
+    the temperature of the policy that is trained. alpha(q) by its formula, at settings that are not the defaults."""
+    weight = ["--alpha_0", 0.4, "--gamma", 0.2, "--alpha_max", 0.6]
+    run, examples = make_run(tmp_path, worker, "--temperature", temperature, *weight)
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
     samples = fake_samples(run, examples)
     chosen = {"sum": [], "mean": []}
@@ -2390,8 +2391,8 @@ def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, work
             assert samples[-1].unguided_logprobs == pytest.approx(totals, rel=1e-4)
     assert chosen["sum"] != chosen["mean"]
     p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
-    want = [min(max(0.5 * (0.75 - p + 0.1) / (p + 0.1), 0), 0.8) for p in p_auto]
-    assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6)
+    want = [min(max(0.4 * (0.75 - p + 0.2) / (p + 0.2), 0), 0.6) for p in p_auto]
+    assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6) and min(want) < max(want) == 0.6
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -2461,6 +2462,13 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     seen.clear()
     train.rl_step(run, [(3, examples[3])], 1, 0.0)
     assert seen == [[], [3]]  # a rank that has the fourth problem alone
+
+
+def test_a_step_asks_whether_the_ranks_have_the_same_weights(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    monkeypatch.setattr(parallel, "fingerprint", lambda model: math.nan)  # it equals no other
+    with pytest.raises(RuntimeError, match="the weights are not the same on all ranks"):
+        train.rl_step(run, [(0, examples[0])], 1, 0.0)
 
 
 def test_what_a_step_says_of_its_samples_by_hand():
