@@ -137,7 +137,7 @@ class PolicyItem(NamedTuple):
 # Every pass gathers and reduces on all ranks, so a rank without work passes one made-up token with weight 0.
 TOKEN = Trajectory([0], [0], [0.0], finished=True, group=0)
 NO_TRAJECTORY = PolicyItem(TOKEN, advantage=0.0)
-NO_TARGET = ProblemSamples(0, Example(None, [0], [0], None), [], [TOKEN], [], [], target=0)
+NO_TARGET = ProblemSamples(0, Example(None, [0], [0], None), [], [TOKEN], [], [], alpha=0.0, target=0)
 Reward = Callable[[str, Any], float]  # (response, problem) -> its reward
 
 

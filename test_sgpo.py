@@ -1175,7 +1175,7 @@ def test_pack_computes_a_shared_context_once():
     assert packed.targets.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
     assert packed.predict.tolist() == [2, 3, 4, 2, 2, 5, 7, 8, 11, 12]
     assert packed.sequence.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
-    assert rollout.shared_tokens(contexts) == [0, 3, 3, 0, 0]
+    assert rollout.shared_tokens(contexts) == [0, 3, 3, 0, 0] and rollout.shared_tokens([[1, 2], [3, 2]]) == [0, 0]
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     assert micro_batches(costs, 9, rollout.shared_tokens(contexts)) == [[0, 1, 2], [3, 4]]
     assert micro_batches(costs, 8, rollout.shared_tokens(contexts)) == [[0, 1], [2], [3], [4]]
@@ -1314,11 +1314,18 @@ def test_luffy_loss_by_hand():
 def test_hpt_loss_by_hand():
     """Own tokens as LUFFY's; a demonstration's cost is -c log pi, whatever advantage and old log-prob say."""
     logprobs = torch.tensor([math.log(0.5), math.log(0.25)], requires_grad=True)
-    old, advantages = torch.tensor([math.log(0.25), -7.0]), torch.tensor([0.5, -3.0])
+    old, advantages = torch.tensor([math.log(0.25), -700.0]), torch.tensor([0.5, -3.0])  # e^700 is inf, and its gradient nan
     loss, ratio, _ = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
     assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
+
+
+def test_the_largest_error_of_a_ratio_may_be_on_either_side():
+    ratio = torch.tensor([0.25, 1.5, 9.0])
+    stats = dict.fromkeys(("ratio", "entropy", "clipped"), ratio) | {"logprob": ratio.log()}
+    _, largest = losses.diagnostics(stats, torch.zeros(3), torch.tensor([True, True, False]))
+    assert largest == pytest.approx({"ratio_error": 0.75, "logprob_error": math.log(4)})
 
 
 def test_token_quantities_against_torch():
@@ -1535,6 +1542,7 @@ def test_reachable_target_is_the_most_probable_correct_one():
     assert weighting.reachable_target(logprobs, torch.tensor([False, True, True, True])) == 3
     assert weighting.reachable_target(logprobs, torch.tensor([True, True, True, True])) == 0
     assert weighting.reachable_target(logprobs, torch.tensor([False] * 4)) is None
+    assert weighting.reachable_target(torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([False, True, True])) == 1  # a tie
     with pytest.raises(ValueError):
         weighting.reachable_target(logprobs, torch.tensor([True]))
 
@@ -1931,12 +1939,14 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(
 
     count = sum(len(row.response_ids) for sample in samples for row in sample.auto)
     policy, distillation = torch.zeros(()), torch.zeros(())
-    divergences = []
+    divergences, ratios, entropy = [], [], 0.0
     for sample in samples:
         for row, advantage in zip(sample.auto, sample.advantages, strict=True):
             logp = torch.log_softmax(response_logits(row.prompt_ids, row.response_ids), -1)
+            entropy -= (logp.exp() * logp).sum().item()
             for t, token in enumerate(row.response_ids):
                 ratio = torch.exp(logp[t, token] - row.logprobs[t])
+                ratios.append((ratio.item(), advantage))
                 policy = policy - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / count
         if sample.target is not None and distill != "none":
             response = sample.guided[sample.target].response_ids
@@ -1954,6 +1964,17 @@ def test_update_equals_the_formulas_with_transformers_and_autograd(
     assert_equal_gradients(got, want, 1e-4)
     assert metrics["policy_loss"] == pytest.approx(policy.item(), abs=1e-5)
     assert metrics["distillation_loss"] == pytest.approx(distillation.item(), abs=1e-5)
+    assert metrics["loss"] == pytest.approx((policy + distillation).item(), abs=1e-5)
+    rho, a = torch.tensor(ratios).T
+    diagnostics = {
+        "entropy": entropy / count,
+        "clip_fraction": ((a > 0) & (rho > 1.28) | (a < 0) & (rho < 0.8)).sum().item() / count,
+        "policy_kl": (rho - 1 - rho.log()).sum().item() / count,
+        "ratio_error": (rho - 1).abs().max().item(),
+        "logprob_error": rho.log().abs().max().item(),
+    }
+    assert {name: metrics[name] for name in diagnostics} == pytest.approx(diagnostics, rel=1e-3)
+    assert 0.05 < metrics["clip_fraction"] < 0.95
     if distill == "none":
         assert metrics["kl"] == metrics["target_tokens"] == 0
         return
@@ -2039,10 +2060,14 @@ def test_hpt_leaves_out_an_update_with_a_huge_gradient(tmp_path, worker):
         for sample in samples:
             sample.target = None
         metrics = update(run, samples, 1e-3)
-        assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves)
+        assert metrics["grad_norm"] > 1e-6 and metrics["left_out"] == float(not moves) and metrics["not_finite"] == 0
         changed = any(not torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
         assert changed == moves == (metrics["grad_norm"] <= limit)
         assert all(parameter.grad is None for parameter in run.model.parameters())  # nothing is left for the next update
+    assert parallel.may_step(1.0, 80.0, 80.0)  # at the limit
+    samples[0].advantages[0] = math.nan
+    metrics = update(run, samples, 1e-3)
+    assert metrics["left_out"] == metrics["not_finite"] == 1  # and this one counts against --max_skipped
 
 
 def test_luffy_samples_seven_and_only_sgpo_samples_with_the_strategy(tmp_path, worker):
@@ -2050,6 +2075,43 @@ def test_luffy_samples_seven_and_only_sgpo_samples_with_the_strategy(tmp_path, w
         run, examples = make_run(tmp_path / method, worker, "--method", method)
         (sample,) = draw_samples(run, list(enumerate(examples[:1])))
         assert (len(sample.auto), len(sample.guided)) == (alone, guided), method
+
+
+def test_every_response_is_graded_by_its_own_problem(tmp_path, worker):
+    """The reward is the number of the question, which says what was asked: about which response, to which problem."""
+    run, examples = make_run(tmp_path, worker)
+    asked = []
+
+    def reward(response, problem):
+        asked.append((response, problem))
+        return len(asked) - 1
+
+    with parallel.whole_model(run.model) as policy:
+        samples = sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, list(enumerate(examples[:3])), reward, 1)
+    for sample, example in zip(samples, examples[:3], strict=True):
+        rows = [(row, example.auto_ids) for row in sample.auto] + [(row, example.guided_ids) for row in sample.guided]
+        for (row, prompt), number in zip(rows, sample.auto_rewards + sample.guided_rewards, strict=True):
+            text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
+            assert asked[int(number)] == (text, example.problem) and row.prompt_ids == prompt
+    assert len(asked) == 3 * (8 + 4)
+
+
+def test_every_group_has_random_numbers_of_its_own_and_keeps_them_on_any_rank(tmp_path, worker):
+    """One prompt at two places, as its own guided one too, in two steps; and a rank that has the second place alone."""
+    run, examples = make_run(tmp_path, worker)
+    example = replace(examples[0], guided_ids=examples[0].auto_ids)
+    groups = []
+    for step in (1, 2):
+        for sample in draw_samples(run, [(0, example), (1, example)], step):
+            groups += [[row.response_ids for row in rows[:4]] for rows in (sample.auto, sample.guided)]
+    assert all(a != b for a, b in itertools.combinations(groups, 2))
+    (second,) = draw_samples(run, [(1, example)])
+    assert [row.response_ids for row in second.auto[:4]] == groups[2]
+    for step in (1, 2):
+        train.rl_step(run, [(0, example)], step, 0.0)
+    lines = (run.folder.out / "samples.jsonl").read_text().splitlines()
+    texts = {step: [r["text"] for r in map(json.loads, lines) if r["step"] == step] for step in (1, 2)}
+    assert len(texts[1]) == 8 + 4 and texts[1] != texts[2]  # the loop's steps too
 
 
 # ---------------------------------------------------------------------------------------------------- ablations
@@ -2125,6 +2187,7 @@ def test_a_random_target_is_a_correct_one_and_moves_with_step_and_seed(tmp_path,
             found.append(tuple(sample.target for sample in samples))
             step += 10
         assert all(target in (1, 2, 3) for targets in found for target in targets)
+        assert any(len(set(targets)) > 1 for targets in found)  # each problem has a draw of its own
         drawn.setdefault((step, seed), []).append(found)
     again, *others = drawn.values()
     assert again[0] == again[1] and all(again[0] != other[0] for other in others)
@@ -2176,6 +2239,17 @@ def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, mon
         got, again = gradients_of(run, samples, monkeypatch)
         assert_equal_gradients(got, want)
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_the_pass_of_a_rank_without_targets_adds_nothing(tmp_path, worker, monkeypatch):
+    """With cross-entropy, because a divergence, of two equal prompts, would be zero whatever its weight."""
+    run, examples = make_run(tmp_path, worker, "--distill", "sft")
+    samples = fake_samples(run, examples)
+    want, metrics = gradients_of(run, samples, monkeypatch)
+    monkeypatch.setattr(sgpo, "pad_micro_batches", lambda batches, device: [*batches, []])
+    got, again = gradients_of(run, samples, monkeypatch)
+    assert_equal_gradients(got, want)
+    assert again == pytest.approx(metrics)
 
 
 def test_a_dead_group_counts_in_the_normaliser_and_costs_no_backward_pass(tmp_path, worker, monkeypatch):
@@ -2291,8 +2365,9 @@ def test_no_correct_guided_trajectory_means_no_distillation(tmp_path, worker, mo
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, worker):
     """Ranked by the log-probability WITHOUT the strategy, summed, or per token with --reach mean; by transformers' logits, at
-    the temperature of the policy that is trained."""
-    run, examples = make_run(tmp_path, worker, "--temperature", temperature)
+    the temperature of the policy that is trained. alpha(q) by its formula, at settings that are not the defaults."""
+    weight = ["--alpha_0", 0.4, "--gamma", 0.2, "--alpha_max", 0.6]
+    run, examples = make_run(tmp_path, worker, "--temperature", temperature, *weight)
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
     samples = fake_samples(run, examples)
     chosen = {"sum": [], "mean": []}
@@ -2316,8 +2391,8 @@ def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, work
             assert samples[-1].unguided_logprobs == pytest.approx(totals, rel=1e-4)
     assert chosen["sum"] != chosen["mean"]
     p_auto = [sum(sample.auto_rewards) / 8 for sample in samples]
-    want = [min(max(0.5 * (0.75 - p + 0.1) / (p + 0.1), 0), 0.8) for p in p_auto]
-    assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6)
+    want = [min(max(0.4 * (0.75 - p + 0.2) / (p + 0.2), 0), 0.6) for p in p_auto]
+    assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6) and min(want) < max(want) == 0.6
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -2382,6 +2457,36 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     assert metrics["ratio_error"] == 0.2 and metrics["logprob_error"] == 0.3
     assert metrics["first_ratio_error"] == 0.1 and metrics["first_logprob_error"] == 0.3
     assert metrics["skipped"] == run.progress.skipped == 1 and "not_finite" not in metrics
+    seen.clear()
+    train.rl_step(run, [(3, examples[3])], 1, 0.0)
+    assert seen == [[], [3]]  # a rank that has the fourth problem alone
+
+
+def test_a_step_asks_whether_the_ranks_have_the_same_weights(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    monkeypatch.setattr(parallel, "fingerprint", lambda model: math.nan)  # it equals no other
+    with pytest.raises(RuntimeError, match="the weights are not the same on all ranks"):
+        train.rl_step(run, [(0, examples[0])], 1, 0.0)
+
+
+def test_what_a_step_says_of_its_samples_by_hand():
+    """Three problems: all right alone, all wrong, and one without a target. A row of four tokens or more is cut off."""
+
+    def rows(*lengths):
+        return [Trajectory([1], [5] * n, [0.0] * n, finished=n < 4, group=0) for n in lengths]
+
+    samples = [
+        sgpo.ProblemSamples(0, None, rows(1, 2, 4), rows(2, 3), [1.0, 1.0, 1.0], [1.0, 0.0], alpha=0.5, target=0),
+        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6), [0.0, 0.0, 0.0], [1.0, 1.0], alpha=0.3, target=1),
+        sgpo.ProblemSamples(2, None, rows(1, 1, 1), rows(1, 1), [1.0, 0.0, 0.0], [0.0, 0.0], alpha=0.1),
+    ]
+    for sample, logprobs in zip(samples, ([-2.0, -1.0], [-8.0, -4.0], [-3.0, -3.0]), strict=True):
+        sample.unguided_logprobs = logprobs
+    want = {"alpha": 0.3, "with_target": 2 / 3, "all_right": 1 / 3, "all_wrong": 1 / 3, "reward_auto": 4 / 9}
+    want |= {"truncated": 3 / 9, "length_auto": 21 / 9, "reward_guided": 3 / 6, "length_guided": 18 / 6}
+    want |= {"grader_timeouts": 7, "sampled_tokens": 39}
+    want["reach_gap"] = (0 + 2) / 2  # of those with a target: -2 against a mean of -2, and -4 against one of -6
+    assert train.describe(samples, 7, CPU) == pytest.approx(want)
 
 
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():
@@ -2447,7 +2552,8 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_end_the_run(loss,
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
     loss = gradient = 1.0
     apply()  # and the next one that is finite is made
-    assert not torch.equal(before[0], weights_of(run.model)[0])
+    moved = before[0] - weights_of(run.model)[0]
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), atol=0, rtol=1e-2)  # AdamW takes a first step of this size
 
 
 def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
@@ -2930,6 +3036,21 @@ else:
     assert lost.startswith("lost: True rank 0 waited") and "Ranks 1 failed" in lost and "--timeout_minutes" in lost
 
 
+def test_an_error_of_ragged_work_comes_through_and_none_is_begun_after_sigterm():
+    control, begun = parallel.Control(1), []
+
+    def fails():
+        begun.append("fails")
+        raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        control.interruptible(fails)
+    control.stop_asked = True
+    with pytest.raises(parallel.Interrupted):
+        control.interruptible(fails)
+    assert begun == ["fails"]
+
+
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 4 --eval_every 1 --sft_fraction 0.01 --sft_batch 3"
@@ -3068,6 +3189,31 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000009"]
+
+
+def test_a_checkpoint_from_before_the_first_update_leaves_no_moments(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker)
+    before = weights_of(run.model)
+    path = checkpoint.save_checkpoint(tmp_path, "a", run.model, run.optimizer, {}, keep=2)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parallel.apply_gradients(run.model, run.optimizer, 0.0, 1e-3, 1.0)
+    assert all(run.optimizer.state.values())
+    checkpoint.load_checkpoint(path, run.model, run.optimizer)
+    assert not any(run.optimizer.state.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_not_again_at_once(tmp_path, worker, monkeypatch):
+    run, _ = make_run(tmp_path, worker, "--checkpoint_minutes", 60)
+    written = []
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda folder, name, *_, **__: written.append(name))
+    train.after_step(run, last=False)
+    assert written == []
+    run.folder.saved_at -= 3601
+    for _ in range(2):
+        train.after_step(run, last=False)
+    assert written == ["step-000000"]
 
 
 def test_a_checkpoint_is_of_the_data_that_was_read_and_not_of_what_lies_there_later(tmp_path, worker):
@@ -5017,6 +5163,8 @@ def test_evaluate_grades_what_was_sampled(monkeypatch, eval_worker):
     assert result["responses"][1]["samples"][0] == sample
     assert [r["majority"] for r in result["responses"]] == [0, 0, None]  # a tie goes to the first; without an answer no vote
     assert result["maj_at_n"] == pytest.approx(2 / 3) and result["correct"] == {"r0": 2, "r1": 1, "r2": 0}
+    result["responses"][1]["majority"] = 1  # had the vote gone to the wrong answer
+    assert grading.figures(result["responses"], voted=True)["maj_at_n"] == pytest.approx(1 / 3)
     assert [(len(call["prompts"]), call["max_rows"]) for call in calls] == [(3, 4)]
     assert calls[0]["temperature"] == 0.6 and calls[0]["top_p"] == 0.95 and calls[0]["eos_ids"] == (0,)
     assert calls[0]["max_new_tokens"] == 50 and calls[0]["n"] == 2
@@ -5034,6 +5182,26 @@ def test_evaluate_seeds_follow_the_problem_not_the_batch(monkeypatch, eval_worke
     assert seeds(problems, 1) == seeds(problems, 3)
     assert seeds(problems, 8)[2:] == seeds(problems[2:], 8)  # a second rank's share keeps its seeds
     assert len(set(seeds(problems, 8) + seeds(problems, 8, seed=4))) == 10
+
+
+def test_evaluate_samples_its_share_and_has_the_figures_of_all(monkeypatch, eval_worker):
+    """As each of three ranks, of which the last has no problem; the records come back as the ranks had them."""
+
+    def script(prompt):
+        return [["\\boxed{0}", "\\boxed{0}"], ["\\boxed{1}", "no"]][int(prompt[8])]
+
+    model, problems = _eval_scripted(monkeypatch, script, []), _eval_problems(2)
+    settings = dict(EVAL_SETTINGS, worker=eval_worker)
+    records = {problem.id: grading.sample_records(model, _eval_tokenizer(), [problem], **settings) for problem in problems}
+    brought, began = [], []
+    monkeypatch.setattr(grading, "all_gather", lambda mine: brought.append(mine) or [[], records["r1"], records["r0"]])
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 3))
+        ragged = lambda work: began.append(1) or work()  # noqa: E731
+        result = grading.evaluate(model, _eval_tokenizer(), problems, ragged=ragged, **settings)
+        assert list(result["correct"].items()) == [("r0", 2), ("r1", 1)] and result["accuracy"] == 0.75
+    assert [[record["id"] for record in mine] for mine in brought] == [["r0"], ["r1"], []] and len(began) == 3
+    assert [record["majority"] for mine in brought for record in mine] == [None, None]  # nobody asked for a vote
 
 
 def test_evaluate_guided(monkeypatch, eval_worker):
@@ -6041,10 +6209,11 @@ def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_work
         raise OSError("disk full")
 
     monkeypatch.setattr(rollout, "generate", sample)
-    with pytest.raises(OSError, match="disk full"):
-        settings = EVAL_SETTINGS | {"n": 1}
-        _evaluated(model, _eval_problems(50), **settings, worker=eval_worker, on_problem=full)
-    assert len(sampled) < 10
+    for count in (50, 1):  # and where it is the last response
+        with pytest.raises(OSError, match="disk full"):
+            settings = EVAL_SETTINGS | {"n": 1}
+            _evaluated(model, _eval_problems(count), **settings, worker=eval_worker, on_problem=full)
+        assert len(sampled) < 10
 
 
 def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
