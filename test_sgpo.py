@@ -85,7 +85,7 @@ from strategy import (
     parse_strategy,
     scoring_prompt,
 )
-from tools import extract
+from tools import extract, gpu_step
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -2722,7 +2722,7 @@ def write_rows(path, rows):
         (tiny_rows(1, answer=7), [], "rows.jsonl:1: field 'answer'"),
         (tiny_rows(1, strategy={"type": "x"}), [], "rows.jsonl:1:"),
         (tiny_rows(1), ["--cache_tokens", "128"], "which with a response of 32 needs --cache_tokens"),
-        (tiny_rows(1, problem="words " * 300), [], "tokens (prompt, and solution where it is used), the context holds 256"),
+        (tiny_rows(1, problem="words " * 300), [], "tokens (prompt, and solution if it is used), the context holds 256"),
         ([{k: v for k, v in row.items() if k != "strategy"} for row in tiny_rows(3)], [], "3 rows have no strategy"),
         (
             [{k: v for k, v in row.items() if k != "solution"} for row in tiny_rows(3)],
@@ -8049,27 +8049,6 @@ def planned_samples(run, problems, prompt, guided, shortest, longest):
     return samples
 
 
-def packed_pass(contexts, responses, distillation, first):
-    """The numbers that the planner wants of one packed pass, from what `pack` makes."""
-    packed = pack(contexts, responses, device=CPU)
-    pairs = [(packed.lengths[p], own) for own, p in zip(packed.lengths, packed.prefixes, strict=True) if p is not None]
-    continued, mask = sum(map(sum, pairs)), sum(own * (before + own) for before, own in set(pairs))
-    return plan.Pass(packed.input_ids.numel(), packed.targets.numel(), continued, mask, distillation, first)
-
-
-def planned_passes(run, samples):
-    """Every forward and backward pass that sgpo.update makes of these samples."""
-    rows = [item.trajectory for item in sgpo.policy_items(samples, run.cfg)]
-    contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
-    costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
-    for part in micro_batches(costs, run.cfg.micro_tokens, rollout.shared_tokens(contexts)):
-        yield packed_pass([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
-    targets = [(s.example.auto_ids, s.example.guided_ids, s.guided[s.target].response_ids) for s in samples]
-    costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
-    for part in micro_batches(costs, run.cfg.micro_tokens):
-        yield packed_pass([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
-
-
 SMALL_HEAD = dict(
     vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
@@ -8093,10 +8072,7 @@ PLANNED = {  # name: (shape, settings, problems)
 
 def planned_job(run, ranks=1, shard_ranks=1):
     dtype = parallel.compute_dtype(run.cfg.dtype, CPU)
-    return plan.Job(
-        plan.shape_of(run.model.config), dtype.itemsize, shard_ranks, shard_ranks < ranks, kernel=False, cuda=False,
-        recompute=run.cfg.recompute, offload=False, chunk_tokens=run.cfg.chunk_tokens, temperature=run.cfg.temperature,
-    )  # fmt: skip
+    return gpu_step.job_of(run.model, run.cfg, dtype, ranks=ranks, shard_ranks=shard_ranks)
 
 
 def planned_sampling(run, samples):
@@ -8110,24 +8086,16 @@ def planned_sampling(run, samples):
             generate(policy, prompts, n=counts, max_new_tokens=6, **settings)
             sgpo.unguided_logprobs(run.cfg, policy, samples)
 
-    pairs = [(s.example.auto_ids, row.response_ids) for s in samples for row in s.guided]
-    costs, saved = [len(a) + len(b) for a, b in pairs], rollout.shared_tokens([a for a, _ in pairs])
-    parts = micro_batches(costs, run.cfg.micro_tokens, saved)
-    scored = max(packed_pass(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
     pages = sum(kv_cache.pages_for(len(prompt)) + 2 for prompt in prompts) + min(run.cfg.max_rows, sum(counts))
-    job, rows = planned_job(run), min(run.cfg.max_rows, sum(counts))
-    moments = plan.sampling_moments(
-        job, pages=pages, rows=rows, prefill_tokens=sum(map(len, prompts)), prompts=len(prompts), scored_tokens=scored
-    )
-    name, total = plan.peak(moments)
+    job = planned_job(run)
+    name, total = gpu_step.predicted_sampling(job, samples, run.cfg, pages)
     return total - sum(plan.resident(job).values()), live_bytes(sampling), name
 
 
 def planned_update(run, samples, ranks=1, shard_ranks=1):
     """The same of the update."""
     job = planned_job(run, ranks, shard_ranks)
-    peaks = [plan.peak(plan.update_moments(job, one)) for one in planned_passes(run, samples)]
-    name, total = max(peaks, key=lambda item: item[1])
+    name, total = gpu_step.predicted_update(job, samples, run.cfg)
     return total - sum(plan.resident(job).values()), live_bytes(lambda: update(run, samples, 1e-6)), name
 
 
@@ -8519,6 +8487,33 @@ def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, mo
     update = report["update"]
     assert update["left_out"] == {"transformers": "RuntimeError: gone"} and [r["side"] for r in update["runs"]] == ["ours"] * 2
     assert report["load_after"] and "not run: RuntimeError: gone" in said
+
+
+def test_the_script_for_a_device_runs_at_toy_size_and_a_part_that_fails_is_a_row(tmp_path):
+    """The script that a GPU is asked with, without one; its Python is a wrapper that dies in the part `head`."""
+    wrapper = tmp_path / "python"
+    dies = 'case "$*" in *"--only head"*) echo "no such kernel" >&2; exit 3;; esac'
+    wrapper.write_text(f'#!/bin/sh\n{dies}\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    settings = {**os.environ, "PYTHON": str(wrapper), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "tools/gpu_check.sh", str(tmp_path / "out"), "--device", "cpu", "--parts", "torchrun step head"]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    head, _, _, _, *rows = (tmp_path / "out/rows.md").read_text().splitlines()
+    assert "commit" in head and f"torch {torch.__version__}" in head
+    rows = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in rows}
+    assert rows.keys() == {"torchrun", "step", "head"} and rows["head"] == "failed (3): no such kernel"
+    assert rows["torchrun"] == "ok: the resumed run equals the whole one, losses to the letter"
+    assert rows["step"].startswith("ok:") and "failed" not in done.stdout.replace("failed (3)", "")
+    report = json.loads((tmp_path / "out/step.json").read_text())
+    assert [row["top_p"] for row in report["sampling"]] == [1.0, 0.95] and report["limits"]["matmul"] > 0
+    step = report["step"]
+    assert step["logprob_error"] < 0.2 and {"sampling", "update", "update, recomputed"} < step.keys()  # bf16
+    for name in ("update", "update, recomputed"):
+        assert 0 <= step[name]["time"]["host_share"] < 1 and step[name]["time"]["longest"] and step[name]["planned_gb"] > 0
+    command[-1] = "tests none"
+    done = subprocess.run(command, cwd=ROOT, env=settings | {"IN_ALL": "0"}, capture_output=True, text=True, timeout=60)
+    assert "| tests | 0 | not run: the 0 s are used up |" in done.stdout
 
 
 def test_bench_growth_is_measured_and_drawn(tmp_path):

@@ -1,0 +1,220 @@
+"""One step of a real size on one GPU, with random weights: how fast, how much memory against the plan, where the time goes.
+
+    python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's shape on CUDA, about a minute on an H100
+    python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
+
+    sampling   256 rows at top_p 1 and 0.95: tokens/s, the share of the machine's floor (bench.py), time by kernel
+    step       one sgpo_step in its two halves, each with its peak of memory beside the one that plan.py predicts, how far the
+               sampler's log-probabilities are from the trainer's, and the update's tokens/s and time by kernel, with and
+               without recomputation
+
+What it is not: a comparison with a rival; that is bench.py.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench
+import plan
+from kv_cache import pages_for
+from model import CausalLM, ModelConfig, build_model
+from parallel import apply_gradients, ranks_of, whole_model
+from rollout import generate, micro_batches, pack, shared_tokens
+from sgpo import Example, Method, ProblemSamples, choose, policy_items, sample_and_reward, update, weigh
+
+# ---------------------------------------------------------------------------------------------------- what plan.py predicts
+
+
+def job_of(model: CausalLM, settings: Method, dtype: torch.dtype, *, ranks: int = 1, shard_ranks: int = 1) -> plan.Job:
+    """How the tensors of this run are laid out, for plan.py."""
+    cuda, kernel = model.device.type == "cuda", model.device.type == "cuda" and dtype == torch.bfloat16
+    return plan.Job(
+        plan.shape_of(model.config), dtype.itemsize, shard_ranks, shard_ranks < ranks, kernel=kernel, cuda=cuda,
+        recompute=model.model.recompute, offload=False, chunk_tokens=settings.chunk_tokens, temperature=settings.temperature,
+    )  # fmt: skip
+
+
+def pass_of(contexts: Sequence[list[int]], responses: Sequence[list[int]], distillation: bool, first: bool) -> plan.Pass:
+    """The numbers that plan.py wants of one packed pass, from what `pack` makes."""
+    packed = pack(contexts, responses, device=torch.device("cpu"))
+    pairs = [(packed.lengths[p], own) for own, p in zip(packed.lengths, packed.prefixes, strict=True) if p is not None]
+    continued, mask = sum(map(sum, pairs)), sum(own * (before + own) for before, own in set(pairs))
+    return plan.Pass(packed.input_ids.numel(), packed.targets.numel(), continued, mask, distillation, first)
+
+
+def passes_of(samples: Sequence[ProblemSamples], settings: Method) -> Iterator[plan.Pass]:
+    """Every forward and backward pass that sgpo.update makes of these samples."""
+    rows = [item.trajectory for item in policy_items(samples, settings)]
+    contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
+    for part in micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)):
+        yield pass_of([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
+    with_target = [sample for sample in samples if sample.target is not None]
+    targets = [(s.example.auto_ids, s.example.guided_ids, s.guided[s.target].response_ids) for s in with_target]
+    costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
+    for part in micro_batches(costs, settings.micro_tokens):
+        yield pass_of([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
+
+
+def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], settings: Method, pages: int) -> tuple[str, float]:
+    """(moment, bytes) of the peak of sampling both groups into a cache of so many pages and scoring the guided one."""
+    prompts = [s.example.auto_ids for s in samples] + [s.example.guided_ids for s in samples]
+    pairs = [(s.example.auto_ids, row.response_ids) for s in samples for row in s.guided]
+    costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
+    parts = micro_batches(costs, settings.micro_tokens, saved)
+    scored = max(pass_of(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
+    rows = min(settings.max_rows, len(samples) * (settings.group_auto + settings.group_guided))
+    prefill = min(sum(map(len, prompts)), plan.PREFILL_TOKENS)
+    moments = plan.sampling_moments(
+        job, pages=pages, rows=rows, prefill_tokens=prefill, prompts=len(prompts), scored_tokens=scored
+    )
+    return plan.peak(moments)
+
+
+def predicted_update(job: plan.Job, samples: Sequence[ProblemSamples], settings: Method) -> tuple[str, float]:
+    peaks = [plan.peak(plan.update_moments(job, one)) for one in passes_of(samples, settings)]
+    return max(peaks, key=lambda item: item[1])
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def peak_of(work: Callable[[], Any], device: torch.device, resident: float) -> tuple[Any, float, float]:
+    """(result, seconds, bytes at the peak, with what the run holds all the time)."""
+    result, seconds, beyond = bench.measured(work, device)
+    return result, seconds, beyond + resident
+
+
+def time_by_kernel(work: Callable[[], Any], device: torch.device, most: int = 12) -> dict[str, Any]:
+    """Seconds of one call on the clock, the share of them in which no kernel ran, and the kernels (on a CPU the operations)
+    that took longest: name, milliseconds, calls."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        _, seconds, _ = bench.measured(work, device)
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [event for event in profile.key_averages() if event.device_type == kind]
+    events.sort(key=lambda event: -getattr(event, time_of))
+    busy = sum(getattr(event, time_of) for event in events) / 1e6
+    longest = [[event.key[:90], round(getattr(event, time_of) / 1e3, 3), event.count] for event in events[:most]]
+    return {"seconds": seconds, "host_share": max(0.0, 1 - busy / seconds), "longest": longest}
+
+
+def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, float], device: torch.device) -> list[dict]:
+    """A row for each top_p: 32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each."""
+    workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
+    if args.quick:
+        workload = bench.QUICK_WORKLOADS[0]
+    prompts = bench.make_prompts(workload, model.config.vocab_size, args.seed)
+    tokens, rows = workload.prompts * workload.group * workload.longest, []
+    lengths = [workload.longest] * (workload.prompts * workload.group)
+    with whole_model(model) as policy:
+        floor = bench.sampling_floor(policy, prompts, lengths, workload.group, limits)
+        for top_p in (1.0, 0.95):
+            work = partial(
+                generate, policy, prompts, n=workload.group, max_new_tokens=workload.longest, temperature=1.0, top_p=top_p,
+                eos_ids=[model.config.vocab_size], seed=bench.prompt_seeds(args.seed, prompts), max_rows=1024,
+            )  # fmt: skip
+            work()  # the first call loads kernels
+            seconds = [bench.measured(work, device)[1] for _ in range(args.repeats)]
+            row = {"top_p": top_p, "tokens_per_s": bench.spread([tokens / s for s in seconds])}
+            row |= {"floor_share": bench.spread([floor / s for s in seconds]), "time": time_by_kernel(work, device)}
+            rows.append(row)
+            rate, share = row["tokens_per_s"]["median"], 100 * row["floor_share"]["median"]
+            print(f"  sampling, top_p {top_p:4}  {rate:9.0f} tokens/s, {share:.0f} % of the floor", flush=True)
+    return rows
+
+
+def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.Namespace, dtype: torch.dtype) -> dict:
+    """sgpo_step by hand in its two halves, so that each has its own peak and time."""
+    device, rng, V = model.device, random.Random(args.seed), model.config.vocab_size
+    tokenizer = bench.word_tokenizer(V)
+    size = (5, 9) if args.quick else (300, 600)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(1, V) for _ in range(count)]
+
+    examples = [Example(None, ids(rng.randint(*size)), ids(2 * size[1]), None) for _ in range(settings.problems_per_step)]
+    apply_gradients(model, optimizer, 0.0, 0.0, 1.0)  # a step of nothing, which makes AdamW's moments
+    job = job_of(model, settings, dtype)
+    resident = sum(plan.resident(job).values())
+
+    def sampling() -> list[ProblemSamples]:
+        with whole_model(model) as policy:
+            samples = sample_and_reward(policy, tokenizer, settings, list(enumerate(examples)), bench.even_is_right, step=1)
+            weigh(settings, samples, bench.even_is_right)
+            choose(settings, policy, samples, step=1)
+        return samples
+
+    samples, seconds, peak = peak_of(sampling, device, resident)
+    pages = settings.cache_tokens // plan.PAGE
+    result = {"sampling": memory_row(predicted_sampling(job, samples, settings, pages), peak) | {"seconds": seconds}}
+    tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
+    for recompute in (True, False):
+        model.model.recompute = recompute
+        job = job_of(model, settings, dtype)
+        work = partial(update, model, optimizer, settings, samples, 1e-6)
+        metrics, seconds, peak = peak_of(work, device, resident)
+        if "logprob_error" not in result:  # of the first update alone: then the policy has moved
+            result |= {name: metrics[name] for name in ("logprob_error", "ratio_error")}
+        row = memory_row(predicted_update(job, samples, settings), peak)
+        row |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "time": time_by_kernel(work, device)}
+        result["update, recomputed" if recompute else "update"] = row
+    for name in ("sampling", "update, recomputed", "update"):
+        row = result[name]
+        print(f"  {name:19} {row['measured_gb']:7.2f} GB, planned {row['planned_gb']:7.2f} ({row['moment']})", flush=True)
+    errors = f"log-probabilities {result['logprob_error']:.3f}, ratio {result['ratio_error']:.3f}"
+    print(f"  sampler against trainer: {errors} at most", flush=True)
+    return result
+
+
+def memory_row(predicted: tuple[str, float], measured: float) -> dict[str, Any]:
+    return {"moment": predicted[0], "planned_gb": predicted[1] / 1e9, "measured_gb": measured / 1e9}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
+    parser.add_argument("--shape", choices=tuple(bench.SHAPES), default="qwen2.5-1.5b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=3, help="of the sampling")
+    parser.add_argument("--quick", action="store_true", help="a toy shape: does it run; times nothing")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    args.threads = torch.get_num_threads()
+    with ranks_of(args.device, timeout_minutes=10) as device:
+        report = bench.environment(args, device)
+        dtype, raw = getattr(torch, args.dtype), bench.TOY if args.quick else bench.SHAPES[args.shape]
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
+        model = build_model(config, generator=generator, dtype=torch.float32, device=device)
+        changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
+        if not args.quick:  # 192 rows, of which none waits
+            pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))
+            changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE)
+            changes["micro_tokens"] = 16384
+        model, optimizer, settings = bench.trained(model, args, device, method="sgpo", **changes)
+        limits = bench.machine_limits(dtype, device)
+        for name, part in (
+            ("step", lambda: step_part(model, optimizer, settings, args, dtype)),
+            ("sampling", lambda: sampling_part(model, args, limits, device)),
+        ):
+            report[name] = part()
+            args.out.write_text(json.dumps(report | {"limits": limits}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
