@@ -37,16 +37,12 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     return _of_targets(log_softmax(logits, temperature), targets)
 
 
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_v p_v log p_v at each position, in nats: logits (..., V) -> (...)."""
-    return _entropy(log_softmax(logits, temperature))
-
-
 def _of_targets(log_p: Tensor, targets: Tensor) -> Tensor:
     return log_p.gather(-1, targets[..., None])[..., 0]
 
 
 def _entropy(log_p: Tensor) -> Tensor:
+    """-sum_v p_v log p_v, in nats: (..., V) -> (...)."""
     return -(log_p.exp() * log_p).sum(-1)
 
 
