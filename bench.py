@@ -51,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import plan
 from checkpoint import code_commit
 from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
@@ -65,46 +66,13 @@ MB = 1e6  # memory is reported in units of 10^6 bytes
 
 # HuggingFaceTB/SmolLM2-135M by shape. The initialisation is 0.02 here and not that model's 0.042: the smaller the weights, the
 # nearer the next-token distribution is to uniform (entropy 10.69 of 10.80 nats), and that is what makes lengths geometric.
-SMOLLM2_135M = dict(
-    model_type="llama",
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-    initializer_range=0.02,
-    rope_theta=100000.0,
-    hidden_act="silu",
-    attention_bias=False,
-    mlp_bias=False,
-)
-QWEN25 = dict(
-    model_type="qwen2",
-    vocab_size=151936,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=32768,
-    initializer_range=0.02,
-    rope_theta=1000000.0,
-    hidden_act="silu",
-)
 SHAPES = {
-    "smollm2-135m": SMOLLM2_135M,
-    "qwen2.5-0.5b": QWEN25
-    | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
-    | dict(tie_word_embeddings=True),
-    "qwen2.5-1.5b": QWEN25
-    | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
-    | dict(tie_word_embeddings=True),
-    "qwen2.5-7b": QWEN25
-    | dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-    | dict(vocab_size=152064, tie_word_embeddings=False),
+    "smollm2-135m": plan.KNOWN["SmolLM2-135M-Instruct"],
+    "qwen2.5-0.5b": plan.KNOWN["Qwen2.5-0.5B-Instruct"],
+    "qwen2.5-1.5b": plan.KNOWN["Qwen2.5-1.5B-Instruct"],
+    "qwen2.5-7b": plan.KNOWN["Qwen2.5-7B-Instruct"],
 }
-TOY = {**SMOLLM2_135M, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+TOY = {**SHAPES["smollm2-135m"], "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 TOY = {**TOY, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 # For the test of the distribution: few tokens, and weights large enough that their probabilities differ a lot.
 SMALL_VOCABULARY = {**TOY, "vocab_size": 24, "initializer_range": 0.2}
@@ -476,15 +444,8 @@ def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]
 
 
 def forward_flops(model: CausalLM, spans: Sequence[tuple[int, int]], head_tokens: int) -> float:
-    """Floating-point operations of one forward over sequences of (tokens that are there already, new tokens) each.
-
-    Two per weight of a block and new token, 4 * H * E per layer for each pair of a query and a key it sees, and the head.
-    """
-    config = model.config
-    weights = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
-    pairs = sum(new * before + new * (new + 1) / 2 for before, new in spans)
-    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
-    return 2 * weights * sum(new for _, new in spans) + attention + 2 * model.head_weight.numel() * head_tokens
+    """plan.forward_flops of a model."""
+    return plan.forward_flops(plan.shape_of(model.config), spans, head_tokens)
 
 
 def sampling_floor(model: CausalLM, prompts, lengths: Sequence[int], group: int, limits: dict[str, float]) -> float:
