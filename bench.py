@@ -130,7 +130,7 @@ UPDATE_WORKLOADS = {
 }
 STEP_WORKLOADS = {
     "cpu": Workload("step", 4, 8, 40, 160, median=48, longest=48),
-    "cuda": Workload("step", 16, 8, 100, 400, median=512, longest=512),
+    "cuda": Workload("step", 16, 8, 100, 400, median=128, longest=128),
 }
 QUICK_HEAD = HeadShape(tokens=512, width=32, vocabulary=16384, chunks=(32, 128))
 

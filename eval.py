@@ -23,7 +23,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import encode_chat, load_model, resolve_model, weight_files
 from parallel import Control, RankLost, all_gather, my_share, ranks_of, world
-from rollout import Trajectory, sample_and_grade
+from rollout import Trajectory, sample_and_grade, stream_seed
 from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
 from weighting import instance_weight
@@ -104,8 +103,8 @@ def sample_records(
     fills the context.
     """
     prompts = _prompts(model, tokenizer, problems, guided)
-    # From (seed, id): the result depends neither on max_rows nor on which other problems, or ranks, there are.
-    seeds = [seed * 2**32 + zlib.crc32(problem.id.encode()) for problem in problems]
+    # from (seed, id): the result depends neither on max_rows nor on which other problems, or ranks, there are
+    seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
     records = [{"id": problem.id, "samples": [None] * n, "majority": None} for problem in problems]
     left = [n] * len(problems)
 

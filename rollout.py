@@ -14,6 +14,7 @@ The model is any callable with model.py's forward (ids, positions, lengths=, cac
 
 import hashlib
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -364,7 +365,12 @@ def nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
 
 
 def stream_seed(*names: Any) -> int:
-    """A 63-bit seed for a named stream of random numbers: equal names, equal seed, on every machine and rank."""
+    """The seed of a named stream of random numbers: equal names, equal seed, on every machine and rank. 63 bits.
+
+    ("evaluation", seed, id) has a formula of its own, which recorded evaluations were made with: it stays what it is.
+    """
+    if names[0] == "evaluation":
+        return names[1] * 2**32 + zlib.crc32(names[2].encode())
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
 
 

@@ -8490,7 +8490,8 @@ def test_the_script_for_a_device_runs_at_toy_size_and_a_part_that_fails_is_a_row
     step = report["step"]
     assert step["logprob_error"] < 0.2 and {"sampling", "update", "update, recomputed"} < step.keys()  # bf16
     for name in ("update", "update, recomputed"):
-        assert 0 <= step[name]["time"]["host_share"] < 1 and step[name]["time"]["longest"] and step[name]["planned_gb"] > 0
+        time_of = step[name]["time_of_4_problems"]
+        assert 0 <= time_of["host_share"] < 1 and time_of["longest"] and step[name]["planned_gb"] > 0
     command[-1] = "tests none"
     done = subprocess.run(command, cwd=ROOT, env=settings | {"IN_ALL": "0"}, capture_output=True, text=True, timeout=60)
     assert "| tests | 0 | not run: the 0 s are used up |" in done.stdout

@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -98,11 +99,12 @@ def peak_of(work: Callable[[], Any], device: torch.device, resident: float) -> t
 
 def time_by_kernel(work: Callable[[], Any], device: torch.device, most: int = 12) -> dict[str, Any]:
     """Seconds of one call on the clock, the share of them in which no kernel ran, and the kernels (on a CPU the operations)
-    that took longest: name, milliseconds, calls."""
+    that took longest: name, milliseconds, calls. The seconds are those of a call without the profiler, which slows the host."""
+    _, seconds, _ = bench.measured(work, device)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profile:
-        _, seconds, _ = bench.measured(work, device)
+        bench.measured(work, device)
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = [event for event in profile.key_averages() if event.device_type == kind]
@@ -123,14 +125,16 @@ def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, f
     with whole_model(model) as policy:
         floor = bench.sampling_floor(policy, prompts, lengths, workload.group, limits)
         for top_p in (1.0, 0.95):
-            work = partial(
-                generate, policy, prompts, n=workload.group, max_new_tokens=workload.longest, temperature=1.0, top_p=top_p,
-                eos_ids=[model.config.vocab_size], seed=bench.prompt_seeds(args.seed, prompts), max_rows=1024,
+            call = partial(
+                generate, policy, prompts, n=workload.group, temperature=1.0, top_p=top_p, max_rows=1024,
+                eos_ids=[model.config.vocab_size], seed=bench.prompt_seeds(args.seed, prompts),
             )  # fmt: skip
+            work = partial(call, max_new_tokens=workload.longest)
             work()  # the first call loads kernels
             seconds = [bench.measured(work, device)[1] for _ in range(args.repeats)]
             row = {"top_p": top_p, "tokens_per_s": bench.spread([tokens / s for s in seconds])}
-            row |= {"floor_share": bench.spread([floor / s for s in seconds]), "time": time_by_kernel(work, device)}
+            row |= {"floor_share": bench.spread([floor / s for s in seconds])}
+            row |= {"time_of_32_tokens": time_by_kernel(partial(call, max_new_tokens=32), device)}  # the profiler is slow
             rows.append(row)
             rate, share = row["tokens_per_s"]["median"], 100 * row["floor_share"]["median"]
             print(f"  sampling, top_p {top_p:4}  {rate:9.0f} tokens/s, {share:.0f} % of the floor", flush=True)
@@ -162,29 +166,41 @@ def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.
     pages = settings.cache_tokens // plan.PAGE
     result = {"sampling": memory_row(predicted_sampling(job, samples, settings, pages), peak) | {"seconds": seconds}}
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
+    show("sampling", result["sampling"])
     for recompute in (True, False):
+        name = "update, recomputed" if recompute else "update"
         model.model.recompute = recompute
         job = job_of(model, settings, dtype)
-        work = partial(update, model, optimizer, settings, samples, 1e-6)
-        metrics, seconds, peak = peak_of(work, device, resident)
-        if "logprob_error" not in result:  # of the first update alone: then the policy has moved
-            result |= {name: metrics[name] for name in ("logprob_error", "ratio_error")}
+        try:
+            metrics, seconds, peak = peak_of(lambda: update(model, optimizer, settings, samples, 1e-6), device, resident)
+        except torch.OutOfMemoryError as error:  # without recomputation a card of 80 GB may be too small
+            model.zero_grad()
+            moment, planned = predicted_update(job, samples, settings)
+            result[name] = {"moment": moment, "planned_gb": planned / 1e9, "failed": bench.one_line(error)}
+            print(f"  {name:19} {result[name]}", flush=True)
+            continue
+        if recompute:  # of the first update alone: then the policy has moved
+            result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
+            errors = f"log-probabilities {result['logprob_error']:.3f}, ratio {result['ratio_error']:.3f}"
+            print(f"  sampler against trainer: {errors} at most", flush=True)
         row = memory_row(predicted_update(job, samples, settings), peak)
-        row |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "time": time_by_kernel(work, device)}
-        result["update, recomputed" if recompute else "update"] = row
-    for name in ("sampling", "update, recomputed", "update"):
-        row = result[name]
-        print(f"  {name:19} {row['measured_gb']:7.2f} GB, planned {row['planned_gb']:7.2f} ({row['moment']})", flush=True)
-    errors = f"log-probabilities {result['logprob_error']:.3f}, ratio {result['ratio_error']:.3f}"
-    print(f"  sampler against trainer: {errors} at most", flush=True)
+        row |= {"seconds": seconds, "tokens_per_s": tokens / seconds}
+        part = partial(update, model, optimizer, settings, samples[:4], 1e-6)
+        result[name] = row | {"time_of_4_problems": time_by_kernel(part, device)}
+        show(name, row)
     return result
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    memory = f"{row['measured_gb']:7.2f} GB, planned {row['planned_gb']:7.2f} ({row['moment']})"
+    print(f"  {name:19} {memory}, {row['seconds']:.2f} s", flush=True)
 
 
 def memory_row(predicted: tuple[str, float], measured: float) -> dict[str, Any]:
     return {"moment": predicted[0], "planned_gb": predicted[1] / 1e9, "measured_gb": measured / 1e9}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
     parser.add_argument("--shape", choices=tuple(bench.SHAPES), default="qwen2.5-1.5b")
@@ -212,9 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ("step", lambda: step_part(model, optimizer, settings, args, dtype)),
             ("sampling", lambda: sampling_part(model, args, limits, device)),
         ):
-            report[name] = part()
+            try:
+                report[name] = part()
+            except Exception as error:  # the other part is worth as much
+                traceback.print_exc()
+                report[name] = {"failed": bench.one_line(error)}
             args.out.write_text(json.dumps(report | {"limits": limits}, indent=1) + "\n", encoding="utf-8")
+    return int("failed" in report["step"] or "failed" in report["sampling"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
