@@ -3231,6 +3231,23 @@ def test_a_checkpoint_is_of_the_data_that_was_read_and_not_of_what_lies_there_la
         again.folder.resume(again.model, again.optimizer, print)
 
 
+def test_the_commit_of_a_copy_is_its_own_and_not_that_of_the_repository_around_it(tmp_path):
+    def commit_of(folder):
+        return run_script("-c", "import checkpoint; print(checkpoint.code_commit())", cwd=folder).stdout.strip()
+
+    git = ["git", "-c", "user.email=a@b", "-c", "user.name=a", "-C", tmp_path]
+    (tmp_path / "copy").mkdir()
+    for folder in (tmp_path, tmp_path / "copy"):
+        shutil.copy(ROOT / "checkpoint.py", folder)
+    for words in (["init", "-q"], ["add", "checkpoint.py"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert commit_of(tmp_path) == head[:12] and commit_of(tmp_path / "copy") == "unknown"
+    with (tmp_path / "checkpoint.py").open("a") as file:
+        file.write("# changed\n")
+    assert commit_of(tmp_path) == head[:12] + "+"
+
+
 def test_resuming_with_other_settings_or_data_is_an_error_that_shows_them(stopped, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--out", str(stopped), "--resume", "--learning_rate", "0.5", "--micro_tokens", "999"])
