@@ -356,7 +356,7 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
     seconds = {"sampling_s": sampled - start, "step_s": time.perf_counter() - start}
     metrics = over_updates(updates)
     for one in updates:
-        run.progress.count_skipped(one["not_finite"], run.cfg.max_skipped, f"now {one['loss']} and {one['grad_norm']}")
+        run.progress.count_skipped(bool(one["not_finite"]), run.cfg.max_skipped, f"now {one['loss']} and {one['grad_norm']}")
     # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
     metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
