@@ -40,7 +40,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -540,7 +540,7 @@ def sampler_workload(ours, theirs, workload: Workload, limits, args, device: tor
             model = ours if name == "ours" else theirs
             options = dict(n=workload.group, max_new_tokens=0, temperature=1.0, eos_ids=(), lengths=lengths)
             work = partial(SAMPLERS[name], model, prompts, **options, seed=args.seed + repeat + 1)
-            done = measured(work, device) if name == "ours" else attempt(name, partial(measured, work, device), left_out)
+            done = measured_side(name, work, device, left_out)
             if repeat < 0 or done is None:
                 continue
             rows, seconds, peak = done
@@ -552,9 +552,7 @@ def sampler_workload(ours, theirs, workload: Workload, limits, args, device: tor
             print(f"  {workload.name:17}{name:15}{run['tokens_per_s']:9.1f} tokens/s {seconds:7.1f} s", flush=True)
     for name in {run["side"] for run in runs if not run["tokens"]} - {"ours"}:
         left_out[name] = "it made no tokens"
-    runs = [run for run in runs if run["side"] not in left_out]
-    sides = [name for name in names if name not in left_out]
-    return {"workload": asdict(workload), "left_out": left_out, "runs": runs} | compare(runs, "tokens_per_s", sides)
+    return {"workload": asdict(workload)} | compare(runs, "tokens_per_s", names, left_out)
 
 
 def attempt(name: str, work: Callable[[], Any], left_out: dict[str, str]) -> Any:
@@ -569,20 +567,27 @@ def attempt(name: str, work: Callable[[], Any], left_out: dict[str, str]) -> Any
         return None
 
 
+def measured_side(name: str, work: Callable[[], Any], device: torch.device, left_out: dict[str, str]) -> Any:
+    """`measured`; None if it is a rival that died. Our own errors are errors."""
+    return measured(work, device) if name == "ours" else attempt(name, partial(measured, work, device), left_out)
+
+
 def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
-def compare(runs: Sequence[dict[str, Any]], figure: str, names: Sequence[str]) -> dict[str, Any]:
-    """Median and range of a figure for each side, and of the ratio of ours to each rival.
+def compare(runs: Sequence[dict[str, Any]], figure: str, names: Iterable[str], left_out: dict[str, str]) -> dict[str, Any]:
+    """The runs of the sides that are not left out; median and range of a figure for each, and of the ratio of ours to it.
 
     One ratio a repeat: the sides of a repeat ran next to each other, on the same state of the machine.
     """
-    values = {name: [run[figure] for run in runs if run["side"] == name] for name in names}
+    runs = [run for run in runs if run["side"] not in left_out]
+    values = {name: [run[figure] for run in runs if run["side"] == name] for name in names if name not in left_out}
     ratios = {
-        name: spread([a / b for a, b in zip(values["ours"], values[name], strict=True)]) for name in names if name != "ours"
+        name: spread([a / b for a, b in zip(values["ours"], values[name], strict=True)]) for name in values if name != "ours"
     }
-    return {figure: {name: spread(value) for name, value in values.items()}, "ratio": ratios}
+    figures = {figure: {name: spread(value) for name, value in values.items()}, "ratio": ratios}
+    return {"left_out": left_out, "runs": runs, **figures}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -680,7 +685,7 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
     figures, runs, left_out = {}, [], {}
     for repeat in range(-1, args.repeats):
         for name, work in [(name, work) for name, work in sides.items() if name not in left_out]:
-            done = measured(work, device) if name == "ours" else attempt(name, partial(measured, work, device), left_out)
+            done = measured_side(name, work, device, left_out)
             if done is None:
                 continue
             result, seconds, peak = done
@@ -690,15 +695,15 @@ def bench_update(args, device: torch.device) -> dict[str, Any]:
             runs.append({"side": name, "repeat": repeat, "seconds": seconds, "tokens_per_s": tokens / seconds})
             runs[-1] |= {"peak_mb": peak / MB, "flop_share": flops / seconds / peak_rate}
             print(f"  update           {name:15}{tokens / seconds:9.1f} tokens/s {seconds:7.1f} s", flush=True)
-    workload_and = {"workload": asdict(workload), "left_out": left_out}
-    runs = [run for run in runs if run["side"] not in left_out]
-    if left_out:
-        return workload_and | {"runs": runs, "checks": {}} | compare(runs, "tokens_per_s", ["ours"])
-    tolerance = 1e-3 if args.dtype == "float32" else 5e-2
-    worst = abs(figures["ours"][1] - figures["transformers"][1]) / figures["transformers"][1]
-    worst = max(worst, abs(figures["ours"][0] - figures["transformers"][0]))  # the loss itself is near zero
-    check = {"loss_and_norm": figures, "max_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
-    return workload_and | {"runs": runs, "checks": {"same_update": check}} | compare(runs, "tokens_per_s", sides)
+    checks = {} if left_out else {"same_update": check_update(figures, 1e-3 if args.dtype == "float32" else 5e-2)}
+    return {"workload": asdict(workload), "checks": checks} | compare(runs, "tokens_per_s", sides, left_out)
+
+
+def check_update(figures: dict[str, list[float]], tolerance: float) -> dict[str, Any]:
+    """[loss, gradient norm] of the first update, which starts from equal weights, are the same on both sides."""
+    (loss, norm), (their_loss, their_norm) = figures["ours"], figures["transformers"]
+    worst = max(abs(norm - their_norm) / their_norm, abs(loss - their_loss))  # the loss itself is near zero
+    return {"loss_and_norm": figures, "max_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
 
 
 # ---------------------------------------------------------------------------------------------------- part: step
@@ -740,14 +745,13 @@ def bench_step(args, device: torch.device) -> dict[str, Any]:
     for step in range(args.repeats + 1):
         _, seconds, peak = measured(partial(one_step, step=step + 1), device)
         ours_s.append({"seconds": seconds, "peak_mb": peak / MB})
-    runs, sides = [], {"ours": ours_s} | ({} if left_out else {"trl": theirs_s})
+    runs, sides = [], {"ours": ours_s, "trl": theirs_s}
     for repeat in range(1, args.repeats + 1):  # the first step of each warms up
-        for name, run_ in ((name, steps[repeat]) for name, steps in sides.items()):
+        for name, run_ in ((name, steps[repeat]) for name, steps in sides.items() if name not in left_out):
             tokens = workload.prompts * workload.group * workload.longest
             runs.append({"side": name, "repeat": repeat - 1, "tokens_per_s": tokens / run_["seconds"], **run_})
             print(f"  whole step       {name:15}{tokens / run_['seconds']:9.1f} tokens/s {run_['seconds']:7.1f} s", flush=True)
-    result = {"workload": asdict(workload), "versions": versions, "left_out": left_out, "runs": runs, "checks": {}}
-    return result | compare(runs, "tokens_per_s", list(sides))
+    return {"workload": asdict(workload), "versions": versions, "checks": {}} | compare(runs, "tokens_per_s", sides, left_out)
 
 
 def even_is_right(response: str, _: Any) -> float:

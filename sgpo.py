@@ -46,6 +46,12 @@ def knob(default: Any, help: str, choices: Sequence[str] | Callable[[], Sequence
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def choices_of(spec: Any) -> Sequence[str] | None:
+    """The values that a setting may have; None: any of its type."""
+    choices = spec.metadata["choices"]
+    return choices() if callable(choices) else choices
+
+
 @dataclass(frozen=True)
 class Method:
     """Every setting of a step. The defaults are the paper's unless the line says otherwise. ValueError for no such choice."""
@@ -89,8 +95,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            choices, value = spec.metadata["choices"], getattr(self, spec.name)
-            choices = choices() if callable(choices) else choices
+            choices, value = choices_of(spec), getattr(self, spec.name)
             if choices and value not in choices:
                 raise ValueError(f"{spec.name} {value!r}: must be one of {', '.join(choices)}")
 
@@ -200,8 +205,7 @@ def sample_and_reward(
         temperature=settings.temperature,
         top_p=1.0,  # [ours; 0.95 there] below 1 the ratio would no longer be that of the policy's own distribution
     )  # fmt: skip
-    P = len(examples)
-    guided, guided_rewards = (rows[P:] or [[] for _ in examples] for rows in (groups, rewards))
+    guided, guided_rewards = (rows[len(examples) :] or [[] for _ in examples] for rows in (groups, rewards))
     return [
         ProblemSamples(place, example, groups[p], guided[p], rewards[p], guided_rewards[p])
         for p, (place, example) in enumerate(batch)
@@ -291,7 +295,6 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
 
 # ---------------------------------------------------------------------------------------------------- the update
 
-
 # metrics that are means over tokens, and which; until update divides them they are sums
 MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl"), "own_tokens")
 MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
@@ -349,21 +352,21 @@ def backward_policy(
     the trajectories is needed [ours]. By what the two computations differ is logged as logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
-    loss, bonus = variant.loss(settings), variant.entropy_bonus and variant.entropy_bonus(settings)
-    terms = partial(policy_terms, loss=loss, temperature=settings.temperature, entropy_bonus=bonus or 0.0)
+    bonus = variant.entropy_bonus(settings) if variant.entropy_bonus else 0.0
+    terms = partial(policy_terms, loss=variant.loss(settings), temperature=settings.temperature, entropy_bonus=bonus)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     # a group of equal rewards has no gradient: its tokens are counted and measured, but cost no backward pass [ours]
-    moves = [item.advantage != 0 or bonus is not None for item in items]
+    moves = [item.advantage != 0 or variant.entropy_bonus is not None for item in items]
     for gradient in (True, False):
         part = [item for item, with_gradient in zip(items, moves, strict=True) if with_gradient == gradient]
         contexts = [item.trajectory.prompt_ids for item in part]
         costs = [len(item.trajectory.prompt_ids) + len(item.trajectory.response_ids) for item in part]
         for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)), device):
             chosen, weight = ([part[i] for i in indices], 1 / tokens) if indices else ([NO_TRAJECTORY], 0.0)
-            packed, old, inputs, solution = policy_inputs(chosen, weight, device)
-            inputs = (*inputs, solution) if variant.demonstrates else inputs
+            packed, old, advantages, solution = policy_inputs(chosen, device)
+            inputs = (packed.targets, old, advantages, torch.full_like(old, weight), *[solution] * variant.demonstrates)
             with torch.set_grad_enabled(gradient):
                 loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
             if gradient:
@@ -377,16 +380,14 @@ def backward_policy(
     return sums, worst
 
 
-def policy_inputs(
-    items: list[PolicyItem], weight: float, device: torch.device
-) -> tuple[Packed, Tensor, tuple[Tensor, ...], Tensor]:
-    """(packed sequences, log pi_old, what every policy loss takes per token, which tokens are a solution's), all (M,)."""
+def policy_inputs(items: list[PolicyItem], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
+    """(packed sequences, and per token, (M,) each: log pi_old, the advantage, whether it is a solution's)."""
     rows = [item.trajectory for item in items]
     packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
     old = torch.tensor([value for row in rows for value in row.logprobs], device=device)
     advantages = torch.tensor([item.advantage for item in items], device=device)[packed.sequence]  # A_i of its response
     solution = torch.tensor([item.is_solution for item in items], device=device)[packed.sequence]  # by position
-    return packed, old, (packed.targets, old, advantages, torch.full_like(old, weight)), solution
+    return packed, old, advantages, solution
 
 
 def backward_distillation(

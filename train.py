@@ -58,7 +58,7 @@ from parallel import (
     world,
 )
 from rollout import micro_batches, pack, stream_seed
-from sgpo import MEAN_OVER, METHODS, Example, Method, ProblemSamples, knob, sgpo_step
+from sgpo import MEAN_OVER, METHODS, Example, Method, ProblemSamples, choices_of, knob, sgpo_step
 from strategy import auto_messages, guided_messages
 from weighting import reach_gap
 
@@ -135,8 +135,7 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         if spec.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            choices = spec.metadata["choices"]
-            options |= {"type": spec.type, "choices": choices() if callable(choices) else choices}
+            options |= {"type": spec.type, "choices": choices_of(spec)}
         parser.add_argument(f"--{spec.name}", **options)
     given = vars(parser.parse_args(argv))
     preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}
