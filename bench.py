@@ -55,10 +55,11 @@ import plan
 from checkpoint import code_commit
 from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
+from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import ranks_of, shard, whole_model
 from rollout import Trajectory, generate, pack
-from sgpo import Example, Method, ProblemSamples, sgpo_step, update
+from sgpo import Example, ProblemSamples, sgpo_step, update
 from weighting import group_advantages
 
 PARTS = ("sampler", "update", "step", "head")  # what one run measures; "growth" is for --only
@@ -598,8 +599,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def trained(model: CausalLM, args, device: torch.device, **changes: Any) -> tuple[CausalLM, torch.optim.Optimizer, Method]:
-    """What a step needs: the model, sharded as in training and without recomputation, as the rivals; optimizer, settings."""
-    settings = Method(**{"method": "grpo", "micro_tokens": 2048 if device.type == "cpu" else 4096, **changes})
+    """What a step needs: the model, sharded as in training, optimizer, settings. No recomputation, top_p 1, as the rivals."""
+    settings = Method(**{"method": "grpo", "top_p": 1.0, "micro_tokens": 2048 if device.type == "cpu" else 4096, **changes})
     shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True), settings
 
@@ -639,23 +640,24 @@ def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], 
     Returns [loss, gradient norm].
     """
     items = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
-    count, total = sum(len(row.response_ids) for row, _ in items), 0.0
+    total = 0.0
     for first in range(0, len(items), rows):
         chosen = items[first : first + rows]
         width = max(len(row.prompt_ids) + len(row.response_ids) for row, _ in chosen)
         ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-        mask, old, advantage = torch.zeros_like(ids), torch.zeros(ids.shape), torch.zeros(ids.shape)
+        weight, old, advantage = torch.zeros(ids.shape), torch.zeros(ids.shape), torch.zeros(ids.shape)
         for i, (row, a) in enumerate(chosen):
             start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.response_ids)
             ids[i, :end] = torch.tensor(row.prompt_ids + row.response_ids)
-            mask[i, start:end], old[i, start:end], advantage[i, start:end] = 1, torch.tensor(row.logprobs), a
-        ids, mask, old, advantage = (x.to(model.device) for x in (ids, mask, old, advantage))
+            weight[i, start:end] = 1 / (len(items) * len(row.response_ids))  # groups of one size: eq 1's mean of means
+            old[i, start:end], advantage[i, start:end] = torch.tensor(row.logprobs), a
+        ids, weight, old, advantage = (x.to(model.device) for x in (ids, weight, old, advantage))
         with context():
             logits = model(input_ids=ids, attention_mask=(ids >= 0).long(), use_cache=False).logits[:, :-1]
         logp = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         ratio = torch.exp(logp - old[:, 1:])
         surrogate = torch.minimum(ratio * advantage[:, 1:], ratio.clamp(0.8, 1.28) * advantage[:, 1:])
-        loss = -(surrogate * mask[:, 1:]).sum() / count
+        loss = -(surrogate * weight[:, 1:]).sum()
         loss.backward()
         total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

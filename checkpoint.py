@@ -68,8 +68,8 @@ class Progress:
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
-    def count_skipped(self, skipped: bool, allowed: int, now: str) -> None:
-        """Count an update that was left out; NotFinite if they are more than are allowed."""
+    def count_skipped(self, skipped: int, allowed: int, now: str) -> None:
+        """Count updates that were left out; NotFinite if they are more than are allowed."""
         self.skipped += skipped
         if skipped and self.skipped > allowed:
             raise NotFinite(

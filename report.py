@@ -712,7 +712,7 @@ def contexts(tokenizer: Any, problem: Any) -> tuple[list[int], list[int]]:
 def sample_group(
     model: Any, tokenizer: Any, worker: Any, problem: Any, args: argparse.Namespace, *, guided: bool
 ) -> tuple[list[list[int]], list[bool]]:
-    """One group of responses, sampled as in training (temperature 1, top_p 1): (their ids, which of them are correct)."""
+    """One group of responses, sampled as in training (temperature 1, top_p 0.95): (their ids, which of them are correct)."""
     from grader import is_correct
     from rollout import generate, stream_seed
 
@@ -722,7 +722,7 @@ def sample_group(
         n=args.group_guided if guided else args.group_auto,
         max_new_tokens=args.max_new_tokens,
         temperature=1.0,
-        top_p=1.0,
+        top_p=0.95,
         eos_ids=model.config.eos_ids,
         seed=[stream_seed(args.seed, "report", guided, problem.id)],
     )

@@ -5,26 +5,23 @@ Algorithm 1, and where its lines are. One call of `sgpo_step` is one pass throug
     for every problem q with its strategy s:
         sample   o_1 .. o_G1 ~ pi(. | q)  and  õ_1 .. õ_G2 ~ pi(. | q, s), same weights     sample_and_reward
         grade    R(o_i), R(õ_j) in {0, 1}                                                   sample_and_reward
-        weigh    A_i = (R(o_i) - mean) / (std + eps)                       [eq 1]           weigh: group_advantages
-                 alpha(q) from p_auto and p_guide                          [eq 6]           weigh: instance_weight
+        weigh    A_i = (R(o_i) - mean) / (std + eps)                       [eq 1]           methods.weigh_sgpo
+                 alpha(q) from p_auto and p_guide; 0 if no õ is correct    [eq 6]           weighting.instance_weight
         choose   o+ = argmax over the correct õ_j of log pi(õ_j | q)       [eq 4]           choose: reachable_target
     update on L = mean over q of L_GRPO(q) + alpha(q) L_KD^clip(q)         [eq 7]           update
-        L_GRPO: the clipped surrogate along the autonomous o_i, [eq 1] but for one mean     backward_policy: loss.policy_loss
-            over all tokens of the update where the paper takes each response's first [ours]
+        L_GRPO: 1/G1 sum_i 1/|o_i| sum_t of the clipped surrogate          [eq 1]           backward_policy: loss.policy_loss
         L_KD^clip: 1/|o+| sum_t 1[d_t <= delta] d_t along o+               [eq 5]           backward_distillation
         d_t = KL( sg[pi(. | q, s, o+_<t)] || pi(. | q, o+_<t) )            [eq 3]           loss.forward_kl
 
 A step is called with a model, a tokenizer, an optimizer, settings, a batch and a reward; train.py is the loop around it. The
-baselines (GRPO, LUFFY, HPT) are the same step with other parts: METHODS, at the end, has them side by side. A new method is an
-entry there with its `weigh`, a per-token loss in loss.py, and a test.
+settings, and what the baselines (GRPO, hinted GRPO, LUFFY, HPT) do otherwise in the same step, are in methods.py.
 
-Marks: [eq N] and [alg 1] in the paper; [code] in the public code of a baseline; [ours] the paper is silent or has it otherwise.
+Marks: [eq N], [alg 1], [app X] in the paper; [code] in the public code of a baseline; [ours] the paper is silent.
 Axes: P problems, G autonomous group (8), J guided group (4), M response tokens, D width.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,73 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss import chunked_head, diagnostics, distillation_terms, hpt_loss, luffy_loss, policy_loss, policy_terms, sft_terms
+from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
+from methods import METHODS, Method
 from model import CausalLM
 from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, same_on_all_ranks, whole_model
 from rollout import Packed, Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
-from weighting import group_advantage_weight, group_advantages, hpt_gate, instance_weight, random_target, reachable_target
-
-# ---------------------------------------------------------------------------------------------------- settings
-
-
-def knob(default: Any, help: str, choices: Sequence[str] | Callable[[], Sequence[str]] | None = None) -> Any:
-    """A setting: a dataclass field that the command line can be built from."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def choices_of(spec: Any) -> Sequence[str] | None:
-    """The values that a setting may have; None: any of its type."""
-    choices = spec.metadata["choices"]
-    return choices() if callable(choices) else choices
-
-
-@dataclass(frozen=True)
-class Method:
-    """Every setting of a step. The defaults are the paper's unless the line says otherwise. ValueError for no such choice."""
-
-    method: str = knob("sgpo", "what to train with", lambda: tuple(METHODS))
-    sampling_seed: int = knob(-1, "seeds the training responses; in train.py -1: as --seed")
-    # sampling
-    group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]; with luffy one of them is the solution [code]")
-    group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
-    temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [paper]")
-    max_new_tokens: int = knob(8192, "longest response in training, in tokens [ours; the paper has 16K]")
-    max_rows: int = knob(256, "responses decoded at once")
-    cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
-    # policy loss
-    clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [paper]")
-    clip_high: float = knob(0.28, "and above 1 + this [paper]")
-    mask_truncated: bool = knob(False, "leave truncated responses out of the policy loss (never out of the group's mean)")
-    # distillation
-    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [paper]; inf: no KL clip")
-    alpha_0: float = knob(0.5, "scale of the adaptive weight [paper]")
-    gamma: float = knob(0.1, "smoothing of the adaptive weight [paper]")
-    alpha_max: float = knob(0.8, "largest adaptive weight [paper]")
-    reach: str = knob("sum", "log-probability that ranks the targets: summed [paper] or mean per token", ("sum", "mean"))
-    # ablations of sgpo, beside --delta inf
-    distill: str = knob("kl", "what pulls towards the target; none: nothing", ("kl", "reverse_kl", "sft", "none"))
-    target: str = knob("reachable", "which correct guided trajectory; random [ours]", ("reachable", "random"))
-    weight: str = knob("adaptive", "alpha(q); fixed: alpha_0 [ours; 1.0 there]", ("adaptive", "fixed", "group_advantage"))
-    autonomous: bool = knob(True, "train on the autonomous group; without it the distillation term is alone")
-    # baselines, as their public code has them
-    luffy_shaping: float = knob(0.1, "the x + this in LUFFY's shaping of a solution's probabilities x / (x + this) [code]")
-    luffy_entropy: float = knob(0.001, "LUFFY's entropy bonus [code]")
-    hpt_gate: int = knob(0, "HPT: if at most this many rollouts are right, the solution takes the place of all [code]")
-    hpt_sft_weight: float = knob(1.0, "HPT: coefficient of the cross-entropy there; 0.3 for a 1.5B model [code]")
-    hpt_max_norm: float = knob(80.0, "HPT: an update with a larger gradient norm is left out [code]")
-    # the update
-    problems_per_step: int = knob(128, "problems sampled for one step, over all ranks")
-    minibatches: int = knob(1, "optimizer updates made from one step's samples")
-    max_grad_norm: float = knob(1.0, "the global gradient norm is clipped to this")
-    micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result")
-    chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result")
-
-    def __post_init__(self) -> None:
-        for spec in fields(self):
-            choices, value = choices_of(spec), getattr(self, spec.name)
-            if choices and value not in choices:
-                raise ValueError(f"{spec.name} {value!r}: must be one of {', '.join(choices)}")
-
+from weighting import random_target, reach_gap, reachable_target
 
 # ---------------------------------------------------------------------------------------------------- what a step works on
 
@@ -123,12 +59,17 @@ class ProblemSamples:
     guided: list[Trajectory]
     auto_rewards: list[float]
     guided_rewards: list[float]
+    # by methods.METHODS[...].weigh
     advantages: list[float] = field(default_factory=list)  # A_i, one for each of `auto`
+    guided_advantages: list[float] = field(default_factory=list)  # hinted: one for each of `guided`
+    solution_advantage: float = 1.0  # luffy; hpt's loss has no use for one
+    use_auto: bool = True  # the autonomous group is in the policy loss,
+    use_guided: bool = False  # the guided group is (hinted),
+    use_solution: bool = False  # the solution is (luffy, hpt)
     alpha: float = 0.0  # alpha(q)
-    target: int | None = None  # the index of o+ in `guided`
+    # by choose
+    targets: list[int] = field(default_factory=list)  # o+, as an index into `guided`; none, one, or with --target all all of C
     unguided_logprobs: list[float] = field(default_factory=list)  # log pi(õ_j | q) of each of `guided`
-    gated: bool = False  # hpt: the rollouts leave the loss
-    solution_advantage: float | None = None  # luffy, and hpt if gated: the solution is in the policy loss
 
 
 class PolicyItem(NamedTuple):
@@ -136,13 +77,23 @@ class PolicyItem(NamedTuple):
 
     trajectory: Trajectory
     advantage: float
+    group: int = 1  # how many there are of the same problem [eq 1: G1]
     is_solution: bool = False  # in LUFFY and HPT: the strong model's, in the form of a trajectory
+
+
+class TargetItem(NamedTuple):
+    """One sequence of the distillation loss: o+ under both prompts."""
+
+    auto_ids: list[int]
+    guided_ids: list[int]
+    response_ids: list[int]
+    alpha: float  # alpha(q), with several targets its share of it [eq 2: 1/|C|]
 
 
 # Every pass gathers and reduces on all ranks, so a rank without work passes one made-up token with weight 0.
 TOKEN = Trajectory([0], [0], [0.0], finished=True, group=0)
 NO_TRAJECTORY = PolicyItem(TOKEN, advantage=0.0)
-NO_TARGET = ProblemSamples(0, Example(None, [0], [0], None), [], [TOKEN], [], [], alpha=0.0, target=0)
+NO_TARGET = TargetItem([0], [0], [0], alpha=0.0)
 Reward = Callable[[str, Any], float]  # (response, problem) -> its reward
 
 
@@ -160,8 +111,8 @@ def sgpo_step(
     step: int,
     learning_rate: float,
     ragged: Callable[[Callable[[], Any]], Any] = lambda work: work(),
-) -> tuple[list[dict[str, float]], list[ProblemSamples]]:
-    """One step of SGPO [alg 1], or of a baseline: (the metrics of each update, over all ranks; this rank's samples).
+) -> tuple[dict[str, float], list[ProblemSamples]]:
+    """One step of SGPO [alg 1], or of a baseline: (metrics over all ranks, this rank's samples).
 
     model    on several ranks sharded by parallel.shard. The step changes its weights and the optimizer's moments
     batch    this rank's share of the step's problems, each with its place in the whole batch, below settings.problems_per_step
@@ -178,7 +129,8 @@ def sgpo_step(
     minibatches = [[] for _ in range(settings.minibatches)]
     for sample in samples:  # cut by the place in the whole batch: the same on any number of ranks
         minibatches[sample.place * settings.minibatches // settings.problems_per_step].append(sample)
-    return [update(model, optimizer, settings, part, learning_rate) for part in minibatches], samples
+    metrics = over_updates([update(model, optimizer, settings, part, learning_rate) for part in minibatches])
+    return metrics | describe(samples, model.device), samples
 
 
 def sample_and_reward(
@@ -202,8 +154,7 @@ def sample_and_reward(
         policy, tokenizer, prompts, lambda row, member, text: float(reward(text, examples[row.group % len(examples)].problem)),
         n=counts, seed=prompt_seeds,
         max_new_tokens=settings.max_new_tokens, max_rows=settings.max_rows, cache_tokens=settings.cache_tokens or None,
-        temperature=settings.temperature,
-        top_p=1.0,  # [ours; 0.95 there] below 1 the ratio would no longer be that of the policy's own distribution
+        temperature=settings.temperature, top_p=settings.top_p,
     )  # fmt: skip
     guided, guided_rewards = (rows[len(examples) :] or [[] for _ in examples] for rows in (groups, rewards))
     return [
@@ -216,62 +167,36 @@ def sample_and_reward(
 
 
 def weigh(settings: Method, samples: list[ProblemSamples], reward: Reward) -> None:
-    """Fill in each problem's advantages, and alpha(q) or the use of its solution, as the method has it."""
+    """Fill in each problem's advantages, alpha(q), and what its policy loss is over, as the method has it."""
     if not samples:
         return  # this rank has no problem in this step
-    rewards = torch.tensor([sample.auto_rewards for sample in samples])  # (P, G)
-    advantages = METHODS[settings.method].weigh(settings, samples, rewards, reward)  # (P, G); one signature for all methods
-    for sample, row in zip(samples, advantages.tolist(), strict=True):
-        sample.advantages = row
-
-
-def weigh_grpo(settings: Method, samples: list[ProblemSamples], rewards: Tensor, reward: Reward) -> Tensor:
-    return group_advantages(rewards)  # A_i [eq 1]
-
-
-def weigh_sgpo(settings: Method, samples: list[ProblemSamples], rewards: Tensor, reward: Reward) -> Tensor:
-    guided_rewards = torch.tensor([sample.guided_rewards for sample in samples])  # (P, J)
-    p_auto, p_guide = rewards.mean(1), guided_rewards.mean(1)  # (P,)
-    alpha = instance_weight(p_auto, p_guide, settings.alpha_0, settings.gamma, settings.alpha_max)  # [eq 6]
-    if settings.weight == "group_advantage":
-        alpha = group_advantage_weight(rewards, guided_rewards, settings.alpha_0, settings.alpha_max)
-    elif settings.weight == "fixed":
-        alpha = torch.full_like(p_auto, settings.alpha_0)
-    for sample, value in zip(samples, alpha.tolist(), strict=True):
-        sample.alpha = value  # also where no õ is correct; there [alg 1] has 0, which without an o+ only the logs can tell
-    # A_i [eq 1], of the autonomous group alone; without autonomous GRPO its pass stays, for the diagnostics, without gradient
-    return group_advantages(rewards) if settings.autonomous else torch.zeros_like(rewards)
-
-
-def weigh_luffy(settings: Method, samples: list[ProblemSamples], rewards: Tensor, reward: Reward) -> Tensor:
-    """The solution is graded like a rollout and is a member of the group; r - mean over all of them [code]."""
-    problems = [sample.example.problem for sample in samples]
-    graded = torch.tensor([[float(reward(problem.solution, problem))] for problem in problems])  # (P, 1)
-    advantages = group_advantages(torch.cat([rewards, graded], dim=1), scale_by_std=False)  # (P, G + 1)
-    for sample, last in zip(samples, advantages[:, -1].tolist(), strict=True):
-        sample.solution_advantage = last
-    return advantages[:, :-1]
-
-
-def weigh_hpt(settings: Method, samples: list[ProblemSamples], rewards: Tensor, reward: Reward) -> Tensor:
-    """r - mean; a problem that the policy fails at is learnt from its solution instead of its rollouts [code]."""
-    for sample, gated in zip(samples, hpt_gate(rewards, settings.hpt_gate).tolist(), strict=True):
-        sample.gated, sample.solution_advantage = gated, 1.0 if gated else None  # hpt_loss asks for no advantage there
-    return group_advantages(rewards, scale_by_std=False)
+    variant, problems = METHODS[settings.method], [sample.example.problem for sample in samples]
+    auto = torch.tensor([sample.auto_rewards for sample in samples])  # (P, G)
+    guided = torch.tensor([sample.guided_rewards for sample in samples]) if variant.guided else None  # (P, J)
+    solution = None
+    if variant.solution_in_group:
+        solution = torch.tensor([float(reward(problem.solution, problem)) for problem in problems])  # (P,)
+    for name, column in variant.weigh(settings, auto, guided, solution).items():
+        for sample, value in zip(samples, column.tolist(), strict=True):
+            setattr(sample, name, value)
 
 
 def choose(settings: Method, policy: CausalLM, samples: list[ProblemSamples], step: int) -> None:
     """o+ of each problem [eq 4]: of the correct guided trajectories the one that the unguided policy finds most probable."""
-    if not METHODS[settings.method].guided:
+    if not METHODS[settings.method].distills:
         return
     for sample, logprobs in zip(samples, unguided_logprobs(settings, policy, samples), strict=True):
         sample.unguided_logprobs = logprobs
         correct = torch.tensor(sample.guided_rewards) > 0  # C = { j : R(õ_j) = 1 }
+        if settings.target == "all":
+            sample.targets = correct.nonzero()[:, 0].tolist()  # [eq 2]
+            continue
         if settings.target == "random":
             seed = stream_seed(settings.sampling_seed, "target", step, sample.place)
-            sample.target = random_target(correct, torch.Generator().manual_seed(seed))
+            target = random_target(correct, torch.Generator().manual_seed(seed))
         else:
-            sample.target = reachable_target(torch.tensor(logprobs), correct)
+            target = reachable_target(torch.tensor(logprobs), correct)
+        sample.targets = [] if target is None else [target]
 
 
 @torch.no_grad()
@@ -305,14 +230,14 @@ def update(
 ) -> dict[str, float]:
     """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]; metrics over all ranks.
 
-    Both divisors are counted over the whole update before any backward pass: policy tokens are weighted 1 / (all response
-    tokens) [ours, not eq 1], a target's alpha(q) / (P |o+|) [eq 5, 7] with P all problems, those without a correct õ too.
+    The divisors are counted over the whole update before any backward pass. A response's token is weighted 1 / (P G1 |o_i|)
+    [eq 1, 7], or 1 / (all response tokens) if the aggregate is "token"; a target's alpha(q) / (P |o+|) [eq 5, 7]. P is all
+    problems, those without a correct õ too.
     """
-    policy = policy_items(samples, settings)
-    targets = [sample for sample in samples if sample.target is not None and settings.distill != "none"]
+    policy, targets = policy_items(samples, settings), target_items(samples, settings)
     local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
     count = all_reduce(local, model.device)
-    sums, worst = backward_policy(model, settings, policy, max(count["tokens"], 1))
+    sums, worst = backward_policy(model, settings, policy, count)
     sums |= backward_distillation(model, settings, targets, count["problems"])
     sums = all_reduce(sums, model.device)
     loss = sums["policy_loss"] + sums["distillation_loss"]
@@ -332,24 +257,39 @@ def update(
 def policy_items(samples: list[ProblemSamples], settings: Method) -> list[PolicyItem]:
     items = []
     for sample in samples:
-        if not sample.gated:
-            for trajectory, advantage in zip(sample.auto, sample.advantages, strict=True):
-                if trajectory.finished or not settings.mask_truncated:
-                    items.append(PolicyItem(trajectory, advantage))
-        if sample.solution_advantage is not None:
+        group = []
+        if sample.use_auto:
+            group += zip(sample.auto, sample.advantages, strict=True)
+        if sample.use_guided:
+            group += zip(sample.guided, sample.guided_advantages, strict=True)  # their own prompt has the strategy
+        kept = [pair for pair in group if pair[0].finished or not settings.mask_truncated]  # the group stays G1 for all
+        items += [PolicyItem(trajectory, advantage, len(group)) for trajectory, advantage in kept]
+        if sample.use_solution:
             prompt, solution = sample.example.auto_ids, sample.example.solution_ids
             written = Trajectory(prompt, solution, [0.0] * len(solution), finished=True, group=0)  # its writer's p is 1 [code]
             items.append(PolicyItem(written, sample.solution_advantage, is_solution=True))
     return items
 
 
+def target_items(samples: list[ProblemSamples], settings: Method) -> list[TargetItem]:
+    if settings.distill == "none":
+        return []
+    return [
+        TargetItem(s.example.auto_ids, s.example.guided_ids, s.guided[j].response_ids, s.alpha / len(s.targets))
+        for s in samples
+        for j in s.targets
+    ]
+
+
 def backward_policy(
-    model: CausalLM, settings: Method, items: list[PolicyItem], tokens: float
+    model: CausalLM, settings: Method, items: list[PolicyItem], count: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics.
+    count: "tokens" and "problems" of the whole update.
 
-    pi_old of [eq 1] is the sampler: at temperature 1 and top_p 1 its log-probs are the behaviour's, and no second pass over
-    the trajectories is needed [ours]. By what the two computations differ is logged as logprob_error.
+    pi_old of [eq 1] is the sampler's full softmax, so no second pass over the trajectories is needed [ours]; by what the two
+    computations differ is logged as logprob_error. Below top_p 1 the tokens come from the nucleus and their log-probs do not
+    know it, as in veRL: the gradient is that of the full policy on its nucleus, and a token of the tail is never explored.
     """
     variant, device = METHODS[settings.method], model.device
     bonus = variant.entropy_bonus(settings) if variant.entropy_bonus else 0.0
@@ -364,9 +304,10 @@ def backward_policy(
         contexts = [item.trajectory.prompt_ids for item in part]
         costs = [len(item.trajectory.prompt_ids) + len(item.trajectory.response_ids) for item in part]
         for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)), device):
-            chosen, weight = ([part[i] for i in indices], 1 / tokens) if indices else ([NO_TRAJECTORY], 0.0)
-            packed, old, advantages, solution = policy_inputs(chosen, device)
-            inputs = (packed.targets, old, advantages, torch.full_like(old, weight), *[solution] * variant.demonstrates)
+            chosen = [part[i] for i in indices] or [NO_TRAJECTORY]
+            weights = [token_weight(settings, item, count) for item in chosen] if indices else [0.0]
+            packed, old, (advantages, weight), solution = policy_inputs(chosen, weights, device)
+            inputs = (packed.targets, old, advantages, weight, *[solution] * variant.demonstrates)
             with torch.set_grad_enabled(gradient):
                 loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
             if gradient:
@@ -380,21 +321,30 @@ def backward_policy(
     return sums, worst
 
 
-def policy_inputs(items: list[PolicyItem], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
-    """(packed sequences, and per token, (M,) each: log pi_old, the advantage, whether it is a solution's)."""
+def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) -> float:
+    """What the loss of each token of a response is multiplied by."""
+    if settings.aggregate == "token" or METHODS[settings.method].token_mean:
+        return 1 / count["tokens"]
+    return 1 / (count["problems"] * item.group * len(item.trajectory.response_ids))  # 1 / (P G1 |o_i|) [eq 1, 7]
+
+
+def policy_inputs(
+    items: list[PolicyItem], weights: list[float], device: torch.device
+) -> tuple[Packed, Tensor, Tensor, Tensor]:
+    """(packed sequences, and per token: log pi_old (M,), advantage and weight (2, M), whether it is a solution's (M,))."""
     rows = [item.trajectory for item in items]
     packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
     old = torch.tensor([value for row in rows for value in row.logprobs], device=device)
-    advantages = torch.tensor([item.advantage for item in items], device=device)[packed.sequence]  # A_i of its response
+    of_responses = torch.tensor([[item.advantage for item in items], weights], device=device)
     solution = torch.tensor([item.is_solution for item in items], device=device)[packed.sequence]  # by position
-    return packed, old, advantages, solution
+    return packed, old, of_responses[:, packed.sequence], solution
 
 
 def backward_distillation(
-    model: CausalLM, settings: Method, items: list[ProblemSamples], problems: float
+    model: CausalLM, settings: Method, items: list[TargetItem], problems: float
 ) -> dict[str, float]:
     """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7] over micro-batches:
-    sums of this rank's diagnostics. `items` have a target.
+    sums of this rank's diagnostics.
 
     Two forwards along the same response tokens: the guided one at the current theta [eq 3], without gradient, kept as hidden
     states; then the unguided one, whose chunks of logits meet the guided ones in the head.
@@ -402,17 +352,15 @@ def backward_distillation(
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
-    lengths = [len(item.guided[item.target].response_ids) for item in items]
-    contexts = [len(item.example.auto_ids) + len(item.example.guided_ids) for item in items]
-    costs = [context + 2 * length for context, length in zip(contexts, lengths, strict=True)]
+    costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in items]
     for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens), device):
         chosen = [items[i] for i in indices] or [NO_TARGET]
-        targets = [item.guided[item.target].response_ids for item in chosen]  # o+ of each
-        guided = pack([item.example.guided_ids for item in chosen], targets, device=device)
-        unguided = pack([item.example.auto_ids for item in chosen], targets, device=device)  # row m of both: the same token
+        targets = [item.response_ids for item in chosen]  # o+ of each
+        guided = pack([item.guided_ids for item in chosen], targets, device=device)
+        unguided = pack([item.auto_ids for item in chosen], targets, device=device)  # row m of both: the same token
         with torch.no_grad():
             teacher = model(**guided.layout, head=lambda hidden, _, at=guided.predict: hidden[0, at])  # (M, D)
-        weight = [item.alpha / (problems * len(target)) for item, target in zip(chosen, targets, strict=True)]
+        weight = [item.alpha / (problems * len(item.response_ids)) for item in chosen]
         inputs = (unguided.targets, torch.tensor(weight, device=device)[unguided.sequence])
         loss, stats = model(**unguided.layout, head=partial(head, inputs=inputs, at=unguided.predict, teacher=teacher))
         loss.backward()
@@ -424,37 +372,43 @@ def backward_distillation(
     return sums
 
 
-# ---------------------------------------------------------------------------------------------------- the methods
+# ---------------------------------------------------------------------------------------------------- what a step logs
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What sets one method apart from the others in a step."""
-
-    needs: tuple[str, ...]  # the fields that every training row must have
-    weigh: Callable[..., Tensor] | None = None  # see weigh; None: the method does not sample
-    loss: Callable[[Method], Callable[..., tuple[Tensor, ...]]] | None = None  # its per-token policy loss, with its settings
-    guided: bool = False  # a guided group is sampled, and o+ chosen from it
-    solution_in_group: bool = False  # one member of the group is the strong model's solution
-    demonstrates: bool = False  # its loss takes solutions beside trajectories, and is told which tokens are theirs
-    entropy_bonus: Callable[[Method], float] | None = None  # it moves every token, those with advantage 0 too
-    skip_above: Callable[[Method], float] = lambda m: math.inf  # an update with a larger gradient norm is left out
-
-
-def clipped(m: Method) -> Callable[..., tuple[Tensor, ...]]:
-    return partial(policy_loss, clip_low=m.clip_low, clip_high=m.clip_high)
+def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step's updates as one: counts are added up, a mean over tokens stays one over all of their tokens, a
+    largest value stays one, and the rest (losses, norm, share left out) is the mean over the updates."""
+    total = {name: sum(one[name] for one in updates) for name in updates[0]}
+    metrics = {name: value / len(updates) for name, value in total.items()}
+    for name, tokens in MEAN_OVER.items():
+        metrics[name] = sum(one[name] * one[tokens] for one in updates) / max(total[tokens], 1)
+    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions", "not_finite")}
+    metrics |= {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
+    # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
+    return metrics | {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
 
 
-METHODS = {
-    "sgpo": Variant(needs=("strategy",), weigh=weigh_sgpo, loss=clipped, guided=True),
-    "grpo": Variant(needs=(), weigh=weigh_grpo, loss=clipped),
-    "luffy": Variant(
-        needs=("solution",), weigh=weigh_luffy, loss=lambda m: partial(luffy_loss, shaping=m.luffy_shaping),
-        solution_in_group=True, demonstrates=True, entropy_bonus=lambda m: m.luffy_entropy,
-    ),
-    "hpt": Variant(
-        needs=("solution",), weigh=weigh_hpt, loss=lambda m: partial(hpt_loss, sft_weight=m.hpt_sft_weight),
-        demonstrates=True, skip_above=lambda m: m.hpt_max_norm,
-    ),
-    "sft": Variant(needs=("solution",)),  # has no step: train.py's supervised stage is all of it
-}  # fmt: skip
+def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, float]:
+    """What was sampled and decided in a step, in numbers over all ranks."""
+    auto = [row for sample in samples for row in sample.auto]
+    guided = [row for sample in samples for row in sample.guided]
+    local = {
+        "problems": len(samples), "auto": len(auto), "guided": len(guided),
+        "reward_auto": sum(sum(sample.auto_rewards) for sample in samples),
+        "reward_guided": sum(sum(sample.guided_rewards) for sample in samples),
+        "alpha": sum(sample.alpha for sample in samples),
+        "with_target": sum(bool(sample.targets) for sample in samples),
+        "reach_gap": sum(reach_gap(s.unguided_logprobs, s.guided_rewards, s.targets) for s in samples),
+        "all_right": sum(min(sample.auto_rewards) > 0 for sample in samples),
+        "all_wrong": sum(max(sample.auto_rewards) == 0 for sample in samples),
+        "truncated": sum(not row.finished for row in auto),
+        "length_auto": sum(len(row.response_ids) for row in auto),
+        "length_guided": sum(len(row.response_ids) for row in guided),
+    }  # fmt: skip
+    total = all_reduce(local, device)
+    divisors = dict.fromkeys(("alpha", "with_target", "all_right", "all_wrong"), total["problems"])
+    divisors |= dict.fromkeys(("reward_auto", "truncated", "length_auto"), total["auto"])
+    divisors |= dict.fromkeys(("reward_guided", "length_guided"), max(total["guided"], 1))
+    divisors |= {"reach_gap": max(total["with_target"], 1)}
+    means = {name: total[name] / divisor for name, divisor in divisors.items()}
+    return means | {"sampled_tokens": total["length_auto"] + total["length_guided"]}

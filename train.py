@@ -36,6 +36,7 @@ from eval import accuracy_table, evaluate, expected_length, plus_minus, show_res
 from grader import MathWorker, is_correct
 from kv_cache import smallest_cache
 from loss import chunked_head, sft_terms
+from methods import METHODS, Method, choices_of, knob
 from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
 from parallel import (
     Control,
@@ -58,9 +59,8 @@ from parallel import (
     world,
 )
 from rollout import micro_batches, pack, stream_seed
-from sgpo import MEAN_OVER, METHODS, Example, Method, ProblemSamples, choices_of, knob, sgpo_step
+from sgpo import Example, ProblemSamples, sgpo_step
 from strategy import auto_messages, guided_messages
-from weighting import reach_gap
 
 HERE = Path(__file__).resolve().parent
 
@@ -78,6 +78,7 @@ class Config(Method):
     out: str = knob("", "folder to write; empty: runs/<method>-<time>")
     seed: int = knob(0, "seeds evaluation, and data order and sampling if --data_seed and --sampling_seed do not")
     data_seed: int = knob(-1, "seeds the split and the order of the problems; -1: as --seed")
+    shuffle_strategies: bool = knob(False, "a control: each problem gets the strategy of one of another type [ours]")
     # schedule
     epochs: float = knob(10.0, "passes over the RL problems [paper]; --steps overrides")
     steps: int = knob(0, "number of steps; 0: from --epochs")
@@ -167,7 +168,8 @@ RANGES = (  # settings, what they must be, and whether a value is so
      "must be positive and finite", lambda x: 0 < x < math.inf),
     ("alpha_0 alpha_max clip_high luffy_entropy hpt_sft_weight weight_decay eval_temperature",
      "must be finite and not negative", lambda x: 0 <= x < math.inf),
-    ("sft_fraction sft_guided clip_low eval_top_p", "must be within 0 and 1", lambda x: 0 <= x <= 1),
+    ("sft_fraction sft_guided clip_low", "must be within 0 and 1", lambda x: 0 <= x <= 1),
+    ("top_p eval_top_p", "must be above 0 and at most 1", lambda x: 0 < x <= 1),
     ("checkpoint_minutes max_skipped shard_ranks cache_tokens steps lr_warmup_steps eval_every eval_limit",
      "must not be negative", lambda x: x >= 0),
     ("group_auto", "a group's advantage needs at least 2 trajectories", lambda x: x >= 2),
@@ -182,10 +184,12 @@ def _first_bad(cfg: Config) -> str | None:
         for name in names.split():
             if not good(getattr(cfg, name)):
                 return f"--{name} {getattr(cfg, name)}: {must}"
-    for name in ("distill", "target", "weight", "autonomous"):
-        default = Config.__dataclass_fields__[name].default
-        if cfg.method != "sgpo" and getattr(cfg, name) != default:
-            return f"--{name} {getattr(cfg, name)}: an ablation of sgpo, it does nothing to {cfg.method}"
+    variant = METHODS[cfg.method]
+    idle = ["aggregate"] * (variant.token_mean or cfg.method == "sft")
+    idle += ["distill", "target", "weight", "autonomous", "shuffle_strategies"] * (not variant.distills)
+    for name in idle:
+        if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
+            return f"--{name} {getattr(cfg, name)}: it does nothing to {cfg.method}"
     if not 0 <= cfg.hpt_gate <= cfg.group_auto:
         return f"--hpt_gate {cfg.hpt_gate}: must be within 0 and the {cfg.group_auto} rollouts of a group"
     if (cfg.method == "sft" or cfg.sft_fraction > 0) and not 0 < cfg.sft_epochs < math.inf:
@@ -230,6 +234,10 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         if without:
             hint = "; --sft_fraction 0 goes without the warm-up" if name == "solution" and cfg.method != "sft" else ""
             raise ValueError(f"{cfg.data}: {len(without)} rows have no {name}, the first is {without[0]!r}{hint}")
+    if cfg.shuffle_strategies:
+        from strategy import shuffled_strategies
+        shuffled = shuffled_strategies([problem.strategy for problem in problems], seed=0)
+        problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, shuffled, strict=True)]
     examples = []
     for problem in problems:
         auto_ids = encode_chat(tokenizer, auto_messages(problem.problem))
@@ -351,15 +359,12 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
         return result
 
     given = (run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward)
-    updates, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=ragged)
+    metrics, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=ragged)
     seconds = {"sampling_s": sampled - start, "step_s": time.perf_counter() - start}
-    metrics = over_updates(updates)
-    for one in updates:
-        run.progress.count_skipped(bool(one["not_finite"]), run.cfg.max_skipped, f"now {one['loss']} and {one['grad_norm']}")
-    # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
-    metrics |= {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
+    now = f"now {metrics['loss']} and {metrics['grad_norm']}"
+    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped, now)
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
-    metrics |= describe(samples, run.worker.timeouts - timeouts, run.model.device) | seconds
+    metrics |= all_reduce({"grader_timeouts": run.worker.timeouts - timeouts}, run.model.device) | seconds
     for sample in samples[:1]:  # rank 0 has the batch's first problem
         run.folder.log(*responses_of(sample, step, run.tokenizer), name="samples.jsonl")
     return metrics | {"tokens_per_s": metrics["sampled_tokens"] / seconds["step_s"]}
@@ -393,53 +398,16 @@ def after_step(run: Run, *, last: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- what is logged
 
 
-def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's updates as one: counts are added up, a mean over tokens stays one over all of their tokens, a
-    largest value stays one, and the rest (losses, norm, share left out) is the mean over the updates."""
-    total = {name: sum(one[name] for one in updates) for name in updates[0] if name != "not_finite"}
-    metrics = {name: value / len(updates) for name, value in total.items()}
-    for name, tokens in MEAN_OVER.items():
-        metrics[name] = sum(one[name] * one[tokens] for one in updates) / max(total[tokens], 1)
-    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions")}
-    return metrics | {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
-
-
-def describe(samples: list[ProblemSamples], timeouts: int, device: torch.device) -> dict[str, float]:
-    """What was sampled and decided in a step, in numbers over all ranks."""
-    auto = [row for sample in samples for row in sample.auto]
-    guided = [row for sample in samples for row in sample.guided]
-    local = {
-        "problems": len(samples), "auto": len(auto), "guided": len(guided), "grader_timeouts": timeouts,
-        "reward_auto": sum(sum(sample.auto_rewards) for sample in samples),
-        "reward_guided": sum(sum(sample.guided_rewards) for sample in samples),
-        "alpha": sum(sample.alpha for sample in samples),
-        "with_target": sum(sample.target is not None for sample in samples),
-        "reach_gap": sum(reach_gap(s.unguided_logprobs, s.guided_rewards, s.target) for s in samples),
-        "all_right": sum(min(sample.auto_rewards) > 0 for sample in samples),
-        "all_wrong": sum(max(sample.auto_rewards) == 0 for sample in samples),
-        "truncated": sum(not row.finished for row in auto),
-        "length_auto": sum(len(row.response_ids) for row in auto),
-        "length_guided": sum(len(row.response_ids) for row in guided),
-    }  # fmt: skip
-    total = all_reduce(local, device)
-    divisors = dict.fromkeys(("alpha", "with_target", "all_right", "all_wrong"), total["problems"])
-    divisors |= dict.fromkeys(("reward_auto", "truncated", "length_auto"), total["auto"])
-    divisors |= dict.fromkeys(("reward_guided", "length_guided"), max(total["guided"], 1))
-    divisors |= {"reach_gap": max(total["with_target"], 1), "grader_timeouts": 1}
-    means = {name: total[name] / divisor for name, divisor in divisors.items()}
-    return means | {"sampled_tokens": total["length_auto"] + total["length_guided"]}
-
-
 def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The records of one problem's trajectories for samples.jsonl."""
-    nowhere = [None] * len(sample.auto)
+    nowhere = [None] * max(len(sample.auto), len(sample.guided))
     groups = (("auto", sample.auto, sample.auto_rewards, nowhere),)
-    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs),)
+    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs or nowhere),)
     for kind, rows, rewards, reach in groups:
         for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
             yield {
                 "step": step, "id": sample.example.problem.id, "group": kind,
-                "target": kind == "guided" and index == sample.target, "reach": reach[index], "reward": reward,
+                "target": kind == "guided" and index in sample.targets, "reach": reach[index], "reward": reward,
                 "alpha": sample.alpha, "finished": row.finished,
                 "text": tokenizer.decode(row.response_ids, skip_special_tokens=True),
             }  # fmt: skip

@@ -59,27 +59,38 @@ def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
     return int(logprobs.masked_fill(~correct.bool(), float("-inf")).argmax())  # o+ [eq 4]
 
 
-def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], target: int | None) -> float:
-    """Nats by which o+ is more reachable than the correct guided trajectories are on average; 0 without one. A diagnostic."""
-    if target is None:
+def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], targets: Sequence[int]) -> float:
+    """Nats by which the targets are more reachable than the correct guided trajectories are on average; 0 without one. A
+    diagnostic."""
+    if not targets:
         return 0.0
     correct = [logprob for logprob, reward in zip(logprobs, rewards, strict=True) if reward > 0]
-    return logprobs[target] - sum(correct) / len(correct)
+    return sum(logprobs[j] for j in targets) / len(targets) - sum(correct) / len(correct)
 
 
 # ---------------------------------------------------------------------------------------------------- ablations
-# What alpha(q) and o+ are compared with, in forms of our own: the paper's group-advantage weight is its [eq 8], not this one.
+# What alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
 
 
-def group_advantage_weight(
+def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_max: float = 0.8, *, eps: float = 1e-6) -> Tensor:
+    """o+'s own advantage as the weight of the distillation term [eq 8]: rewards (P, G) and (P,) -> (P,).
+
+        alpha(q) = clip( A+, 0, alpha_max ),   A+ = (R(o+) - mean) / (std + eps) in the group { o_1, ..., o_G, o+ }
+
+    It falls as the policy's own success rate rises, but asks nothing about the other guided trajectories.
+    """
+    group = torch.cat([auto_rewards, target_reward[:, None]], dim=1)  # (P, G + 1)
+    return group_advantages(group, eps=eps)[:, -1].clamp(0.0, alpha_max)  # [eq 8]
+
+
+def guided_advantage_weight(
     auto_rewards: Tensor, guided_rewards: Tensor, alpha_0: float = 0.5, alpha_max: float = 0.8, *, eps: float = 1e-6
 ) -> Tensor:
-    """A weight from the group's advantage instead of the relative gain: rewards (P, G) and (P, J) -> (P,). Ours:
+    """A weight from the advantage of the whole guided group: rewards (P, G) and (P, J) -> (P,). [ours]
 
         alpha(q) = clip( alpha_0 * mean_j A~_j, 0, alpha_max ),   A~ = the advantages of all G + J rewards taken as one group
 
-    The mean advantage of the guided members: like alpha(q) it is zero where guidance brings nothing, but it does not grow as
-    the policy's own success rate falls.
+    Like [eq 6] it is zero if guidance brings nothing, but it does not grow as the policy's own success rate falls.
     """
     together = group_advantages(torch.cat([auto_rewards, guided_rewards], dim=1), eps=eps)  # (P, G + J)
     return (alpha_0 * together[:, auto_rewards.shape[1] :].mean(dim=1)).clamp(0.0, alpha_max)

@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import plan
 from kv_cache import pages_for
+from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import apply_gradients, ranks_of, whole_model
 from rollout import generate, micro_batches, pack, shared_tokens
-from sgpo import Example, Method, ProblemSamples, choose, policy_items, sample_and_reward, update, weigh
+from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, target_items, update, weigh
 
 # ---------------------------------------------------------------------------------------------------- what plan.py predicts
 
@@ -61,8 +62,7 @@ def passes_of(samples: Sequence[ProblemSamples], settings: Method) -> Iterator[p
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     for part in micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)):
         yield pass_of([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
-    with_target = [sample for sample in samples if sample.target is not None]
-    targets = [(s.example.auto_ids, s.example.guided_ids, s.guided[s.target].response_ids) for s in with_target]
+    targets = [item[:3] for item in target_items(samples, settings)]
     costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
     for part in micro_batches(costs, settings.micro_tokens):
         yield pass_of([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
