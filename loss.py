@@ -55,7 +55,7 @@ def policy_loss(
         loss_t = -min( rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t )
 
     Returns (loss, ratio, clipped); `ratio` (rho) and `clipped` (bool: the clip holds and the token has no gradient) are
-    diagnostics. No KL to a reference model, as in the paper, and no dual clip [ours].
+    diagnostics. No KL to a reference model [eq 1]. No dual clip [ours]: veRL, which the paper trained with, has one, at 3.
     """
     ratio = torch.exp(logprobs - old_logprobs.detach())  # rho_it = pi_theta / pi_old of the sampled token [eq 1]
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)  # clip_high is the larger: DAPO's "clip-higher"
@@ -106,7 +106,7 @@ def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
         d_t = KL( sg[p] || q ) = sum_v p_v (log p_v - log q_v),   p = softmax(guided), q = softmax(unguided)
 
     The guided side is the teacher: it is detached here, so that the gradient reaches the unguided side alone. Both sides get
-    the same temperature. The whole vocabulary is summed: a top-k of either side misses the tokens where the mass moved.
+    the same temperature [ours]. The whole vocabulary is summed: a top-k of either side misses the tokens where the mass moved.
     """
     log_p = log_softmax(guided_logits.detach(), temperature)  # sg[ pi_theta(. | q, s, o_<t) ]
     log_q = log_softmax(unguided_logits, temperature)  # pi_theta(. | q, o_<t)
@@ -114,11 +114,11 @@ def forward_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: floa
 
 
 def reverse_kl(guided_logits: Tensor, unguided_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The other direction, for the ablation of the paper's appendix F: logits (..., V) twice -> (...), in nats:
+    """The other direction, for the ablation of [app F]: logits (..., V) twice -> (...), in nats:
 
         KL( q || sg[p] ) = sum_v q_v (log q_v - log p_v),   p = softmax(guided), q = softmax(unguided)
 
-    The expectation is under the student: it sharpens onto one of the guided modes where the forward KL covers them all.
+    The expectation is under the student: it sharpens onto one of the guided modes; the forward KL covers them all [§3.3].
     """
     log_p, log_q = log_softmax(guided_logits.detach(), temperature), log_softmax(unguided_logits, temperature)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -203,8 +203,9 @@ def distillation_terms(
     weight_t = alpha(q) / (P |o+|) makes the sum over tokens and problems the mean over the P problems of alpha(q) L_KD^clip
     [eq 5, 7]. chunked_head makes the guided logits from its `teacher`.
 
-    Two other objectives for the ablations: "reverse_kl" takes d_t the other way round, clip included; "sft" is the
-    cross-entropy of the target's tokens, -log q(target_t), which knows no d_t and so drops nothing (d_t is still reported).
+    Two other objectives for the ablations: "reverse_kl" takes d_t the other way round, clip included [app F; the clip: ours];
+    "sft" is the cross-entropy of the target's tokens, -log q(target_t) [tab 3], which knows no d_t and so drops nothing [ours]
+    (d_t is still reported).
     """
     if objective not in ("kl", "reverse_kl", "sft"):
         raise ValueError(f"objective {objective!r}: must be kl, reverse_kl or sft")

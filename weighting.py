@@ -14,8 +14,8 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """GRPO's group-relative advantage A_i of [eq 1]: (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G).
 
-    The standard deviation is the unbiased one (divisor G - 1) and eps is 1e-6 [ours], as in the framework that the paper
-    trained with. A group of equal rewards, all right or all wrong, gets exactly zero. Truncated responses are in the mean like
+    The standard deviation is the unbiased one (divisor G - 1) and eps is 1e-6 [ours], as in veRL, which the paper trained
+    with. A group of equal rewards, all right or all wrong, gets exactly zero. Truncated responses are in the mean like
     any other: dropping them first would favour problems whose failures run long. ValueError if G < 2.
 
     scale_by_std=False gives r_i - mean, the form of LUFFY (whose group is 7 rollouts and the demonstration) and HPT [code].
@@ -49,8 +49,8 @@ def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
     """The index of o+: of the correct guided trajectories the one the UNGUIDED policy finds most probable [eq 4].
 
     logprobs (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the context, summed over its
-    tokens, or the mean per token if the caller passes that [ours]. correct (J,) bool. None if no guided trajectory is
-    correct: that problem then has no distillation term [alg 1]. Ties go to the first.
+    tokens [eq 4], or the mean per token if the caller passes that [ours]. correct (J,) bool. None if no guided trajectory is
+    correct: that problem then has no distillation term [alg 1, lines 14-15]. Ties go to the first [ours].
     """
     if logprobs.shape != correct.shape or logprobs.dim() != 1:
         raise ValueError(f"logprobs {tuple(logprobs.shape)} and correct {tuple(correct.shape)} must both be (J,)")
