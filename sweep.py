@@ -52,13 +52,17 @@ METHODS = {
 ABLATIONS = {
     "no-distillation": "--distill none",
     "no-autonomous-grpo": "--no-autonomous",
-    "no-proximal-constraints": "--delta inf --target random --weight fixed",
+    "no-proximal-constraints": "--delta inf --target all",
     "no-kl-clip": "--delta inf",
-    "random-target": "--target random",
+    "no-target-selection": "--target all",
     "fixed-weight": "--weight fixed",
     "group-advantage-weight": "--weight group_advantage",
     "reverse-kl": "--distill reverse_kl",
     "sft-on-target": "--distill sft",
+    # of our own
+    "random-target": "--target random",
+    "guided-advantage-weight": "--weight guided_advantage",
+    "shuffled-strategies": "--shuffle_strategies",
 }
 KNOBS = {
     "delta": ("0.1", "0.3", "0.7", "1.0", "2.0", "inf"),
@@ -76,7 +80,7 @@ HARD_ROWS = {
     "random-target": "--target random",
     "no-kl-clip": "--delta inf",
     "random-target-no-kl-clip": "--target random --delta inf",
-    "no-proximal-constraints": "--delta inf --target random --weight fixed",
+    "no-proximal-constraints": "--delta inf --target all",
 }
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
 MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the warm-up is in the model that --base names: grpo is the paper's SFT+GRPO
@@ -84,7 +88,8 @@ DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
 CURVES = {  # pictures of training curves: folder -> rows, at most as many as there are colours; sft takes no RL steps
     "methods": ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"),
     "ablations": ("sgpo", "no-distillation", "no-autonomous-grpo", "no-proximal-constraints", "reverse-kl", "sft-on-target"),
-    "proximal": ("sgpo", "no-kl-clip", "random-target", "fixed-weight", "group-advantage-weight", "no-proximal-constraints"),
+    "proximal": ("sgpo", "no-kl-clip", "no-target-selection", "no-proximal-constraints", "random-target"),
+    "weights": ("sgpo", "fixed-weight", "group-advantage-weight", "guided-advantage-weight", "shuffled-strategies"),
 }
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
 RATES |= {name: ("5e-5", "1e-4", "2e-4", "4e-4") for name in METHODS if name != "sft"}

@@ -9131,7 +9131,7 @@ def test_sweep_draws_what_it_ran(tmp_path, monkeypatch, capsys):
     jobs = [sweep.Job("sgpo", 0, ())]
     sweep.draw_results("knobs", jobs, tmp_path / "runs", tmp_path)
     sweep.draw_results("table", jobs, tmp_path / "runs", tmp_path)
-    assert [call[0] for call in calls] == ["rows", "rows", "curves", "curves", "curves"]
+    assert [call[0] for call in calls] == ["rows", "rows", *["curves"] * len(sweep.CURVES)]
     assert {row for rows in sweep.CURVES.values() for row in rows} == {*sweep.METHODS, *sweep.ABLATIONS} - {"sft"}
     for call in calls:
         report.build_parser().parse_args(call)
