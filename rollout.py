@@ -39,8 +39,9 @@ class Trajectory:
     """One sampled response.
 
     response_ids includes the end-of-sequence token where one was sampled. logprobs holds, for every response token, its
-    log-probability (natural log) under the distribution it was drawn from: after temperature, and after top_p if that is
-    below 1. `finished` is False if the length limit cut the response. `group` is the index of the prompt in the call.
+    log-probability (natural log) under the whole softmax at the sampling temperature (at 0: at temperature 1), before top_p
+    cuts anything off: what a trainer computes for the same token, so that the ratio of a first update is 1 [ours]. `finished`
+    is False if the length limit cut the response. `group` is the index of the prompt in the call.
     """
 
     prompt_ids: list[int]
@@ -99,7 +100,8 @@ def generate(
     max_new_tokens  the longest response: the same for all, or P lists of n, one per response. The end of the model's context
                     cuts a response too
     temperature     0 is greedy (log-probs are then those of the untempered distribution)
-    top_p           1.0 samples from the whole distribution, which policy gradients need (ratio 1 at the first update)
+    top_p           1.0 samples from the whole distribution; below 1 see `sample`. The log-probs are those of the whole
+                    distribution either way
     eos_ids         every id that ends a response
     seed            one per prompt. A row's random numbers depend only on its prompt's seed and its index in the group, so they
                     do not change with the other prompts, with max_rows or with the number of ranks. Its logits do, by the
@@ -300,7 +302,7 @@ class _Sampler:
         for rows, tokens, logprobs in self.pending:
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
                 if not row.finished:
-                    if math.isnan(logprob):
+                    if not math.isfinite(logprob):
                         place = f"prompt {row.group}, token {len(row.response_ids)} of a response"
                         raise RuntimeError(f"{place}: a logit is nan or inf")
                     row.response_ids.append(token)
@@ -321,47 +323,76 @@ class _Sampler:
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> tokens, log-probs (B,).
 
-    With top_p < 1 the draw is from the smallest set of most probable tokens whose mass reaches top_p (with those that are
-    exactly as probable as its last one), renormalised, and the log-probability is that of the renormalised distribution.
+    With top_p < 1 the draw is from the nucleus, renormalised: the smallest set of most probable tokens whose mass reaches
+    top_p, with those that are exactly as probable as its last one. The log-probability is that of the whole distribution at
+    this temperature (at 0: at temperature 1), before the nucleus is cut out of it [ours].
 
     The cumulative sum is taken in two levels, over blocks of the vocabulary and then within one block, and in float64: in
     float32 its rounding, about 1e-6 at V = 152,064, would be larger than many tokens' whole probability.
     """
-    logits = logits.float()
+    scaled = logits.float()
     if temperature == 0:
-        best, token = logits.max(-1)
-        return token, best - logits.logsumexp(-1)
+        best, token = scaled.max(-1)
+        return token, best - scaled.logsumexp(-1)
     if temperature != 1:
-        logits = logits / temperature
+        scaled = scaled / temperature
+    whole = log_total = scaled.logsumexp(-1, keepdim=True)  # (B, 1)
     if top_p < 1:
-        logits = logits.masked_fill(logits < nucleus_threshold(logits, top_p), -math.inf)
-    B, V = logits.shape
-    log_total = logits.logsumexp(-1, keepdim=True)
+        if logits.device.type == "cpu":
+            outside = scaled < threshold_by_sorting(scaled, whole, top_p)
+        else:
+            outside = logits < threshold_by_bisection(logits, torch.exp(scaled - whole), top_p)
+        scaled = scaled.masked_fill(outside, -math.inf)
+        log_total = scaled.logsumexp(-1, keepdim=True)
+    B, V = scaled.shape
     block = math.gcd(V, 512)
-    p = torch.exp(logits - log_total).view(B, V // block, block)  # (B, blocks, block)
+    p = torch.exp(scaled - log_total).view(B, V // block, block)  # (B, blocks, block)
     mass = p.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
     total = mass[:, -1:]
     # below the total even if the product rounds up to it, so that a block, and in it a token, is always found
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first index whose sum EXCEEDS the target, so a token of probability 0 can never be drawn
     which = torch.searchsorted(mass, target, right=True)  # (B, 1)
-    which = which.clamp(max=V // block - 1)  # only if a logit was nan: then the log-probability is nan, and CUDA lives on
+    which = which.clamp(max=V // block - 1)  # only if a logit was nan or inf: then the log-prob is too, and CUDA lives on
     before = torch.where(which > 0, mass.gather(-1, (which - 1).clamp(min=0)), 0.0)
     inside = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # (B, block)
     rest = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(total)))
     token = which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1)  # (B, 1)
-    return token[:, 0], (logits.gather(-1, token) - log_total)[:, 0]
+    return token[:, 0], (scaled.gather(-1, token) - whole)[:, 0]
 
 
-def nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest logit within the nucleus: (B, V) -> (B, 1)."""
-    log_total = logits.logsumexp(-1, keepdim=True)
+def threshold_by_sorting(logits: Tensor, log_total: Tensor, top_p: float) -> Tensor:
+    """The smallest logit within the nucleus: logits (B, V), their logsumexp (B, 1) -> (B, 1). The faster way on a CPU."""
     best = logits.topk(min(1024, logits.shape[-1])).values  # a nucleus rarely has more tokens, and sorting all costs more
     if (torch.exp(best - log_total).double().sum(-1) < top_p).any():
         best = logits.sort(-1, descending=True).values
     p = torch.exp(best - log_total).double()
     inside = p.cumsum(-1) - p < top_p  # the most probable token has 0 before it, so there is one, unless a logit was nan
     return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+
+
+def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
+    """The same for a GPU, which is never waited for: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1).
+
+    It is the smallest number of that data type above which there is less than top_p. Halving the range of the numbers' ranks
+    among all numbers of the type finds it exactly, in one step a bit: bf16 logits need 16 steps, fp32 32.
+    """
+    bits, (B, V) = 8 * logits.element_size(), logits.shape
+    integer = {16: torch.int16, 32: torch.int32}[bits]
+    block = math.gcd(V, 512)  # summed in float32 within a block only: a float64 sum would copy all of it first
+
+    def flip(i: Tensor) -> Tensor:  # its own inverse. A negative float's bits, read as an integer, grow with its magnitude
+        return i ^ ((i >> 63) & (2 ** (bits - 1) - 1))
+
+    low, high = (  # (B, 1) each, the ranks of -inf and of the largest logit
+        flip(x.view(integer).long()) for x in (torch.full_like(logits[:, :1], -math.inf), logits.amax(-1, keepdim=True))
+    )
+    for _ in range(bits):
+        middle = (low + high) >> 1
+        above = p * (logits > flip(middle).to(integer).view(logits.dtype))
+        enough = above.view(B, V // block, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64) >= top_p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return flip(high).to(integer).view(logits.dtype)
 
 
 def stream_seed(*names: Any) -> int:
