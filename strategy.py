@@ -14,9 +14,9 @@ alone. For a look:
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',))))"
 
 The trap that shapes the prompts: the guided and the unguided policy score the SAME response tokens, so whatever stands
-right before the response must be the same on both sides. Both prompts are therefore one user message that opens with
-the untouched problem and closes with INSTRUCTION; they differ by one inserted block and by nothing else. With two
-closings, the first response token would differ for reasons of template, and the divergence there would measure that.
+right before the response must be the same on both sides. Both prompts are therefore one user message that closes with
+the untouched problem and INSTRUCTION; the guided one opens with a block more [§3.1] and differs by nothing else. With
+two closings, the first response token would differ for reasons of template, and the divergence there would measure that.
 """
 
 import json
@@ -339,11 +339,11 @@ def auto_messages(problem):
 
 
 def guided_messages(problem, strategy):
-    """The chat messages of the guided prompt, pi(.|q, s): auto_messages with the strategy before the same closing."""
+    """The chat messages of the guided prompt, pi(.|q, s): the strategy prepended to auto_messages' text [§3.1]."""
     if not isinstance(strategy, Strategy):
         raise ValueError(f"strategy: expected a Strategy, got {strategy!r}")
     block = GUIDE + "\n" + format_strategy(strategy)
-    return _user(_check_text("problem", problem) + "\n\n" + block + "\n\n" + INSTRUCTION)
+    return _user(block + "\n\n" + _check_text("problem", problem) + "\n\n" + INSTRUCTION)
 
 
 def solution_prompt(problem):
