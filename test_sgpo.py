@@ -4482,6 +4482,10 @@ def test_extraction_refuses_a_journal_that_does_not_fit(tmp_path):
             with pytest.raises(ValueError, match="another run is writing it"):
                 extract.main(flags)
         lines = log.read_bytes().splitlines(keepends=True)
+        older = json.dumps(json.loads(lines[0]) | {"prompts_hash": "of other prompts"}).encode() + b"\n"
+        log.write_bytes(b"".join([older, *lines[1:]]))
+        with pytest.raises(ValueError, match="made with prompts_hash of other prompts, now"):
+            extract.main(flags)
         log.write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
         with pytest.raises(ValueError, match=r"log.jsonl:3: no line of a journal"):
             extract.main(flags)
