@@ -1,8 +1,8 @@
 r"""Strategies: the record, its text form, a tolerant reader, every prompt that contains one, the leak filter, the choice.
 
 A strategy describes how to solve a KIND of problem: its type, a solving strategy and general steps, without any
-computation and without the answer (SGPO, arXiv 2606.24064). Wordings, the text form, the four criteria and the filter
-are ours.
+computation and without the answer (SGPO, arXiv 2606.24064). What the prompts ask a strong model for and the four criteria
+are the paper's [app B, tab 4, tab 5]; every wording, the text form and the leak filter are ours.
 
 What this is not: it calls no model and no server. The program that does is tools/extract.py, and this file starts it:
 
@@ -19,42 +19,43 @@ the untouched problem and INSTRUCTION; the guided one opens with a block more [�
 two closings, the first response token would differ for reasons of template, and the divergence there would measure that.
 """
 
-import json
+import random
 import re
+import statistics
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from string import ascii_lowercase
 
 INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
 # Few and plain words: the tiny world's vocabulary of about 100 words has to hold them as well.
 GUIDE = "Follow this strategy."
-CRITERIA = ("faithful", "reusable", "no_leak", "actionable")
+CRITERIA = ("type", "strategy", "steps", "no_leak")  # [tab 5]; each is scored from 0.0 to 1.0
+LEAK_SCORE = 0.2  # [ours] up to this score on no_leak a candidate is out, because scoring_prompt says what such a score means
 
-# What models call the three parts. Labels in other languages are listed because strong models now and then answer in
-# one of them; the text behind the label is kept as it is. Compared in lower case with "_" read as a space.
+# What models call the three parts. Compared in lower case with "_" read as a space.
 LABELS = {
-    "type": ("problem type", "type of problem", "type", "问题类型", "题目类型", "题型", "tipo de problema",
-             "type de problème"),
-    "strategy": ("strategy", "solving strategy", "solution strategy", "general strategy", "approach", "解题策略",
-                 "策略", "estrategia", "stratégie"),
-    "steps": ("steps", "general steps", "solution steps", "plan", "解题步骤", "步骤", "pasos", "étapes"),
+    "type": ("problem type", "type of problem", "type"),
+    "strategy": ("strategy", "solving strategy", "solution strategy", "general strategy", "approach"),
+    "steps": ("steps", "general steps", "solution steps", "plan"),
 }
 PART_OF = {label: part for part, labels in LABELS.items() for label in labels}
 
-# A label, then ":", a table's bar, a spaced dash, or the end of the line (a heading). Emphasis may close before or
-# after the separator. Underscores are matched too, for YAML's problem_type.
+# A label, then ":", a spaced dash, or the end of the line (a heading). Emphasis may close before or after the separator.
+# Underscores are matched too, for YAML's problem_type.
 _LABEL = "(" + "|".join(sorted((re.escape(x).replace(r"\ ", "[ _]") for x in PART_OF), key=len, reverse=True)) + ")"
-_LABELLED = _LABEL + r"[*_\]】]*\s*(?:[:：|]|\s[-–—]\s|(?<=】)|$)\s*(?:\*\*|__)?\s*"
-# Before a label: quote marks, heading marks, bullets, a number, a table's bar, emphasis, an opening bracket.
-_PART_LINE = re.compile(r"[>#\s|]*(?:[-*+•]\s+|\d+[.)]\s+)?[*_\[【]*" + _LABELLED + "(.*)", re.IGNORECASE)
-_NEXT_PART = re.compile(r";\s+(?=" + _LABELLED + ")", re.IGNORECASE)
-_RULE_LINE = re.compile(r"\s*(?:`{3,}.*|~{3,}.*|[-*_=]{3,}|\|[\s:|-]+\|)\s*")  # code fence, rule, table rule
-# 1) indent, 2) number, circled number or bullet, 3) text. "Step 2:" counts as a number, bold or not.
+_LABELLED = _LABEL + r"[*_\]]*\s*(?::|\s[-–—]\s|$)\s*(?:\*\*|__)?\s*"
+# Before a label: quote marks, heading marks, bullets, a number, emphasis, an opening bracket.
+_PART_LINE = re.compile(r"[>#\s]*(?:[-*+•]\s+|\d+[.)]\s+)?[*_\[]*" + _LABELLED + "(.*)", re.IGNORECASE)
+_RULE_LINE = re.compile(r"\s*(?:`{3,}.*|~{3,}.*|[-*_=]{3,})\s*")  # code fence, rule
+# An indent, a mark, the text. The mark is a number ("Step 2:" too), the letter of "(a)" or "a.", or a bullet, bold or not.
 _ITEM = re.compile(
-    r"(\s*)(?:(?:\*\*|__)?(?:step\s+)?\(?(\d{1,2})(?:\s*[.):、：](?:\*\*|__)?(?=\s|[^\d\s])|\s+[-–—]\s)|([①-⑳])|([-*+•])\s)\s*(.*)",
+    r"(?P<indent>\s*)(?:(?:\*\*|__)?(?:step\s+)?\(?(?P<number>\d{1,2})(?:\s*[.):](?:\*\*|__)?(?=\s|[^\d\s])|\s+[-–—]\s)"
+    r"|(?:\*\*|__)?\(?(?P<letter>[a-z])[.)](?:\*\*|__)?\s|(?P<bullet>[-*+•])\s)\s*(?P<text>.*)",
     re.IGNORECASE,
 )
 
@@ -119,11 +120,10 @@ def parse_strategy(text):
     """The Strategy in a model's reply.
 
     text: the whole reply. A text exactly in format_strategy's form is read back letter by letter. Everything else is
-    read with tolerance: thoughts in <think> tags, code fences, Markdown headings, bold, bullets, "1)", "Step 1:", a
-    two-column table and one JSON object are understood, and talk before the first part or, after a blank line, behind
-    the last step is dropped.
-    Raises ValueError where a part is missing, given twice, or where talk and content cannot be told apart: a wrong
-    strategy costs more than a lost candidate, because others are sampled for the same problem.
+    read with tolerance: thoughts in <think> tags, code fences, Markdown headings, bold, bullets, "(a)", "1)" and
+    "Step 1:" are understood, and talk before the first part or, after a blank line, after the last step is dropped.
+    Raises ValueError if a part is missing or given twice, if steps are out of order, or if talk and content cannot be
+    told apart: a wrong strategy costs more than a lost candidate, because others are sampled for the same problem.
     """
     if not isinstance(text, str):
         raise ValueError(f"strategy reply: expected a string, got {text!r}")
@@ -131,9 +131,7 @@ def parse_strategy(text):
     if exact is not None:
         return exact
     text = drop_thoughts(text)
-    parts = _json_parts(text)
-    if parts is None:
-        parts = _text_parts(text)
+    parts = _text_parts(text)
     missing = [LABELS[part][0] for part in LABELS if not parts.get(part)]
     if missing:
         raise ValueError(f"strategy reply: no {', no '.join(missing)} in {_short(text)}")
@@ -161,66 +159,17 @@ def drop_thoughts(text):
     return text
 
 
-def _json_parts(text):
-    r"""The parts of the one JSON object in the text that has a part's name as a key; None where there is none.
-
-    Models write LaTeX into JSON without doubling the backslash, and json reads "\frac" as a form feed and "rac".
-    No strategy contains form feeds, so every backslash is doubled but those of \\, \", \/, \uXXXX and \n, and of \n
-    too where one of LaTeX's commands starts there.
-    """
-    keep = r'\\(?:["\\/]|u[0-9a-fA-F]{4}|n(?!(?:eq?|u|abla|ot(?:in)?|eg|mid)\b))'
-    mended = re.sub(rf"({keep})|\\", lambda m: m[1] or r"\\", text)
-    found, end = [], 0
-    for start in (m.start() for m in re.finditer(r'\{\s*"', mended)):
-        if start < end:  # nested in the object before
-            continue
-        for tail in ("", "}"):  # the last brace gets lost at times; more is never added, as steps could be lost then
-            try:
-                data, length = json.JSONDecoder(strict=False).raw_decode(mended[start:].rstrip() + tail)
-            except json.JSONDecodeError:
-                continue
-            end = start + length
-            if any(_key(key) in PART_OF for key in data):
-                found.append(data)
-            break
-    if len(found) > 1:
-        raise ValueError(f"strategy reply: {len(found)} JSON objects, expected one: {_short(text)}")
-    return _read_json(found[0]) if found else None
-
-
-def _key(label):
-    return label.lower().replace("_", " ").strip()
-
-
-def _read_json(data):
-    parts = {}
-    for key, value in data.items():
-        part = PART_OF.get(_key(key), key)  # an unknown key keeps its name, and from_dict rejects it
-        if part in parts:
-            raise ValueError(f"strategy reply: {LABELS[part][0]} appears twice, in the key {key!r} too")
-        if part == "steps" and isinstance(value, str):
-            value = _read_steps(value.split("\n"))
-        elif part == "steps" and isinstance(value, list):
-            value = [_clean(m[5]) if isinstance(x, str) and (m := _ITEM.fullmatch(_one_line(x))) else _clean(x)
-                     for x in value]
-        parts[part] = value if part == "steps" else _clean(value)
-    return parts
-
-
 def _text_parts(text):
     """Cut the text at its labels. Returns {part: value}, without the parts that are missing or empty."""
     bodies = []  # (part, lines), in the order of the text
     for line in text.splitlines():
         if _RULE_LINE.fullmatch(line):
             line = ""
-        pieces = _NEXT_PART.split(line) if _PART_LINE.fullmatch(line) else [line]
-        # A split at a pattern with groups returns the groups as well: every second entry is a label, not a piece.
-        for piece in pieces[::2]:
-            label = _PART_LINE.fullmatch(piece)
-            if label:
-                bodies.append((PART_OF[_key(label[1])], [label[2]]))
-            elif bodies:  # before the first label there is only talk
-                bodies[-1][1].append(piece)
+        label = _PART_LINE.fullmatch(line)
+        if label:
+            bodies.append((PART_OF[label[1].lower().replace("_", " ")], [label[2]]))
+        elif bodies:  # before the first label there is only talk
+            bodies[-1][1].append(line)
     parts = {}
     for part, lines in bodies:
         value = _read_steps(lines) if part == "steps" else _read_prose(part, lines)
@@ -239,35 +188,37 @@ def _read_prose(part, lines):
 
 
 def _read_steps(lines):
-    """The list of steps in the lines below (and right of) the label; [] where there is nothing.
+    """The list of steps in the lines below (and right of) the label; [] if there is nothing.
 
-    Lines without a mark belong to the step above when they are indented, continue an unfinished sentence, or stand
+    Lines without a mark belong to the step above if they are indented, continue an unfinished sentence, or stand
     before a further step. At the end they are talk if a blank line sets them off, and an error if not.
     """
     items = [_ITEM.fullmatch(line) for line in lines]
     marked = [i for i, item in enumerate(items) if item]
     if not marked:
-        return _unmarked_steps(lines)
+        if text := "\n".join(lines).strip():
+            raise ValueError(f"strategy reply: the steps are not marked (a), (b) or in another way: {_short(text)}")
+        return []
     first = items[marked[0]]
     # Marks of another kind or further to the right than the first one's are sub-items: text of the step above.
-    own = [i for i in marked if _kind(items[i]) == _kind(first) and len(items[i][1]) <= len(first[1]) + 1]
+    own = [i for i in marked if _kind(items[i]) == _kind(first) and len(items[i]["indent"]) <= len(first["indent"]) + 1]
     if any(line.strip() for line in lines[:own[0]]):
         raise ValueError(f"strategy reply: text between the label and the first step: {_short(lines[:own[0]])}")
-    if len(own) == 1 and first[2]:
-        inline = _inline_steps(first[5])
+    _check_order([items[i] for i in own])
+    if len(own) == 1 and _kind(first) != "bullet":
+        inline = _inline_steps(first["text"])
         if len(inline) > 1:
             return [_clean(step) for step in inline]
-    _check_numbers([items[i] for i in own])
     steps = []
     for i in range(own[0], len(lines)):
         if i in own:
-            steps.append(items[i][5])
+            steps.append(items[i]["text"])
         elif not lines[i].strip():
             continue
         elif items[i] or lines[i][0].isspace() or i < own[-1] or (
-            lines[i - 1].strip() and not steps[-1].endswith((".", "!", "?", "。"))
+            lines[i - 1].strip() and not steps[-1].endswith((".", "!", "?"))
         ):
-            steps[-1] += " " + (items[i][5] if items[i] else lines[i].strip())
+            steps[-1] += " " + (items[i]["text"] if items[i] else lines[i].strip())
         elif lines[i - 1].strip():
             raise ValueError(f"strategy reply: does {lines[i]!r} belong to the last step?")
         else:
@@ -276,47 +227,35 @@ def _read_steps(lines):
 
 
 def _kind(item):
-    return "number" if item[2] or item[3] else "bullet"
+    return next(kind for kind in ("number", "letter", "bullet") if item[kind])
 
 
-def _check_numbers(items):
-    """Numbers must run 1, 2, 3, ...: a second list, or a lost start, is not a list of steps."""
-    numbers = [int(m[2]) if m[2] else ord(m[3]) - ord("①") + 1 for m in items if _kind(m) == "number"]
-    if numbers and numbers != list(range(1, len(numbers) + 1)):
-        raise ValueError(f"strategy reply: the steps are numbered {numbers}")
-
-
-def _unmarked_steps(lines):
-    """Steps without marks: one a line, but only within a single paragraph; beyond it, talk cannot be told apart."""
-    text = "\n".join(lines).strip()
-    if re.search(r"\n\s*\n", text):
-        raise ValueError(f"strategy reply: the steps are neither numbered nor bulleted: {_short(text)}")
-    return [_clean(line) for line in text.split("\n") if line.strip()]
+def _check_order(items):
+    """Marks must run 1, 2, 3, ... or a, b, c, ...: a second list, or a lost start, is not a list of steps."""
+    marks = [item[_kind(item)].lower() for item in items]
+    expected = {"number": [str(i) for i in range(1, len(marks) + 1)], "letter": list(ascii_lowercase[:len(marks)])}
+    if marks != expected.get(_kind(items[0]), marks):
+        raise ValueError(f"strategy reply: the steps are marked {', '.join(marks)}")
 
 
 def _inline_steps(text):
-    """Cut "First. 2. Second. 3. Third." at its numbers. A sentence must end before one: "times 2. Then" is no cut."""
+    """Cut "First. 2. Second." or "First. (b) Second." at its marks. A sentence must end before one: not at "times 2. Then"."""
     steps = []
-    while cut := re.search(rf"(?<=[.;!?。])\s+{len(steps) + 2}[.)]\s+", text):
+    while cut := re.search(rf"(?<=[.;!?])\s+\(?(?:{len(steps) + 2}|{ascii_lowercase[len(steps) + 1:][:1]})[.)]\s+", text):
         steps.append(text[:cut.start()])
         text = text[cut.end():]
     return [*steps, text]
 
 
-def _one_line(value):
-    return " ".join(value.split())
-
-
 def _clean(value):
-    """One line, without emphasis, without marks or quotes around the whole. Other types pass, for from_dict to name.
+    """One line, without emphasis, without marks or quotes around the whole.
 
-    Bold is removed only where it stands between words: 2**3**2 stays.
+    Bold is removed only if it stands between words: 2**3**2 stays.
     """
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"(?<![\w)\]*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2", _one_line(value))
+    value = " ".join(value.split())
+    value = re.sub(r"(?<![\w)\]*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2", value)
     value = re.sub(r"(?<=\S)\*\*(?=\s|$)", "", value)  # the end of "**Step 1: name**", whose start went with the number
-    value = value.strip().removesuffix("|").rstrip()
+    value = value.strip()
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" and value[0] not in value[1:-1]:
         value = value[1:-1].strip()
     return value
@@ -362,44 +301,54 @@ step that matters with its reason, in order, without false starts and without re
 
 
 def extraction_prompt(problem, solution):
-    """Messages that ask a strong model for the strategy behind a reference solution. Wording: ours."""
-    return _user(f"""Below are a problem and a solution to it. Describe how problems of this kind are solved, so that \
-somebody who has not seen the solution could use the description on this problem and on others of the same kind.
+    """Messages that ask a strong model for the strategy behind a solution. What they ask for: [tab 4]; wording: ours.
+
+    solution: the strong model's response, as a whole.
+    """
+    return _user(f"""A strong model solved the problem below. Write down the strategy in its response, for another model \
+that will have to solve similar problems without seeing this response.
 
 <problem>
 {_check_text("problem", problem)}
 </problem>
 
-<solution>
+<response>
 {_check_text("solution", solution)}
-</solution>
+</response>
 
-Give three parts:
-- Problem type: a short phrase that names the kind of problem.
-- Strategy: one to three sentences on the idea of the solution and why it fits this kind of problem.
-- Steps: two to six ordered steps, each one sentence that tells the solver what to do.
+Describe three things, and no others:
+- Problem type: a short phrase for the kind of problem, so specific that an expert recognises it.
+- Strategy: the idea that carries the response, such as a theorem or a technique, and why it fits; one to three sentences.
+- Steps: two to six, in the order of the response; each one sentence that says what to do, as a plan would.
 
 Rules:
-- Follow the approach of the solution above, not another one.
-- Keep it general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
-- Carry nothing out: no computed value, no intermediate result.
-- Neither state the answer nor hint at it.
+- Keep to the approach that led to the answer, without its detours.
+- Be brief and general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
+- Carry nothing out: no calculation, no intermediate result.
+- Neither state the final answer nor hint at it.
 
-Reply in English with nothing but this form, each step on one line:
+Reply in English with nothing but this form, each step on one line, as many as there are:
 
 Problem type: ...
 Strategy: ...
 Steps:
-1. ...
-2. ...""")
+(a) ...
+(b) ...
+(c) ...""")
 
 
-def scoring_prompt(problem, solution, candidate):
-    """Messages that ask a strong model to score one candidate Strategy on CRITERIA. Criteria and wording: ours."""
-    if not isinstance(candidate, Strategy):
-        raise ValueError(f"candidate: expected a Strategy, got {candidate!r}")
-    return _user(f"""Below are a problem, a solution to it, and a description of how problems of this kind are solved. \
-Score the description.
+def scoring_prompt(problem, solution, candidates):
+    """Messages that ask a strong model to score all candidates of a problem at once [app B]. Criteria: [tab 5]; wording: ours.
+
+    candidates: the Strategies, at least one; in the prompt they are numbered from 1.
+    """
+    if not candidates or not all(isinstance(candidate, Strategy) for candidate in candidates):
+        raise ValueError(f"candidates: expected a sequence of at least one Strategy, got {candidates!r}")
+    numbers = range(1, len(candidates) + 1)
+    shown = "\n\n".join(f"<candidate {i}>\n{format_strategy(own)}\n</candidate {i}>"
+                        for i, own in zip(numbers, candidates, strict=True))
+    return _user(f"""Below are a problem, a solution to it, and {len(candidates)} attempts at describing the strategy of \
+that solution, for use on similar problems. Score the attempts.
 
 <problem>
 {_check_text("problem", problem)}
@@ -409,47 +358,47 @@ Score the description.
 {_check_text("solution", solution)}
 </solution>
 
-<description>
-{format_strategy(candidate)}
-</description>
+{shown}
 
-Give a whole number from 1 (poor) to 5 (excellent) on each criterion:
-- faithful: it describes the approach that the solution takes, and nothing in it is wrong.
-- reusable: it serves other problems of the same type unchanged.
-- no_leak: it holds no number taken or computed from this problem, no intermediate result and no hint at the answer. \
-Give 1 if the answer can be read from it.
-- actionable: its steps are ordered and specific, so that a solver can carry them out one after the other.
+Give each attempt four scores from 0.0 (fails) to 1.0 (could not be better):
+- type: the problem type is correct, and narrower than a field of mathematics.
+- strategy: it solves this problem, it names a definite idea, and the idea says more than "set up and solve".
+- steps: a solver can act on each of them, and each still serves the other problems of the type.
+- no_leak: no value computed for this problem and no answer. At most {LEAK_SCORE} if the answer can be read from it.
 
-Reply with exactly these four lines, each number in place of the dots:
+Use the same measure for all, whatever their order. Reply with one line an attempt and nothing else: its number, and \
+its scores in place of the names.
 
-faithful: ...
-reusable: ...
-no_leak: ...
-actionable: ...""")
+""" + "\n".join(f"{i}: {' '.join(CRITERIA)}" for i in numbers))
 
 
-def parse_scores(text):
-    """The scores in a reply to scoring_prompt: {criterion: 1..5}, in the order of CRITERIA.
+def parse_scores(text, n):
+    """The scores in a reply to scoring_prompt with n candidates: a list of n dicts {criterion: 0.0 to 1.0}, keys in order.
 
-    One line a criterion; bold, bullets, "4/5" and a comment behind the number are understood.
-    Raises ValueError naming the criterion that is missing, given twice, not a whole number or out of range.
+    One line a candidate: its number, then a number a criterion. Names of the criteria in their order, bold, bullets,
+    brackets, commas and a table's bars are understood; lines with other words are talk.
+    Raises ValueError naming the line that is no candidate's or has a score out of range, and the candidates that are
+    missing or given twice.
     """
     if not isinstance(text, str):
         raise ValueError(f"scores reply: expected a string, got {text!r}")
-    text = drop_thoughts(text)
-    scores = {}
-    for name in CRITERIA:
-        label = name.replace("_", "[ _-]")
-        line = rf'^[ >#*_"-]*{label}[*_"]*\s*[:=][ *_"]*([^\s*_"].*)$'
-        found = re.findall(line, text, re.MULTILINE | re.IGNORECASE)
-        if len(found) != 1:
-            raise ValueError(f"scores reply: {name} is {'given twice' if found else 'missing'} in {_short(text)}")
-        # A dot, dash or comma may start a comment but must not continue the number: 4.5 and 4-5 are no whole numbers.
-        score = re.fullmatch(r'(\d+)(?:\s*/\s*5)?["*_]*\s*(?:$|[(,;.:–—-](?!\s*\d).*)', found[0])
-        if not score or not 1 <= int(score[1]) <= 5:
-            raise ValueError(f"scores reply: {name} is {found[0]!r}, expected a whole number from 1 to 5")
-        scores[name] = int(score[1])
-    return scores
+    names, scores = re.compile("|".join(CRITERIA).replace("_", "[ _-]"), re.IGNORECASE), {}
+    for line in drop_thoughts(text).splitlines():
+        rest = re.sub(r"\b(?:candidate|attempt)\b", "", names.sub("", line), flags=re.IGNORECASE)
+        number, *values = re.findall(r"-?(?:\d+(?:\.\d+)?|\.\d+)", rest) or [None]
+        if number is None or re.search("[^\\W\\d_]", rest):
+            continue
+        own = [re.sub("[ -]", "_", name.lower()) for name in names.findall(line)] or list(CRITERIA)
+        if own != list(CRITERIA) or len(values) != len(CRITERIA) or number not in map(str, range(1, n + 1)):
+            raise ValueError(f"scores reply: expected a candidate's number, 1 to {n}, and {len(own)} scores in {line!r}")
+        if number in scores:
+            raise ValueError(f"scores reply: candidate {number} is given twice in {_short(text)}")
+        scores[number] = dict(zip(CRITERIA, map(float, values), strict=True))
+        if not all(0 <= value <= 1 for value in scores[number].values()):
+            raise ValueError(f"scores reply: expected scores from 0.0 to 1.0 in {line!r}")
+    if missing := [str(i) for i in range(1, n + 1) if str(i) not in scores]:
+        raise ValueError(f"scores reply: no scores of candidate {', '.join(missing)} in {_short(text)}")
+    return [scores[str(i)] for i in range(1, n + 1)]
 
 
 def _user(content):
@@ -696,25 +645,51 @@ def _holds_answer(text, answer, problem):
 
 # -------------------------------------------------------------------------------------------- the choice
 
-def best_candidate(scores):
-    """The index of the best of several candidates; ours: the highest sum, then the highest lowest score, then the first.
+def mean_score(scores):
+    """The mean over CRITERIA of one candidate's scores. Rounded: tenths that add up to 3.2 must not end below 0.8."""
+    return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
 
-    scores: one entry a candidate, parse_scores' dict, or None for a candidate that is out. ValueError where all are.
+
+def best_candidate(scores):
+    """The index of the candidate with the highest mean score [app B], of equals the first [ours].
+
+    scores: one entry a candidate, of parse_scores' list, or None for a candidate that is out. ValueError if all are.
     """
-    ranks = [(sum(own.values()), min(own.values()), -i) for i, own in enumerate(scores) if own is not None]
-    if not ranks:
+    means = {i: mean_score(own) for i, own in enumerate(scores) if own is not None}
+    if not means:
         raise ValueError(f"no candidate is left of {len(scores)}")
-    return -max(ranks)[2]
+    return max(means, key=means.get)
 
 
 def quality(scores):
-    """"high", "medium" or "low" by a candidate's scores; the thresholds are ours.
+    """"high", "medium" or "low": the band of the mean score, [0.8, 1], [0.5, 0.8) or [0, 0.5) [app H].
 
-    high: at least 4 on every criterion. low: 2 or less on one of them. (The paper's audit of 500 strategies found 39.4 %
-    high, 54.4 % medium and 6.2 % low, by a standard that it does not print.)
+    The bands are of the paper's audit, in which another model than the one that chose judged 500 strategies.
     """
-    worst = min(scores[name] for name in CRITERIA)
-    return "high" if worst >= 4 else "medium" if worst >= 3 else "low"
+    mean = mean_score(scores)
+    return "high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low"
+
+
+def shuffled_strategies(strategies: Sequence[Strategy], seed: int) -> list[Strategy]:
+    """Each row's strategy replaced by one of another problem type: a control [ours; the idea: arXiv 2608.09228].
+
+    strategies: one a row. The result is a permutation of them in which no row has a strategy of its own type (as text,
+    without regard to case), drawn by the seed. ValueError if more than half of the rows are of one type: then there is
+    no such permutation.
+    """
+    types = [strategy.type.lower() for strategy in strategies]
+    for name, rows in Counter(types).most_common(1):
+        if 2 * rows > len(types):
+            raise ValueError(f"shuffled strategies: {rows} of {len(types)} rows have the type {name!r}, more than half")
+    rng, drawn = random.Random(seed), list(range(len(types)))
+    rng.shuffle(drawn)
+    for i, own in enumerate(types):
+        if types[drawn[i]] == own:
+            # A swap that mends row i and harms no other. There is one: at most as many rows as there are of this type
+            # have another one, and one of its strategies at least is not among them, because row i has it.
+            j = rng.choice([j for j, other in enumerate(types) if own not in (other, types[drawn[j]])])
+            drawn[i], drawn[j] = drawn[j], drawn[i]
+    return [strategies[k] for k in drawn]
 
 
 # -------------------------------------------------------------------------------------------- the program

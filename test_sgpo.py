@@ -3433,8 +3433,7 @@ def test_strategies_survive_every_dress():
             + "\n".join(f"{i}) {step}" for i, step in enumerate(s.steps, 1)),
             f"### Problem type\n{s.type}\n\n### Strategy\n{s.strategy}\n\n### Steps\n"
             + "\n".join(f"- {step}" for step in s.steps),
-            json.dumps(strategy),
-            "```json\n" + json.dumps(strategy, indent=2, ensure_ascii=False) + "\n```\nDone.",
+            text.partition("\n1. ")[0] + "\n" + "\n".join(f"({chr(97 + i)}) {step}" for i, step in enumerate(s.steps)),
         ):
             assert parse_strategy(dressed) == s, dressed
 
@@ -3492,20 +3491,19 @@ def test_strategy_random_ones_round_trip():
         "   2. Add them.",
         "## Strategy\n\n**Problem type**: sum of two\n**Strategy**: Join the parts.\n**Steps**:\n* Find both parts.\n"
         "* Add them.",
-        "| Part | Text |\n|---|---|\n| Problem type | sum of two |\n| Strategy | Join the parts. |\n"
-        "| Steps | 1. Find both parts. 2. Add them. |",
         "PROBLEM TYPE: sum of two\n---\nApproach - Join the parts.\nPlan:\nStep 1: Find both parts.\nStep 2: Add them.",
-        "Problem type: sum of two\nStrategy: Join\nthe parts.\nSteps:\nFind both parts.\nAdd them.",
+        "Problem type: sum of two\nStrategy: Join\nthe parts.\nSteps:\n(a) Find both parts.\n(b) Add them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps: (a) Find both parts. (b) Add them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps: 1. Find both parts. 2. Add them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\n**a)** Find\n  1. both\n  2. parts.\n**b)** Add them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\nA. Find\nboth parts.\nB. Add them.\n\nDone.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\n1. Find\n   (a) both\n   (b) parts.\n2. Add them.",
         "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\n1. Find\n   both\n\nparts.\n\n2. Add\nthem.\n\n"
         "The answer is 7.",
         "**Problem type:** sum of two\n**Strategy:** Join the parts.\n**Steps:**\n1. Find\n   1. both\n   - parts.\n"
         "2. Add them.",
         "type: 'sum of two'\nstrategy: \"Join the parts.\"\nsteps:\n  - Find both parts.\n  - Add them.",
         "the thoughts began in the prompt\n</think>\n\n" + STRATEGY_EXAMPLE_TEXT,
-        'Here: {"Problem Type": "sum of two", "solving_strategy": "Join\\nthe parts.", '
-        '"steps": "1. Find both parts.\\n2. Add them."} Bye',
-        '{"problem_type": "sum of two", "strategy": "Join the parts.", "steps": ["1. Find both parts.", "Step 2: Add them."]',
-        "【问题类型】sum of two\n【策略】Join the parts.\n【步骤】\n① Find both parts.\n② Add them.",
     ],
 )
 def test_strategy_parser_reads_the_habits_of_models(reply):
@@ -3513,13 +3511,10 @@ def test_strategy_parser_reads_the_habits_of_models(reply):
 
 
 def test_strategy_parser_keeps_latex_and_powers():
-    # In JSON, "\f", "\b", "\t" and "\n" would turn \frac, \binom, \times and \neq into control characters.
-    reply = r'{"type": "t", "strategy": "\frac{a}{b} \times \neq \\binom{n}{k}", '
-    reply += r'"steps": ["\sqrt{x} and \"y\" \u00e9"]}'
-    assert parse_strategy(reply) == Strategy("t", r"\frac{a}{b} \times \neq \binom{n}{k}", (r'\sqrt{x} and "y" é',))
     reply = "Well:\nProblem type: 'a' or 'b'\nStrategy: x**2 + **bold** but 2**3**2.\n"
-    reply += "Steps:\n**Step 1: Go.** Multiply by 2. Then add."
-    assert parse_strategy(reply) == Strategy("'a' or 'b'", "x**2 + bold but 2**3**2.", ("Go. Multiply by 2. Then add.",))
+    reply += "Steps:\n**Step 1: Go.** Multiply \\frac{a}{b} by 2. Then add."
+    steps = ("Go. Multiply \\frac{a}{b} by 2. Then add.",)
+    assert parse_strategy(reply) == Strategy("'a' or 'b'", "x**2 + bold but 2**3**2.", steps)
 
 
 STRATEGY_HEAD = "Problem type: t\nStrategy: s\n"
@@ -3541,15 +3536,14 @@ STRATEGY_HEAD = "Problem type: t\nStrategy: s\n"
         (STRATEGY_EXAMPLE_TEXT + "\nHope this helps!", "'Hope this helps!' belong"),
         ("Problem type: t\n\nLet me see.\n\nStrategy: s\nSteps:\n1. a", "2 paragraphs"),
         (STRATEGY_HEAD + "Steps:\nDo this:\n1. a", "text between the label and the first step"),
-        (STRATEGY_HEAD + "Steps:\n2. a\n3. b", "numbered [2, 3]"),
-        (STRATEGY_EXAMPLE_TEXT + "\n\nExample:\n1. Add 3 and 4.", "numbered [1, 2, 1]"),
-        (STRATEGY_HEAD + "Steps:\nDo a.\n\nDo b.", "neither numbered nor bulleted"),
-        ('{"type": "t", "strategy": "s", "steps": []}', "no steps"),
-        ('{"type": "t", "strategy": "s", "steps": ["a", 3]}', "'steps[1]'"),
-        ('{"type": "t", "strategy": "s", "steps": [{"strategy": "a"}]}', "'steps[0]'"),
-        ('{"type": "t", "strategy": "s", "steps": ["a"], "answer": "42"}', "'answer': unknown, with value '42'"),
-        ('{"type": "t", "strategy": "s", "steps": ["a"]}\n{"type": "t"}', "2 JSON objects"),
-        ('{"type": "t", "problem_type": "u", "strategy": "s", "steps": ["a"]}', "twice"),
+        (STRATEGY_HEAD + "Steps:\n2. a\n3. b", "marked 2, 3"),
+        (STRATEGY_HEAD + "Steps:\n(b) a\n(c) b", "marked b, c"),
+        (STRATEGY_HEAD + "Steps:\n(a) a\n(c) b", "marked a, c"),
+        (STRATEGY_HEAD + "Steps: (b) Find. (c) Add.", "marked b"),
+        (STRATEGY_HEAD + "Steps:\n(i) Find.\n(ii) Add.", "marked i"),
+        (STRATEGY_EXAMPLE_TEXT + "\n\nExample:\n1. Add 3 and 4.", "marked 1, 2, 1"),
+        (STRATEGY_HEAD + "Steps:\nDo a.\nDo b.", "the steps are not marked"),
+        ('{"type": "t", "strategy": "s", "steps": ["a"]}', "no problem type, no strategy, no steps"),
         (None, "got None"),
     ],
 )
@@ -3621,32 +3615,28 @@ def test_strategy_messages_differ_by_the_strategy_block_only(problem):
     auto, guided = auto_messages(problem), guided_messages(problem, s)
     assert [m["role"] for m in auto] == [m["role"] for m in guided] == ["user"]  # no system message of ours
     assert auto[0]["content"] == problem + "\n\nReason step by step and put the final answer in \\boxed{}."
-    assert guided[0]["content"].startswith(problem + "\n\n")
-    assert guided[0]["content"].endswith("\n\n" + INSTRUCTION)
-    for text in (s.type, s.strategy, *s.steps):
-        assert text not in auto[0]["content"] and text in guided[0]["content"]
-    # The trap: one closing for both, so that the block is the whole difference and response tokens line up.
-    block = "Follow this strategy.\n" + STRATEGY_EXAMPLE_TEXT + "\n\n"
-    rest = guided[0]["content"][len(problem) + 2 :]
-    assert rest == block + INSTRUCTION
-    assert problem + "\n\n" + rest.removeprefix(block) == auto[0]["content"]
+    # The trap: one closing for both. The block before the problem is the whole difference, so that response tokens line up.
+    assert guided[0]["content"] == "Follow this strategy.\n" + STRATEGY_EXAMPLE_TEXT + "\n\n" + auto[0]["content"]
 
 
 @pytest.mark.parametrize("problem", STRATEGY_PROBLEMS)
 def test_strategy_pipeline_prompts_hold_their_inputs_unchanged(problem):
     solution = "We get {5} = \\boxed{5}. Strategy: %s"
-    extraction, scoring = extraction_prompt(problem, solution), scoring_prompt(problem, solution, strategy_example())
-    for messages in (extraction, scoring):
+    other = Strategy("another", "Count.", ("Count on.",))
+    extraction, scoring = extraction_prompt(problem, solution), scoring_prompt(problem, solution, [strategy_example(), other])
+    for messages, tag in ((extraction, "response"), (scoring, "solution")):
         assert [m["role"] for m in messages] == ["user"]
         assert f"<problem>\n{problem}\n</problem>" in messages[0]["content"]
-        assert f"<solution>\n{solution}\n</solution>" in messages[0]["content"]
-    assert STRATEGY_EXAMPLE_TEXT in scoring[0]["content"] and STRATEGY_EXAMPLE_TEXT not in extraction[0]["content"]
+        assert f"<{tag}>\n{solution}\n</{tag}>" in messages[0]["content"]
+    for number, text in ((1, STRATEGY_EXAMPLE_TEXT), (2, format_strategy(other))):
+        assert f"<candidate {number}>\n{text}\n</candidate {number}>" in scoring[0]["content"]
     # The form asked for is the one that the reader takes: the prompt's own pattern parses.
     form = extraction[0]["content"].rpartition("Problem type: ")
-    assert parse_strategy("".join(form[1:])).steps == ("...", "...")
-    asked = scoring[0]["content"].splitlines()[-4:]
-    assert asked == [f"{name}: ..." for name in CRITERIA]
-    assert parse_scores("\n".join(asked).replace("...", "3")) == dict.fromkeys(CRITERIA, 3)
+    assert parse_strategy("".join(form[1:])).steps == ("...", "...", "...")
+    asked = "\n".join(scoring[0]["content"].splitlines()[-2:])
+    for i, name in enumerate(CRITERIA):
+        asked = asked.replace(f" {name}", f" 0.{i}")
+    assert parse_scores(asked, 2) == [dict(zip(CRITERIA, (0.0, 0.1, 0.2, 0.3), strict=True))] * 2
 
 
 @pytest.mark.parametrize(
@@ -3659,7 +3649,8 @@ def test_strategy_pipeline_prompts_hold_their_inputs_unchanged(problem):
         lambda: guided_messages("p", None),
         lambda: extraction_prompt("p", ""),
         lambda: extraction_prompt(3, "s"),
-        lambda: scoring_prompt("p", "s", "text"),
+        lambda: scoring_prompt("p", "s", ["text"]),
+        lambda: scoring_prompt("p", "s", []),
     ],
 )
 def test_strategy_messages_reject_bad_input(call):
@@ -3667,44 +3658,53 @@ def test_strategy_messages_reject_bad_input(call):
         call()
 
 
-STRATEGY_SCORES = {"faithful": 5, "reusable": 4, "no_leak": 1, "actionable": 3}
+STRATEGY_SCORES = [
+    {"type": 0.9, "strategy": 1.0, "steps": 0.0, "no_leak": 0.25},
+    {"type": 1.0, "strategy": 0.5, "steps": 0.7, "no_leak": 1.0},
+]
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        "faithful: 5\nreusable: 4\nno_leak: 1\nactionable: 3",
-        "<think>faithful: 2</think>\nScores:\n- **Faithful:** 5\n- **Reusable**: 4/5\n- **No leak:** **1**\n"
-        "- **Actionable:** 3",
-        "actionable = 3 (vague)\r\nno-leak: 1 - it states the answer, 12\r\nreusable: 4.\r\nfaithful: 5 / 5, good",
-        '{\n  "faithful": 5,\n  "reusable": 4,\n  "no_leak": 1,\n  "actionable": 3\n}',
+        "1: 0.9 1.0 0.0 0.25\n2: 1.0 0.5 0.7 1.0",
+        "<think>1: 0 0 0 0</think>\nScores of both 2:\n\n- **2:** 1, .5, 0.7, 1\n- **1:** 0.90, 1, 0, .25\n\nDone, 2 of 2.",
+        "| # | type | strategy | steps | no leak |\n|---|---|---|---|---|\n"
+        "| 1 | 0.9 | 1 | 0 | 0.25 |\n| 2 | 1 | 0.5 | 0.7 | 1 |",
+        "Candidate 1: Type 0.9, Strategy 1.0, Steps 0.0, No-leak 0.25\r\n"
+        "Attempt 2: Type: 1; Strategy: 0.5; Steps: 0.7; no_leak: 1",
+        '```json\n{\n  "1": [0.9, 1.0, 0.0, 0.25],\n  "2": [1.0, 0.5, 0.7, 1.0]\n}\n```',
+        "1. 0.9 1.0 0.0 0.25\n(2) 1 0.5 0.7 1",
     ],
 )
 def test_strategy_scores_are_read(reply):
-    scores = parse_scores(reply)
-    assert scores == STRATEGY_SCORES and list(scores) == list(CRITERIA)
+    scores = parse_scores(reply, 2)
+    assert scores == STRATEGY_SCORES and all(list(own) == list(CRITERIA) for own in scores)
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("", "no_leak is missing"),
-        ("no_leak:", "no_leak is missing"),
-        ("no_leak: 1\nno_leak: 1", "no_leak is given twice"),
-        ("no_leak: 0", "'0', expected a whole number from 1 to 5"),
-        ("no_leak: 6", "expected a whole number"),
-        ("no_leak: -4", "expected a whole number"),
-        ("no_leak: 4.5", "expected a whole number"),
-        ("no_leak: 4-5", "expected a whole number"),
-        ("no_leak: 4 - 5", "expected a whole number"),
-        ("no_leak: 4 or 5", "expected a whole number"),
-        ("no_leak: 8/10", "expected a whole number"),
-        ("no_leak: yes", "'yes', expected a whole number"),
+        ("", "no scores of candidate 2"),
+        ("fine!", "no scores of candidate 2"),
+        ("1: 1 1 1 1", "candidate 1 is given twice"),
+        ("3: 1 1 1 1", "expected a candidate's number, 1 to 2, and 4 scores in '3: 1 1 1 1'"),
+        ("0: 1 1 1 1", "expected a candidate's number, 1 to 2"),
+        ("2: 1 1 1", "4 scores in '2: 1 1 1'"),
+        ("2: 1 1 1 1 1", "4 scores in '2: 1 1 1 1 1'"),
+        ("1 1 1 1", "4 scores in '1 1 1 1'"),
+        ("2: 1 1 1 1.1", "from 0.0 to 1.0 in '2: 1 1 1 1.1'"),
+        ("2: 1 -0.1 1 1", "from 0.0 to 1.0"),
+        ("2: 4 5 4 5", "from 0.0 to 1.0"),
+        ("2: 90% 80% 90% 90%", "from 0.0 to 1.0"),
+        ("2: 1/1 1/1 1/1 1/1", "4 scores in"),
+        ("2: no_leak 1 type 0.9 strategy 0.8 steps 1", "4 scores in"),  # in another order: not to be read by position
+        ("2: type 1 type 1 type 1 type 1", "4 scores in"),
     ],
 )
-def test_strategy_scores_name_the_bad_criterion(line, words):
+def test_strategy_scores_name_the_bad_line(line, words):
     with pytest.raises(ValueError) as error:
-        parse_scores(f"faithful: 5\nreusable: 4\n{line}\nactionable: 3")
+        parse_scores(f"1: 0.9 1.0 0.0 0.25\n{line}", 2)
     assert words in str(error.value)
 
 
@@ -3877,12 +3877,41 @@ def test_choice_and_quality_by_hand():
         return dict(zip(CRITERIA, values, strict=True))
 
     best = strategy_module.best_candidate
-    assert best([scores(3, 3, 3, 3), None, scores(5, 5, 5, 4), scores(5, 5, 5, 5)]) == 3
-    assert best([scores(5, 5, 5, 2), scores(4, 4, 4, 5), scores(4, 5, 4, 4)]) == 1  # equal sums: the higher lowest, then first
+    assert best([scores(0.5, 0.5, 0.5, 0.5), None, scores(1, 1, 1, 0.9), scores(1, 1, 1, 1)]) == 3
+    # Equal means: the first, also where the floats' sums differ in their last digit.
+    assert best([None, scores(0.3, 0, 0, 0), scores(0.1, 0.1, 0.1, 0)]) == 1 and 0.1 + 0.1 + 0.1 > 0.3
     with pytest.raises(ValueError, match="no candidate is left of 2"):
         best([None, None])
-    levels = {(5, 4, 4, 5): "high", (5, 5, 5, 3): "medium", (3, 3, 3, 3): "medium", (5, 5, 5, 2): "low", (1, 5, 5, 5): "low"}
+    levels = {
+        (1, 1, 1, 1): "high", (0.3, 0.95, 0.95, 1): "high", (0.29, 0.95, 0.95, 1): "medium",  # 0.3 + 0.95 + 0.95 + 1 < 3.2
+        (0.5, 0.5, 0.5, 0.5): "medium", (0.5, 0.5, 0.5, 0.49): "low", (0, 0, 0, 0): "low",
+    }  # fmt: skip
     assert {values: strategy_module.quality(scores(*values)) for values in levels} == levels
+
+
+def test_shuffled_strategies_are_a_permutation_without_a_row_of_its_own_type():
+    rng = random.Random(5)
+    for case in range(300):
+        # Up to half of the rows of one type, which is the tightest that there is a permutation for.
+        n = rng.randint(2, 14)
+        names = ["A"] * rng.randint(1, n // 2)
+        names += [rng.choice("bcd") for _ in range(n - len(names))]
+        if max(Counter(names).values()) * 2 > n:
+            continue
+        rng.shuffle(names)
+        rows = [Strategy(rng.choice((name, name.swapcase())), "s", (f"row {i}",)) for i, name in enumerate(names)]
+        drawn = strategy_module.shuffled_strategies(rows, case)
+        assert sorted(s.steps for s in drawn) == sorted(s.steps for s in rows)
+        assert all(new.type.lower() != old.type.lower() for new, old in zip(drawn, rows, strict=True))
+        assert drawn == strategy_module.shuffled_strategies(rows, case)
+    # Two rows each of three types: all of the 80 permutations that there are get drawn.
+    rows = [Strategy(name, "s", (f"row {i}",)) for i, name in enumerate("aabbcc")]
+    seen = Counter(tuple(s.steps[0] for s in strategy_module.shuffled_strategies(rows, seed)) for seed in range(4000))
+    allowed = [p for p in itertools.permutations(range(6)) if all(i // 2 != k // 2 for i, k in enumerate(p))]
+    assert set(seen) == {tuple(f"row {k}" for k in p) for p in allowed} and len(allowed) == 80
+    assert strategy_module.shuffled_strategies([], 0) == []
+    with pytest.raises(ValueError, match="3 of 5 rows have the type 'a', more than half"):
+        strategy_module.shuffled_strategies([Strategy(name, "s", ("x",)) for name in "abaAb"], 0)
 
 
 def test_strategy_alone_in_a_folder_is_a_module_and_says_what_the_program_needs(tmp_path):
@@ -3962,15 +3991,16 @@ def fake_model(handler, body, number):
     """Right solutions to "What is a + b?"; of candidates 0 to 4 one is no strategy, one leaks, 3 is better than the others."""
     text, seed = body["messages"][0]["content"], body["seed"]
     a, b = map(int, re.search(r"What is (\d+) \+ (\d+)\?", text).groups())
-    if "Score the description" in text:
-        return "\n".join(f"{name}: {5 if 'way d' in text else 4}" for name in CRITERIA)
-    if "Describe how problems" not in text:
+    if "Score the attempts" in text:
+        found = enumerate(re.findall(r"way (\w)", text), start=1)
+        return "\n".join(f"{i}: " + ("0.9 1.0 1.0 1.0" if way == "d" else "1.0 0.6 0.7 0.8") for i, way in found)
+    if "Write down the strategy" not in text:
         return f"Adding gives \\boxed{{{a + b}}}."
     if seed == 1:
         return "I cannot do that."
     step = f"Check that it is {a + b}." if seed == 2 else "Check the sum."
     head = f"<think>hm</think>\nProblem type: a sum, way {'abcdefghij'[seed]}\nStrategy: Join the parts."
-    return f"{head}\nSteps:\n1. Add.\n2. {step}"
+    return f"{head}\nSteps:\n(a) Add.\n(b) {step}"
 
 
 def extraction_data(folder, count=3, solutions=True, **fields):
@@ -4005,14 +4035,17 @@ def test_extraction_end_to_end(tmp_path, capsys, key):
         flags = extraction_flags(server.url, data, out, "--price_in", "2", "--price_out", "30", "--workers", "3")
         assert extract.main(flags) == 0
     printed = capsys.readouterr()
-    assert len(server.requests) == 3 * (1 + 5 + 3) and all(path == "/v1/chat/completions" for _, _, path in server.requests)
+    assert len(server.requests) == 3 * (1 + 5 + 1) and all(path == "/v1/chat/completions" for _, _, path in server.requests)
     assert all(headers["Authorization"] == f"Bearer {key}" for _, headers, _ in server.requests)
     bodies = [json.loads(raw) for raw, _, _ in server.requests]
     assert {(b["model"], b["max_tokens"], b["top_p"]) for b in bodies} == {("fake", 8192, 0.95)}
-    asked = [b for b in bodies if "Describe how problems" in b["messages"][0]["content"]]
+    asked = [b for b in bodies if "Write down the strategy" in b["messages"][0]["content"]]
     assert Counter((b["seed"], b["temperature"]) for b in asked) == {(seed, 0.6): 3 for seed in range(5)}
-    # 27 answers of 100 + 10 tokens: 2,700 * 2 + 270 * 30 millionths
-    assert "27 requests, 2,700 + 270 tokens, cost 0.01" in printed.out
+    # The scorer sees the three that are left, and neither the one that leaks nor the one that is none.
+    seen = [re.findall(r"way (\w)", text) for text in (b["messages"][0]["content"] for b in bodies) if "Score the" in text]
+    assert seen == [["a", "d", "e"]] * 3
+    # 21 answers of 100 + 10 tokens: 2,100 * 2 + 210 * 30 millionths
+    assert "21 requests, 2,100 + 210 tokens, cost 0.01" in printed.out
     problems = load_problems(out)  # what train.py reads, unknown fields and all
     assert [(p.id, p.answer, p.solution, p.strategy.type) for p in problems] == [
         (f"row-{i}", str(60 + 4 * i), f"Adding gives \\boxed{{{60 + 4 * i}}}.", "a sum, way d") for i in range(3)
@@ -4021,25 +4054,36 @@ def test_extraction_end_to_end(tmp_path, capsys, key):
     assert record["kept"] == 3 and record["solution_from"] == "model" and record["failed"] is None
     assert [c["rejected"] and c["rejected"][0] for c in record["candidates"]] == [None, "not parsed", "leak", None, None]
     assert "the answer 64 in step 2" in record["candidates"][2]["rejected"][1]
-    assert record["candidates"][3]["scores"] == dict.fromkeys(CRITERIA, 5)
+    assert list(record["candidates"][3]["scores"].values()) == [0.9, 1.0, 1.0, 1.0]
     (run,) = journal_records(out, "run")
     assert run["endpoint"] == server.url + "/chat/completions" and run["prompts_hash"] == extract.prompts_hash()
     everything = printed.out + printed.err + extract.journal_path(out).read_text() + out.read_text()
     assert key not in everything
     # Once more: nothing is asked, nothing changes; then the report on what is there.
     before = out.read_bytes(), len(journal_records(out, "row"))
-    assert extract.main(flags) == 0 and len(server.requests) == 27
+    assert extract.main(flags) == 0 and len(server.requests) == 21
     assert (out.read_bytes(), len(journal_records(out, "row"))) == before
     capsys.readouterr()
     assert extract.main(["--report", str(out), "--samples", "1", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     for line in (
         "3 strategies", "candidates: 15 of 3 rows; read 12 (80.0 %)", "not parsed 3 (20.0 %)", "leak 3 (20.0 %)",
-        "rows without a strategy: 0", "faithful 5.00", "high 3 (100.0 %)", "leaks by the filter: 0 (0.0 %)",
-        "a sum, way d (3)", "27 requests", "words: mean 17.0", "steps: mean 2.0, median 2, 2 to 2",
+        "rows without a strategy: 0", "type 0.90, strategy 1.00", "high 3 (100.0 %)", "leaks by the filter: 0 (0.0 %)",
+        "a sum, way d (3)", "21 requests", "words: mean 17.0", "steps: mean 2.0, median 2, 2 to 2",
     ):  # fmt: skip
         assert line in printed, (line, printed)
     assert printed.count("\n--- row-") == 1
+    # A journal of an earlier version, whose scores went from 1 to 5 on other criteria: no bands, and the rest of the report.
+    log = extract.journal_path(out)
+    records = journal_records(out)
+    for record in records:
+        for candidate in record.get("candidates", []):
+            candidate["scores"] = {"faithful": 5, "reusable": 4, "no_leak": 5, "actionable": 5}
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert extract.main(["--report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "by an earlier version, on faithful, reusable, no_leak, actionable" in printed
+    assert "quality:" not in printed and "types: 1 different" in printed
 
 
 def drip(handler, body, number):
@@ -4157,7 +4201,7 @@ def test_extraction_goes_on_where_the_server_refuses_one_row(tmp_path, capsys, s
 
     data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
     with ChatServer(script) as server:
-        for requests in (8 + 1 + 8, 1):
+        for requests in (6 + 1 + 6, 1):
             before = len(server.requests)
             assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
             assert len(server.requests) - before == requests
@@ -4166,10 +4210,10 @@ def test_extraction_goes_on_where_the_server_refuses_one_row(tmp_path, capsys, s
     assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
     # but a server that refuses row after row is not asked by thousands of them
     data, out = extraction_data(tmp_path, 30), tmp_path / "new.jsonl"
-    with ChatServer(lambda h, b, i: (fake_model if i < 8 else refuse)(h, b, i)) as server:
+    with ChatServer(lambda h, b, i: (fake_model if i < 6 else refuse)(h, b, i)) as server:
         with pytest.raises(ValueError, match=f"20 requests in a row failed for good, the last with: HTTP {status}"):
             extract.main(extraction_flags(server.url, data, out))
-        assert len(server.requests) == 8 + 20
+        assert len(server.requests) == 6 + 20
 
 
 def test_extraction_sits_out_more_rate_limits_than_it_has_retries(tmp_path, capsys):
@@ -4203,7 +4247,7 @@ def test_extraction_stops_where_an_answer_cannot_be_kept_and_loses_none_before_i
         kept = len(journal_records(out, "answer"))
         assert 2 <= kept <= 4
         asked = len(server.requests)
-        assert extract.main(flags) == 0 and len(server.requests) == asked + 2 * 8 - kept
+        assert extract.main(flags) == 0 and len(server.requests) == asked + 2 * 6 - kept
     assert len(load_problems(out)) == 2
 
 
@@ -4334,13 +4378,13 @@ def test_extraction_keeps_texts_that_break_lines_and_encodings(tmp_path, capsys)
 
     def script(handler, body, number):
         text = body["messages"][0]["content"]
-        return fake_model(handler, body, number) if "Describe how" in text or "Score the" in text else odd
+        return fake_model(handler, body, number) if "Write down the" in text or "Score the" in text else odd
 
     data, out = extraction_data(tmp_path, 1, solutions=False), tmp_path / "out.jsonl"
     with ChatServer(script) as server:
         for _ in range(2):
             assert extract.main(extraction_flags(server.url, data, out)) == 0
-        assert len(server.requests) == 9
+        assert len(server.requests) == 7
     assert load_problems(out)[0].solution == odd.replace("\ud83d", "\ufffd")
     code = "import sys; from tools.extract import main; main(sys.argv[1:]); print(sorted({'torch', 'tqdm'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, "--report", str(out)]
@@ -4370,7 +4414,7 @@ def test_extraction_interrupted_keeps_what_is_on_its_way(tmp_path, capsys, ctrl_
             extract.main(flags)
         assert len(server.requests) == len(journal_records(out, "answer")) == 7 and not out.exists()
         assert "waiting for the answers that are on their way" in capsys.readouterr().err
-        assert extract.main(flags) == 0 and len(server.requests) == 24
+        assert extract.main(flags) == 0 and len(server.requests) == 18
     assert len(load_problems(out)) == 3
 
 
@@ -4394,7 +4438,7 @@ def test_extraction_has_each_answer_on_the_disk_before_the_next_question(tmp_pat
 
     with ChatServer(script) as server:
         assert extract.main(extraction_flags(server.url, data, out, "--retries", "0")) == 0
-    assert kept == list(range(16))  # 2 rows of 5 candidates and 3 scores
+    assert kept == list(range(12))  # 2 rows of 5 candidates and one call for their scores
 
 
 def test_extraction_asks_as_many_at_once_as_it_has_workers(tmp_path):
@@ -4456,19 +4500,23 @@ def test_extraction_refuses_a_journal_that_does_not_fit(tmp_path):
             with pytest.raises(ValueError, match="no paid answer would fit"):
                 extract.main([*flags, *more])
         assert extract.main([*flags, "--candidates", "7"]) == 0  # but more of the same is welcome
-        assert len(server.requests) == count + 4  # two candidates and their scores
+        assert len(server.requests) == count + 3  # two candidates, and the scores of all
         log = extract.journal_path(out)
         with extract.closing(extract.Journal(log, journal_records(out, "run")[0])):
             with pytest.raises(ValueError, match="another run is writing it"):
                 extract.main(flags)
         lines = log.read_bytes().splitlines(keepends=True)
+        older = json.dumps(json.loads(lines[0]) | {"prompts_hash": "of other prompts"}).encode() + b"\n"
+        log.write_bytes(b"".join([older, *lines[1:]]))
+        with pytest.raises(ValueError, match="made with prompts_hash of other prompts, now"):
+            extract.main(flags)
         log.write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
         with pytest.raises(ValueError, match=r"log.jsonl:3: no line of a journal"):
             extract.main(flags)
         log.unlink()
         with pytest.raises(ValueError, match="already there, and not made by this program"):
             extract.main(flags)
-        assert len(server.requests) == count + 4
+        assert len(server.requests) == count + 3
 
 
 def test_extraction_asks_again_for_a_wrong_solution(tmp_path, capsys):
@@ -4476,7 +4524,7 @@ def test_extraction_asks_again_for_a_wrong_solution(tmp_path, capsys):
 
     def script(handler, body, number):
         text, seed = body["messages"][0]["content"], body["seed"]
-        if "Describe how" in text or "Score the" in text:
+        if "Write down the" in text or "Score the" in text:
             return fake_model(handler, body, number)
         if "What is 20" in text and seed < 2:
             return ("It is \\boxed{61}.", completion("Half of it is \\boxed{60}", finish="length"))[seed]
@@ -4492,7 +4540,7 @@ def test_extraction_asks_again_for_a_wrong_solution(tmp_path, capsys):
     assert [(p.id, p.solution) for p in load_problems(out)] == [
         ("row-0", "Adding gives \\boxed{60}."), ("row-2", "Adding gives \\boxed{68}.")
     ]  # fmt: skip
-    assert len(server.requests) == 3 + 3 + 1 + 2 * 8
+    assert len(server.requests) == 3 + 3 + 1 + 2 * 6
     assert extract.main(["--report", str(out)]) == 0
     assert "rows without a strategy: 1\n  row-1: 3 solutions" in capsys.readouterr().out
 
@@ -4510,7 +4558,7 @@ def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with ChatServer(fake_model) as server:
         assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
-        assert len(server.requests) == 8 + 9 + 0 + 1
+        assert len(server.requests) == 6 + 7 + 0 + 1
         got = {p.id: (p.answer, p.strategy.type) for p in load_problems(out)}
         new, own = "a sum, way d", "sum of two"
         assert got == {"b": ("4", new), "c": ("5", new), "d": ("6", own), "e": ("7", own)}
@@ -4527,34 +4575,49 @@ def test_extraction_takes_the_data_as_it_comes(tmp_path, capsys):
         data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
         assert extract.main(["--data", str(data), "--dry_run"]) == 0
         assert f"{data}: dropped 1 rows that repeat an earlier problem" in capsys.readouterr().out
-        assert len(server.requests) == 18
+        assert len(server.requests) == 14
     # Without a reference a solution must end in an answer that the output's reader takes as one.
     assert extract.Grader(None).verdict("It is \\boxed{3 +}.", None) == ("3 +", False)
 
 
 def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsys):
-    good = "Problem type: sum\nStrategy: Join.\nSteps:\n1. Add {}."
+    good = "Problem type: sum\nStrategy: Join.\nSteps:\n(a) Add {}."
+    scoring = Counter()
 
     def script(handler, body, number):
         text, seed = body["messages"][0]["content"], body["seed"]
+        row = int(re.search(r"What is 2(\d)", text)[1])
         if "Score the" in text:
-            if "Add parts" in text:
-                return "faithful: 5\nreusable: 5\nno_leak: 1\nactionable: 5"
-            return "fine!" if "Add both" in text else fake_model(handler, body, number)
-        if seed == 0:
-            return good.format("parts")  # readable by the scorer
+            scoring[row] += 1
+            leak = {"parts": 0.2, "them": 0.3, "all": 0.4}
+            added = enumerate(re.findall(r"1\. Add (\w+)\.", text), start=1)
+            # What leaks is the best otherwise, and by its mean.
+            scores = "\n".join(f"{i}: {'1 1 1' if what == 'parts' else '0.8 0.9 1.0'} {leak[what]}" for i, what in added)
+            if row == 2 and scoring[row] == 1:
+                return completion(scores, finish="length")  # it can be read, but may not be all
+            return scores if row < 3 else "fine!"
         if seed == 1:
             return completion(good.format("it"), finish="length")  # it parses, but is half an answer
-        return good.format(("both", "both", "them", "all")[seed - 2]) if "What is 20" in text else good.format("parts")
+        own = {0: ("parts", "", "parts", "them", "all", "parts"), 2: ("them", "", "all"), 3: ("them", "", "all")}
+        return good.format(own[row][seed] if row in own else "parts")
 
-    data, out = extraction_data(tmp_path, 2), tmp_path / "out.jsonl"
+    data, out = extraction_data(tmp_path, 4), tmp_path / "out.jsonl"
     with ChatServer(script) as server:
         assert extract.main(extraction_flags(server.url, data, out, "--candidates", "3")) == extract.ROWS_FAILED
-    records = {r["row"]: r for r in journal_records(out, "row")}
-    kinds = [c["rejected"] and c["rejected"][0] for c in records["row-0"]["candidates"]]
-    assert kinds == ["leak by score", "cut off", "not scored", "repeated", None, None] and records["row-0"]["kept"] == 4
-    assert len(server.requests) == (6 + 4) + (6 + 1)
-    assert "row-1: no candidate is left of 6: 4 repeated, 1 leak by score, 1 cut off" in capsys.readouterr().err
+    kinds = {
+        record["row"]: ([c["rejected"] and c["rejected"][0] for c in record["candidates"]], record["kept"])
+        for record in journal_records(out, "row")
+    }
+    assert kinds == {
+        "row-0": (["leak by score", "cut off", "repeated", None, None, "repeated"], 4),
+        "row-1": (["leak by score", "cut off", "repeated", "repeated", "repeated", "repeated"], None),
+        "row-2": ([None, "cut off", None], 2),  # the second round asks for the scores alone
+        "row-3": (["not scored", "cut off", "not scored"], None),
+    }
+    assert scoring == {0: 2, 1: 1, 2: 2, 3: 2} and len(server.requests) == 6 + 6 + 3 + 3 + 7
+    errors = capsys.readouterr().err
+    assert "row-1: no candidate is left of 6: 4 repeated, 1 leak by score, 1 cut off" in errors
+    assert "row-3: no candidate is left of 3: 2 not scored, 1 cut off" in errors
 
 
 def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):
@@ -4567,14 +4630,16 @@ def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and key not in printed
     solution = "The sum is \\boxed{60}."
     assert extraction_prompt("What is 20 + 40?", solution)[0]["content"] in printed and "What is 21 + 43?" not in printed
-    # 3 rows of 5 candidates and 5 scores; out 15 * (220 + 40), at most 2 rounds of 30 * 1000
-    assert "3 rows, 30 requests" in printed and "and 3,900 out" in printed and "and 60,000 out, where every" in printed
+    # 3 rows of 5 candidates and one call that scores them; out 15 * (220 + 20), at most 2 rounds of 18 * 1000
+    assert "3 rows, 18 requests" in printed and "and 3,600 out" in printed and "and 36,000 out, where every" in printed
     tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
+    asked = len(extraction_prompt("What is 20 + 40?", solution)[0]["content"])
+    assert tokens > 15 * (asked // 4 + 220)  # the scorer reads all five candidates
     assert f"at most about {2 * tokens:,} in and" in printed and "nothing was sent" in printed
-    assert f"cost about {tokens / 1e6 + 0.39:.2f}, at most about {2 * tokens / 1e6 + 6:.2f}" in printed
+    assert f"cost about {tokens / 1e6 + 0.36:.2f}, at most about {2 * tokens / 1e6 + 3.6:.2f}" in printed
     data = extraction_data(tmp_path, 2, solutions=False)  # up to 3 solutions a row as well
     assert extract.main([*extraction_flags("http://127.0.0.1:1", data, out), "--dry_run", "--max_tokens", "1000"]) == 0
-    assert f"and {2 * (3 + 10 + 10) * 1000:,} out, where every" in capsys.readouterr().out
+    assert f"and {2 * (3 + 10 + 2) * 1000:,} out, where every" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -7763,10 +7828,10 @@ def test_prepare_real_training_files(tmp_path, real_data):
 
 
 def strong_model(rows, handler, body, number):
-    """For ChatServer: answers with the row's own strategy, and with 4 for every criterion where it is asked to score one."""
+    """For ChatServer: answers with the row's own strategy, and with 0.8 for every criterion where it is asked for scores."""
     text = body["messages"][0]["content"]
-    if "Score the description" in text:
-        return "\n".join(f"{name}: 4" for name in CRITERIA)
+    if "Score the attempts" in text:
+        return "\n".join(f"{i}: 0.8 0.8 0.8 0.8" for i in range(1, text.count("<candidate ") + 1))
     strategy = next(row["strategy"] for problem, row in rows.items() if problem in text)
     return format_strategy(Strategy.from_dict(strategy))
 

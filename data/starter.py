@@ -1295,22 +1295,19 @@ def neither(rng: random.Random) -> Item:
     return made((n, a, b, both), text, none, lines, strategy)
 
 
-TRAINED: tuple[tuple[str, Family], ...] = (
-    ("one-step", one_step), ("change", change), ("packs", packs), ("unit-rate", unit_rate),
-    ("percent-rest", percent_rest), ("reverse-percent", reverse_percent), ("average-needed", average_needed),
-    ("unit-conversion", unit_conversion), ("ratio-share", ratio_share), ("fraction-left", fraction_left),
-    ("discount-tax", discount_tax), ("profit", profit), ("linear-undo", linear_undo),
-    ("linear-both-sides", linear_both_sides), ("consecutive", consecutive), ("ages", ages),
-    ("heads-legs", heads_legs), ("work-together", work_together), ("two-legs", two_legs),
-    ("meet-or-chase", meet_or_chase), ("elapsed-time", elapsed_time), ("rectangle-area", rectangle_area),
-    ("right-triangle", right_triangle), ("triangle-angles", triangle_angles),
-    ("product-expression", product_expression), ("greatest-divisor", greatest_divisor),
-    ("least-multiple", least_multiple), ("two-remainders", two_remainders), ("units-digit", units_digit),
-    ("divisor-count", divisor_count), ("count-multiples", count_multiples), ("pairs", pairs),
-    ("committee", committee), ("draw-two", draw_two), ("dice-sum", dice_sum), ("arithmetic-sum", arithmetic_sum),
-    ("nth-term", nth_term),
+def named(*families: Family) -> tuple[tuple[str, Family], ...]:
+    """(name, family) each: the name in the rows' ids is the function's, with dashes."""
+    return tuple((family.__name__.replace("_", "-"), family) for family in families)
+
+
+TRAINED = named(
+    one_step, change, packs, unit_rate, percent_rest, reverse_percent, average_needed, unit_conversion, ratio_share,
+    fraction_left, discount_tax, profit, linear_undo, linear_both_sides, consecutive, ages, heads_legs, work_together,
+    two_legs, meet_or_chase, elapsed_time, rectangle_area, right_triangle, triangle_angles, product_expression,
+    greatest_divisor, least_multiple, two_remainders, units_digit, divisor_count, count_multiples, pairs, committee,
+    draw_two, dice_sum, arithmetic_sum, nth_term,
 )
-HELD_OUT: tuple[tuple[str, Family], ...] = (("mixture", mixture), ("neither", neither))
+HELD_OUT = named(mixture, neither)
 
 
 # ------------------------------------------------------------------------------------------------------ the three files

@@ -7,7 +7,7 @@
 # Expected (estimates: `python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8`): 17 hours of training at responses of 2,048
 # tokens on average, 73 GB of each GPU; and beside it the benchmarks, 2 x 8,984 responses, whose time is not estimated. Disk: model
 # 15 GB twice, checkpoints of 92 GB each, of which three are there while the third is written, data 2 GB. Strategies: 8,500 problems
-# x (5 candidates + up to 5 scores); `python strategy.py --dry_run` says what they cost, their hours are the server's.
+# x (5 candidates + 1 call for their scores); `python strategy.py --dry_run` says what they cost, their hours are the server's.
 # Any variable can be set from outside (runs/recipe.sh says what they are): TRAIN_SOURCE and STRATEGY_FLAGS take the place of
 # OPENR1, and of ENDPOINT and STRONG.
 set -euo pipefail

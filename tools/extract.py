@@ -5,10 +5,11 @@ r"""The program behind `python strategy.py ...`: strategies extracted by a stron
     python strategy.py --data problems.jsonl --endpoint URL --model NAME --dry_run   # prompts and an estimate, sends nothing
     python strategy.py --report strategies.jsonl
 
-For each row: the solution, where the data has none (asked again while the grader finds it wrong); k = 5 candidate strategies
-from it (the paper's number); those that cannot be read or leak are rejected (strategy.leaks); the same model scores the rest
-on four criteria, and the best is kept. The output has the project's row format: train.py takes it as it is. Everything else
-(each answer, thoughts, scores, rejections, tokens) is in the journal beside it, OUT.log.jsonl.
+For each row: the solution, where the data has none (asked again while the grader finds it wrong); five candidate strategies
+from it [app B]; those that cannot be read or leak are rejected (strategy.leaks) [ours]; one call scores all the others on four
+criteria [app B, tab 5], by the same model [ours: the paper does not say whose scores they are]; the highest mean is kept. The
+output has the project's row format: train.py takes it as it is. Everything else (each answer, thoughts, scores, rejections,
+tokens) is in the journal beside it, OUT.log.jsonl.
 
 The journal is also what makes the program safe to kill. Every answer is on the disk before its worker asks the next
 question, under the hash of the exact request; the same command again takes those from there and asks for the rest. What is
@@ -54,6 +55,7 @@ from data.problems import load_problems, read_lines, read_problems, read_row
 from grader import MathWorker, extract_answer, normalise_answer, same_answer
 from strategy import (
     CRITERIA,
+    LEAK_SCORE,
     Strategy,
     best_candidate,
     drop_thoughts,
@@ -70,7 +72,7 @@ from strategy import (
 MAX_BYTES = 32 * 1024**2  # of one reply; 32K tokens with thoughts are below 1 MB, so more is no answer
 GIVE_UP_AFTER = 20  # requests in a row that failed after all their retries: the server is down, for the other rows too
 CHARACTERS_A_TOKEN = 4  # English and LaTeX, roughly; for the estimate of --dry_run and the lengths in the report only
-EXPECTED_TOKENS = {"solution": 700, "candidate": 220, "score": 40}  # without thoughts, likewise
+EXPECTED_TOKENS = {"solution": 700, "candidate": 220, "score": 20}  # without thoughts, likewise; "score": of one candidate
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 is for whatever stopped the program, and 2 for wrong flags
 
 
@@ -147,7 +149,7 @@ def request_key(body: dict[str, Any], step: str, index: int) -> str:
 def prompts_hash() -> str:
     """A hash of the wording of the three prompts, which changes when they do."""
     example = Strategy("t", "s", ("a",))
-    texts = [solution_prompt("p"), extraction_prompt("p", "s"), scoring_prompt("p", "s", example)]
+    texts = [solution_prompt("p"), extraction_prompt("p", "s"), scoring_prompt("p", "s", [example])]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
@@ -673,19 +675,25 @@ def finished_solution(row: Row, ask: Ask, grader: Grader, tries: int) -> tuple[s
 def chosen_strategy(
     row: Row, solution: str, answer: str, ask: Ask, args: argparse.Namespace, record: dict[str, Any]
 ) -> Strategy:
-    """The best of k candidates; where none of them survives, of k more, up to --rounds times. Fills record's candidates."""
-    candidates = record["candidates"]
-    for start in range(0, args.candidates * args.rounds, args.candidates):
-        for index in range(start, start + args.candidates):
-            reply = ask("candidate", index, extraction_prompt(row.problem, solution))
-            candidates.append(judge_candidate(index, reply, row.problem, solution, answer, candidates))
-        for candidate in candidates[start:]:
-            if candidate["rejected"] is None:
-                strategy = Strategy.from_dict(candidate["strategy"])
-                score_candidate(candidate, ask("score", candidate["index"], scoring_prompt(row.problem, solution, strategy)))
-        if any(candidate["rejected"] is None for candidate in candidates):
-            record["kept"] = best_candidate([c["scores"] if c["rejected"] is None else None for c in candidates])
+    """The best of k candidates. Fills record's candidates.
+
+    A round asks for what is missing: for k candidates (k more where none of those before survives), then for the scores of
+    all that survive, in one call. There are up to --rounds of them.
+    """
+    candidates, unread = record["candidates"], None
+    for number in range(args.rounds):
+        if all(candidate["rejected"] for candidate in candidates):
+            for index in range(len(candidates), len(candidates) + args.candidates):
+                reply = ask("candidate", index, extraction_prompt(row.problem, solution))
+                candidates.append(judge_candidate(index, reply, row.problem, solution, answer, candidates))
+        if left := [candidate for candidate in candidates if candidate["rejected"] is None]:
+            texts = [Strategy.from_dict(candidate["strategy"]) for candidate in left]
+            unread = score_candidates(left, ask("score", number, scoring_prompt(row.problem, solution, texts)))
+        if any(candidate["rejected"] is None and candidate["scores"] for candidate in candidates):
+            record["kept"] = best_candidate([None if c["rejected"] else c["scores"] for c in candidates])
             return Strategy.from_dict(candidates[record["kept"]]["strategy"])
+    for candidate in candidates:
+        candidate["rejected"] = candidate["rejected"] or ["not scored", unread]
     why = Counter(candidate["rejected"][0] for candidate in candidates)
     raise RowFailed(f"no candidate is left of {len(candidates)}: " + ", ".join(f"{n} {kind}" for kind, n in why.most_common()))
 
@@ -710,17 +718,22 @@ def judge_candidate(
     return candidate
 
 
-def score_candidate(candidate: dict[str, Any], reply: Answer) -> None:
-    """Put the scores into a candidate's record, or the reason why it is out."""
+def score_candidates(candidates: Sequence[dict[str, Any]], reply: Answer) -> str | None:
+    """Put the scores into the candidates' records; why the reply is of no use, or None.
+
+    A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
+    """
     try:
         if reply.finish == "length":
             raise ValueError("scores reply: cut off at max_tokens")
-        candidate["scores"] = parse_scores(reply.text)
+        scores = parse_scores(reply.text, len(candidates))
     except ValueError as error:
-        candidate["rejected"] = ["not scored", str(error)]
-        return
-    if candidate["scores"]["no_leak"] == 1:  # by the prompt's wording: the answer can be read from it
-        candidate["rejected"] = ["leak by score", "no_leak: 1"]
+        return str(error)
+    for candidate, own in zip(candidates, scores, strict=True):
+        candidate["scores"] = own
+        if own["no_leak"] <= LEAK_SCORE:
+            candidate["rejected"] = ["leak by score", f"no_leak: {own['no_leak']}"]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- all rows
@@ -913,18 +926,18 @@ def dry_run(args: argparse.Namespace) -> int:
         solution = row.solution or "(the model's solution)"
         asked = [("solution", solution_prompt(row.problem), 1, args.solution_tries)] if row.solution is None else []
         if row.strategy is None:
-            rounds = args.candidates, args.candidates * args.rounds
-            asked.append(("candidate", extraction_prompt(row.problem, solution), *rounds))
-            asked.append(("score", scoring_prompt(row.problem, solution, example), *rounds))
+            most = args.candidates * args.rounds
+            asked.append(("candidate", extraction_prompt(row.problem, solution), args.candidates, most))
+            asked.append(("score", scoring_prompt(row.problem, solution, [example] * args.candidates), 1, args.rounds))
         for step, messages, times, most in asked:
-            characters = len(messages[0]["content"])
+            characters, scored = len(messages[0]["content"]), args.candidates if step == "score" else 1
             if step != "solution" and row.solution is None:
                 characters += EXPECTED_TOKENS["solution"] * CHARACTERS_A_TOKEN
             if step == "score":
-                characters += EXPECTED_TOKENS["candidate"] * CHARACTERS_A_TOKEN
+                characters += scored * EXPECTED_TOKENS["candidate"] * CHARACTERS_A_TOKEN
             totals["requests"] += times
             totals["in"] += times * characters // CHARACTERS_A_TOKEN
-            totals["out"] += times * EXPECTED_TOKENS[step]
+            totals["out"] += times * scored * EXPECTED_TOKENS[step]
             totals["most in"] += most * characters // CHARACTERS_A_TOKEN
             totals["most out"] += most * args.max_tokens
             if number < args.show:
@@ -991,13 +1004,23 @@ def report_journal(log: Path, kept: set[str], args: argparse.Namespace) -> None:
     print(f"rows without a strategy: {len(failed)}")
     for record in failed[: args.samples]:
         print(f"  {record['row']}: {record['failed']}")
-    scores = [r["candidates"][r["kept"]]["scores"] for r in records.values() if r["kept"] is not None and r["row"] in kept]
-    if scores:
+    chosen = [record for record in records.values() if record["kept"] is not None and record["row"] in kept]
+    report_scores([record["candidates"][record["kept"]]["scores"] for record in chosen])
+    print(f"paid: {spent(paid, args)}")
+
+
+def report_scores(scores: Sequence[dict[str, float]]) -> None:
+    """The mean of each criterion and the bands of the paper's audit [app H, tab 8], over the kept candidates."""
+    older = [own for own in scores if set(own) != set(CRITERIA)]
+    if older:
+        print(f"scores of the kept: by an earlier version, on {', '.join(older[0])} and another scale. They say nothing about "
+              f"{', '.join(CRITERIA)} and the bands; strategies made anew, under another --out, have these")  # fmt: skip
+    elif scores:
         levels = Counter(map(quality, scores))
         print("scores of the kept, mean: " + ", ".join(f"{c} {statistics.fmean(s[c] for s in scores):.2f}" for c in CRITERIA))
         print("quality: " + ", ".join(f"{level} {share(levels[level], len(scores))}" for level in ("high", "medium", "low")))
-        print("  (high: all scores 4 or 5; low: one of 1 or 2; ours. The paper's audit of 500: 39.4 %, 54.4 %, 6.2 %)")
-    print(f"paid: {spent(paid, args)}")
+        print("  (the mean score is high from 0.8, medium from 0.5; by the model that chose. In the paper, where another model "
+              "judged 500: 39.4 %, 54.4 %, 6.2 %)")  # fmt: skip
 
 
 def report_texts(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -1041,7 +1064,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report", metavar="FILE", help="only print the quality of such a file")
     add("--dry_run", action="store_true", help="print the first prompts and an estimate, send nothing")
     add("--candidates", type=int, default=5, help="strategies asked for per solution; 5 is the paper's")
-    add("--rounds", type=int, default=2, help="how often that many are asked for while none survives")
+    add("--rounds", type=int, default=2, help="""how often that many are asked for while none survives; a round with scores that
+        cannot be read is followed by one that asks for the scores again""")
     add("--solution_tries", type=int, default=3, help="solutions asked for while none is right, where the data has none")
     add("--temperature", type=float, default=0.6, help="of solutions and candidates; 0.6 is DeepSeek-R1's advice")
     add("--score_temperature", type=float, default=0.0, help="of the scores")
