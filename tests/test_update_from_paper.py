@@ -1,15 +1,15 @@
-"""One SGPO update against the paper's equations (arXiv 2606.24064), written out a second time and as plainly as possible.
+"""One SGPO update against the paper's equations (arXiv 2606.24064), written out a second time as plainly as possible.
 
-The first half of this file is the reference: transformers' model in float64, one sequence a forward, Python loops over problems,
-responses and tokens, sums as they are printed, autograd for the gradient. It imports none of our losses. Read it beside the
-paper: the equation's number is at the line. The second half runs `weigh`, `choose` and `update` on the same weights and the same
-ragged data, and compares the loss and the gradient that the optimizer is given.
-
-Where the paper leaves a choice it is marked [ours] at the line. Every log-probability is that of the full softmax at the
-sampling temperature.
+The first half is the reference: transformers' model in float64, one sequence a forward, Python loops over problems, responses
+and tokens, sums as they are printed, autograd for the gradient. It uses none of our losses. Read it beside the paper: the
+equation's number is at the line, [ours] where the paper leaves a choice. Every log-probability is that of the full softmax at
+the sampling temperature. The second half compares the loss, and the gradient that the optimizer is given, with those of
+`weigh`, `choose` and `update` on the same weights and data. The last test says what the data holds.
 """
 
+import copy
 import functools
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -24,24 +24,10 @@ from model import CausalLM, ModelConfig, build_model
 from rollout import Trajectory
 from sgpo import Example, ProblemSamples, choose, update, weigh
 
-PAPER = dict(
-    method="sgpo",
-    group_auto=8,  # G1
-    group_guided=4,  # G2
-    temperature=1.0,
-    clip_low=0.2,
-    clip_high=0.28,
-    delta=1.0,
-    alpha_0=0.5,
-    gamma=0.1,
-    alpha_max=0.8,
-    aggregate="sequence",
-    target="reachable",
-    reach="sum",
-    weight="adaptive",
-    distill="kl",
-    autonomous=True,
-    mask_truncated=False,
+PAPER = (
+    dict(method="sgpo", group_auto=8, group_guided=4, temperature=1.0, aggregate="sequence", mask_truncated=False)
+    | dict(clip_low=0.2, clip_high=0.28, delta=1.0, alpha_0=0.5, gamma=0.1, alpha_max=0.8)
+    | dict(target="reachable", reach="sum", weight="adaptive", distill="kl", autonomous=True)
 )
 HOW = dict(problems_per_step=6, minibatches=1, max_grad_norm=1e9, micro_tokens=16384, chunk_tokens=256)  # must not matter
 TOLERANCE = 5e-5  # relative; ours computes in float32
@@ -62,106 +48,109 @@ def advantages(rewards: list[float]) -> list[float]:
     return [(r - mean) / (math.sqrt(variance) + 1e-6) for r in rewards]
 
 
-def policy_terms(net, s, prompt: list[int], group: list[Trajectory], rewards: list[float]) -> list[list[Tensor]]:
+def ratios(net, prompt: list[int], o: Trajectory, temperature: float) -> list[Tensor]:
+    """rho_it = pi_theta / pi_old of every token [eq 1]."""
+    log_pi = log_policy(net, prompt, o.response_ids, temperature)
+    return [(log_pi[t, token] - o.logprobs[t]).exp() for t, token in enumerate(o.response_ids)]
+
+
+def policy_terms(net, settings, prompt: list[int], group: list[Trajectory], rewards: list[float]) -> list[list[Tensor]]:
     """The summands of eq 1, with the minus sign that makes it a loss: one list a response, one number a token."""
     responses = []
-    for o, advantage in zip(group, advantages(rewards), strict=True):
-        log_pi = log_policy(net, prompt, o.response_ids, s.temperature)
+    for o, A in zip(group, advantages(rewards), strict=True):
         terms = []
-        for t, token in enumerate(o.response_ids):
-            ratio = (log_pi[t, token] - o.logprobs[t]).exp()  # rho_it, against pi_old
-            clipped = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
-            terms.append(-torch.minimum(ratio * advantage, clipped * advantage))
-        responses.append([] if s.mask_truncated and not o.finished else terms)  # out of the loss, not of the group [ours]
+        for ratio in ratios(net, prompt, o, settings.temperature):
+            terms.append(-torch.minimum(ratio * A, ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * A))
+        responses.append(
+            [] if settings.mask_truncated and not o.finished else terms
+        )  # out of the loss, not of the group [ours]
     return responses
 
 
-def divergences(net, s, example: Example, response: list[int]) -> list[Tensor]:
+def divergences(net, settings, example: Example, response: list[int]) -> list[Tensor]:
     """d_t [eq 3] for every token of a guided response: one theta on both sides, the gradient through the unguided one only."""
-    unguided = log_policy(net, example.auto_ids, response, s.temperature)
-    guided = log_policy(net, example.guided_ids, response, s.temperature).detach()  # sg[.]
-    if s.distill == "kl":  # KL(guided || unguided)
+    unguided = log_policy(net, example.auto_ids, response, settings.temperature)
+    guided = log_policy(net, example.guided_ids, response, settings.temperature).detach()  # sg[.]
+    if settings.distill == "kl":  # KL(guided || unguided)
         return [(p.exp() * (p - q)).sum() for p, q in zip(guided, unguided, strict=True)]
-    if s.distill == "reverse_kl":  # KL(unguided || guided) [app F]; d_t in the mask is this one too [ours]
+    if settings.distill == "reverse_kl":  # KL(unguided || guided) [app F]; d_t in the mask is this one too [ours]
         return [(q.exp() * (q - p)).sum() for p, q in zip(guided, unguided, strict=True)]
     return [-unguided[t, token] for t, token in enumerate(response)]  # sft
 
 
-def targets(net, s, sample: ProblemSamples, right: list[int], drawn: int | None) -> list[int]:
+def targets(net, settings, sample: ProblemSamples, right: list[int], drawn: int | None) -> list[int]:
     """The guided responses to learn from, out of C = `right`."""
-    if s.target == "all":
+    if settings.target == "all":
         return right  # eq 2 averages over C
-    if s.target == "random":
+    if settings.target == "random":
+        assert drawn in right
         return [drawn]
 
     def reach(j: int) -> float:  # the summed log pi_theta(o~_j | q), without the strategy
         response = sample.guided[j].response_ids
-        log_pi = log_policy(net, sample.example.auto_ids, response, s.temperature)
+        log_pi = log_policy(net, sample.example.auto_ids, response, settings.temperature)
         return sum(log_pi[t, token].item() for t, token in enumerate(response))
 
     return [max(right, key=reach)]  # o+ [eq 4]
 
 
-def alpha(s, sample: ProblemSamples) -> float:
+def alpha(settings, sample: ProblemSamples) -> float:
     """The weight of the distillation term."""
     if not any(sample.guided_rewards):
         return 0.0  # C is empty [alg 1, lines 14-15]
-    if s.weight == "fixed":
+    if settings.weight == "fixed":
         return 1.0  # [app G]
-    if s.weight == "group_advantage":  # of o+ in the group {o_1, ..., o_G1, o+}; R(o+) = 1 [eq 8]
-        return min(max(advantages([*sample.auto_rewards, 1.0])[-1], 0.0), s.alpha_max)
+    if settings.weight == "group_advantage":  # of o+ in the group {o_1, ..., o_G1, o+}; R(o+) = 1 [eq 8]
+        return min(max(advantages([*sample.auto_rewards, 1.0])[-1], 0.0), settings.alpha_max)
     p_auto = sum(sample.auto_rewards) / len(sample.auto_rewards)
     p_guide = sum(sample.guided_rewards) / len(sample.guided_rewards)
-    return min(max(s.alpha_0 * (p_guide - p_auto + s.gamma) / (p_auto + s.gamma), 0.0), s.alpha_max)  # [eq 6]
+    return min(
+        max(settings.alpha_0 * (p_guide - p_auto + settings.gamma) / (p_auto + settings.gamma), 0.0), settings.alpha_max
+    )  # [eq 6]
 
 
-def distillation(net, s, sample: ProblemSamples, drawn: int | None) -> Tensor | float:
+def distillation(net, settings, sample: ProblemSamples, drawn: int | None) -> Tensor | float:
     """L_KD(q); zero if no guided response is right [alg 1, lines 14-15]."""
     right = [j for j, reward in enumerate(sample.guided_rewards) if reward == 1]  # C
-    if s.distill == "none" or not right:
+    if settings.distill == "none" or not right:
         return 0.0
-    chosen = targets(net, s, sample, right, drawn)
+    chosen = targets(net, settings, sample, right, drawn)
     total = 0.0
     for j in chosen:
         response = sample.guided[j].response_ids
-        d = divergences(net, s, sample.example, response)
-        kept = [d_t for d_t in d if s.distill == "sft" or d_t <= s.delta]  # w_t = 1[d_t <= delta]; none for SFT [ours]
+        d = divergences(net, settings, sample.example, response)
+        kept = [
+            d_t for d_t in d if settings.distill == "sft" or d_t <= settings.delta
+        ]  # w_t = 1[d_t <= delta]; none for SFT [ours]
         total = total + sum(kept) / len(response)  # dropped tokens count in |o+| [eq 5]
     return total / len(chosen)  # a mean only if all of C is taken [eq 2]
 
 
-def reference_loss(net, s, samples: list[ProblemSamples], drawn: list[int | None]) -> Tensor:
-    """L [eq 7]: the mean over the problems of L_GRPO(q) + alpha(q) L_KD(q). `drawn`: the random targets, if s asks for them."""
+def paper_loss(net, settings, samples: list[ProblemSamples], drawn: list[int | None]) -> Tensor:
+    """L [eq 7]: the mean over the problems of L_GRPO(q) + alpha(q) L_KD(q). `drawn`: the random targets, if asked for."""
     per_response, per_token, distilled = torch.tensor(0.0), [], torch.tensor(0.0)
     for sample, index in zip(samples, drawn, strict=True):
         prompt, group, rewards = sample.example.auto_ids, sample.auto, sample.auto_rewards
-        if s.method == "hinted" and not any(rewards):  # none right: the guided group takes the place of the autonomous one
+        if settings.method == "hinted" and not any(
+            rewards
+        ):  # none right: the guided group takes the place of the autonomous one
             prompt, group, rewards = sample.example.guided_ids, sample.guided, sample.guided_rewards
-        if s.autonomous:
-            for terms in policy_terms(net, s, prompt, group, rewards):
+        if settings.autonomous:
+            for terms in policy_terms(net, settings, prompt, group, rewards):
                 if terms:
                     per_response = per_response + sum(terms) / len(terms) / len(group)  # 1/G 1/|o_i| [eq 1]
                     per_token += terms
-        if s.method == "sgpo":
-            distilled = distilled + alpha(s, sample) * distillation(net, s, sample, index)
-    if s.aggregate == "sequence" or not per_token:
+        if settings.method == "sgpo":
+            distilled = distilled + alpha(settings, sample) * distillation(net, settings, sample, index)
+    if settings.aggregate == "sequence" or not per_token:
         return (per_response + distilled) / len(samples)
     return sum(per_token) / len(per_token) + distilled / len(samples)  # the switch: one mean over all tokens of the update
 
 
 # ---------------------------------------------------------------------------------------------------- the data
 
-CONFIG = dict(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    eos_token_id=3,
+CONFIG = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4) | dict(
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=10000.0
 )
 SEED = 61  # of the trajectories; test_the_data_has_every_kind says what it was chosen for
 REWARDS = (  # (autonomous, guided): every branch of the method
@@ -177,15 +166,15 @@ REWARDS = (  # (autonomous, guided): every branch of the method
 @functools.cache
 def networks() -> tuple[CausalLM, LlamaForCausalLM]:
     """(ours in float32, transformers' in float64) with the same weights, so large that d_t is spread around delta."""
-    config = ModelConfig.from_dict({**CONFIG, "model_type": "llama", "rope_theta": 10000.0, "initializer_range": 0.25})
+    config = ModelConfig.from_dict({**CONFIG, "model_type": "llama", "initializer_range": 0.25})
     ours = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=torch.device("cpu"))
-    theirs = LlamaForCausalLM(LlamaConfig(**CONFIG, rope_theta=10000.0, attn_implementation="eager")).double().eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation="eager")).double().eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
 @functools.cache
-def trajectories(seed: int, temperature: float) -> list[tuple[Example, list[Trajectory], list[Trajectory]]]:
+def make_problems(temperature: float, seed: int) -> list[ProblemSamples]:
     """Ragged by design. log pi_old is the current policy's plus noise, so that the clip works on both sides."""
     rng = random.Random(seed)
     _, net = networks()
@@ -193,34 +182,36 @@ def trajectories(seed: int, temperature: float) -> list[tuple[Example, list[Traj
     def draw(length: int) -> list[int]:
         return [rng.randrange(CONFIG["vocab_size"]) for _ in range(length)]
 
-    def trajectory(prompt: list[int], place: int, finished: bool) -> Trajectory:
-        response = draw(rng.randint(1, 16) if finished else 17)
-        with torch.no_grad():
+    @torch.no_grad()
+    def group(prompt: list[int], place: int, rewards: list[float]) -> list[Trajectory]:
+        trajectories = []
+        for i in range(len(rewards)):
+            finished = i != rewards.index(min(rewards))  # the length limit cut one of each group, a wrong one if it has any
+            response = draw(rng.randint(1, 16) if finished else 17)
             log_pi = log_policy(net, prompt, response, temperature)
-        old = [float(log_pi[t, token]) + rng.gauss(0, 0.4) for t, token in enumerate(response)]
-        return Trajectory(prompt, response, old, finished, place)
+            old = [log_pi[t, token].item() + rng.gauss(0, 0.4) for t, token in enumerate(response)]
+            trajectories.append(Trajectory(prompt, response, old, finished, place))
+        return trajectories
 
-    out = []
+    samples = []
     for place, (auto, guided) in enumerate(REWARDS):
         question, strategy = draw(rng.randint(2, 9)), draw(rng.randint(3, 12))
         example = Example(problem=None, auto_ids=question, guided_ids=strategy + question, solution_ids=None)
-        groups = (
-            [trajectory(prompt, place, finished=i != rewards.index(min(rewards))) for i in range(len(rewards))]
-            for prompt, rewards in ((example.auto_ids, auto), (example.guided_ids, guided))
-        )
-        out.append((example, *groups))
-    return out
+        groups = group(question, place, auto), group(strategy + question, place, guided)
+        samples.append(ProblemSamples(place, example, *groups, list(map(float, auto)), list(map(float, guided))))
+    return samples
 
 
 def problems(temperature: float = 1.0, seed: int = SEED) -> list[ProblemSamples]:
-    """Fresh samples: `weigh` and `choose` write into them."""
-    return [
-        ProblemSamples(place, example, auto, guided, [float(r) for r in rewards[0]], [float(r) for r in rewards[1]])
-        for place, ((example, auto, guided), rewards) in enumerate(zip(trajectories(seed, temperature), REWARDS, strict=True))
-    ]
+    return copy.deepcopy(make_problems(temperature, seed))  # `weigh` and `choose` write into them
 
 
 # ---------------------------------------------------------------------------------------------------- the comparison
+
+
+def parameters(net) -> list[Tensor]:
+    """In the order of their names, which are the same in both networks."""
+    return [parameter for _, parameter in sorted(net.named_parameters())]
 
 
 class Recorder(torch.optim.SGD):
@@ -230,12 +221,11 @@ class Recorder(torch.optim.SGD):
         self.gradients = [p.grad.double() for p in self.param_groups[0]["params"]]
 
 
-def ours(samples: list[ProblemSamples], **changed) -> tuple[float, Tensor]:
-    """(loss, gradient in the order of the parameters' names) of our update; fills in the samples."""
+def our_update(samples: list[ProblemSamples], **changed) -> tuple[float, Tensor]:
+    """(loss, gradient) of our update; fills in the samples."""
     net, _ = networks()
     method = Method(**{**PAPER, **HOW, **changed})
-    names, parameters = zip(*sorted(net.named_parameters()), strict=True)
-    recorder = Recorder(parameters, lr=1.0)
+    recorder = Recorder(parameters(net), lr=1.0)
     weigh(method, samples, reward=None)
     choose(method, net, samples, step=1)
     metrics = update(net, recorder, method, samples, learning_rate=1.0)
@@ -245,13 +235,12 @@ def ours(samples: list[ProblemSamples], **changed) -> tuple[float, Tensor]:
 
 
 @functools.cache
-def reference(drawn: tuple[int | None, ...] = (None,) * len(REWARDS), **changed) -> tuple[float, Tensor]:
+def paper_update(drawn: tuple[int | None, ...] = (None,) * len(REWARDS), **changed) -> tuple[float, Tensor]:
     """The same two by the first half of this file, on the data of problems()."""
     _, net = networks()
     settings = SimpleNamespace(**{**PAPER, **changed})
-    loss = reference_loss(net, settings, problems(settings.temperature), drawn)
-    names, parameters = zip(*sorted(net.named_parameters()), strict=True)
-    return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    loss = paper_loss(net, settings, problems(settings.temperature), drawn)
+    return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters(net))])
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -264,8 +253,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("aggregate", ["sequence", "token"])
 def test_update_equals_the_paper(aggregate, temperature, micro_tokens, chunk_tokens):
     changed = dict(aggregate=aggregate, temperature=temperature)
-    loss, gradient = ours(problems(temperature), **changed, micro_tokens=micro_tokens, chunk_tokens=chunk_tokens)
-    want_loss, want = reference(**changed)
+    loss, gradient = our_update(problems(temperature), **changed, micro_tokens=micro_tokens, chunk_tokens=chunk_tokens)
+    want_loss, want = paper_update(**changed)
     assert loss == pytest.approx(want_loss, rel=TOLERANCE)
     assert difference(gradient, want) < TOLERANCE
 
@@ -292,20 +281,12 @@ SWITCHES = {
 def test_switch_equals_the_paper(name, aggregate):
     changed = {**SWITCHES[name], "aggregate": aggregate}
     samples = problems()
-    loss, gradient = ours(samples, **changed)
+    loss, gradient = our_update(samples, **changed)
     drawn = tuple(sample.target for sample in samples) if name == "random target" else (None,) * len(samples)
-    want_loss, want = reference(drawn, **changed)
+    want_loss, want = paper_update(drawn, **changed)
     assert loss == pytest.approx(want_loss, rel=TOLERANCE)
     assert difference(gradient, want) < TOLERANCE
-    assert difference(want, reference(aggregate=aggregate)[1]) > 100 * TOLERANCE  # on this data the switch matters
-
-
-def test_random_target_is_right():
-    samples = problems()
-    ours(samples, target="random")
-    for sample in samples:
-        assert (sample.target is None) == (not any(sample.guided_rewards))
-        assert sample.target is None or sample.guided_rewards[sample.target] == 1
+    assert difference(want, paper_update(aggregate=aggregate)[1]) > 100 * TOLERANCE  # on this data the switch matters
 
 
 @pytest.mark.parametrize("weight", ["adaptive", "fixed", "group_advantage"])
@@ -320,9 +301,9 @@ def test_alpha_equals_the_paper(weight):
 @pytest.mark.parametrize("aggregate", ["sequence", "token"])
 def test_parts_of_a_step_add_up_only_with_the_mean_of_each_response(aggregate):
     """The gradients of unequal parts, averaged by their numbers of problems, against the whole step's at the same weights."""
-    _, whole = ours(problems(), aggregate=aggregate)
+    _, whole = our_update(problems(), aggregate=aggregate)
     parts = [problems()[:1], problems()[1:3], problems()[3:]]
-    mean = sum(len(part) / len(REWARDS) * ours(part, aggregate=aggregate, minibatches=len(parts))[1] for part in parts)
+    mean = sum(len(part) / len(REWARDS) * our_update(part, aggregate=aggregate, minibatches=len(parts))[1] for part in parts)
     if aggregate == "sequence":
         assert difference(mean, whole) < TOLERANCE
     else:  # a token's weight depends on how long the other responses of its part are
@@ -331,11 +312,11 @@ def test_parts_of_a_step_add_up_only_with_the_mean_of_each_response(aggregate):
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token"])
 def test_weight_of_a_response_and_the_lengths_of_others(aggregate):
-    """A problem beside another one that teaches nothing: twice the gradient of the two is that of the first alone [eq 7]."""
-    first, nothing = problems()[0], REWARDS.index(([0] * 8, [0] * 4))
-    _, alone = ours([first], aggregate=aggregate)
+    """A problem alone, and beside one that teaches nothing: twice the latter gradient is the former [eq 7]."""
+    _, alone = our_update(problems()[:1], aggregate=aggregate)
+    nothing = REWARDS.index(([0] * 8, [0] * 4))
     for seed in (1, 2):
-        _, gradient = ours([problems()[0], problems(seed=seed)[nothing]], aggregate=aggregate)
+        _, gradient = our_update([problems()[0], problems(seed=seed)[nothing]], aggregate=aggregate)
         assert (difference(2 * gradient, alone) < TOLERANCE) == (aggregate == "sequence")
 
 
@@ -347,34 +328,30 @@ def test_weight_of_a_response_and_the_lengths_of_others(aggregate):
 def test_the_data_has_every_kind(temperature):
     """Each rule has something to decide, and nothing lies so near a threshold that rounding decides."""
     _, net = networks()
-    s = SimpleNamespace(**{**PAPER, "temperature": temperature})
+    settings = SimpleNamespace(**{**PAPER, "temperature": temperature})
     samples = problems(temperature)
-    kinds, lengths = set(), set()
+    kinds = {"autonomous": set(), "guided": set()}  # (side of the clip, sign of the advantage)
     for sample in samples:
-        for prompt, group, rewards in (
-            (sample.example.auto_ids, sample.auto, sample.auto_rewards),
-            (sample.example.guided_ids, sample.guided, sample.guided_rewards),
-        ):
-            for o, advantage in zip(group, advantages(rewards), strict=True):
-                lengths.add(len(o.response_ids))
-                log_pi = log_policy(net, prompt, o.response_ids, temperature)
-                for t, token in enumerate(o.response_ids):
-                    ratio = (log_pi[t, token] - o.logprobs[t]).exp().item()
+        auto = (sample.example.auto_ids, sample.auto, sample.auto_rewards)
+        guided = (sample.example.guided_ids, sample.guided, sample.guided_rewards)
+        for name, (prompt, group, rewards) in zip(kinds, (auto, guided), strict=True):
+            for o, A in zip(group, advantages(rewards), strict=True):
+                sign = (A > 0) - (A < 0)  # 0: all rewards are equal
+                kinds[name] |= set() if o.finished else {("truncated", sign)}
+                for ratio in ratios(net, prompt, o, temperature):
                     assert min(abs(ratio - 0.8), abs(ratio - 1.28)) > 1e-5
-                    if group is sample.auto:
-                        kinds.add(("low" if ratio < 0.8 else "high" if ratio > 1.28 else "kept", (advantage > 0) - (advantage < 0)))
-        assert any(not o.finished for o in sample.auto)
-    assert kinds == {(side, sign) for side in ("low", "kept", "high") for sign in (-1, 0, 1)}  # 0: all rewards equal
-    assert lengths == set(range(1, 18))
+                    kinds[name].add(("low" if ratio < 0.8 else "high" if ratio > 1.28 else "kept", sign))
+    want = {(side, sign) for side in ("low", "kept", "high", "truncated") for sign in (-1, 0, 1)} - {("truncated", 1)}
+    assert kinds == {"autonomous": want, "guided": want}
+    lengths = {len(o.response_ids) for sample in samples for o in sample.auto + sample.guided}
+    assert lengths == set(range(1, 18)) and len({len(sample.example.auto_ids) for sample in samples}) > 3
 
     right = [[j for j, reward in enumerate(sample.guided_rewards) if reward] for sample in samples]
-    reachable = [targets(net, s, sample, C, None) if C else [] for sample, C in zip(samples, right, strict=True)]
+    reachable = [targets(net, settings, sample, C, None) if C else [] for sample, C in zip(samples, right, strict=True)]
     assert [] in right and sum(o != C[:1] for o, C in zip(reachable, right, strict=True)) >= 3  # not the first of C
-    assert len({alpha(s, sample) for sample in samples}) == 4  # 0, 0.0455, 0.5, 0.8: eq 6 cut on both sides and not cut
-    for distill in ("kl", "reverse_kl"):
-        s.distill = distill
-        for sample, o in zip(samples, reachable, strict=True):
-            for j in o:
-                d = torch.stack(divergences(net, s, sample.example, sample.guided[j].response_ids))
-                assert d.min() < s.delta < d.max()
-                assert (d - s.delta).abs().min() > 1e-5
+    assert len({alpha(settings, sample) for sample in samples}) == 4  # eq 6 cut at 0 and at 0.8, and two values between
+    for sample, chosen in zip(samples, reachable, strict=True):
+        for j, distill in itertools.product(chosen, ("kl", "reverse_kl")):
+            settings.distill = distill
+            d = torch.stack(divergences(net, settings, sample.example, sample.guided[j].response_ids))
+            assert d.min() < settings.delta < d.max() and (d - settings.delta).abs().min() > 1e-5
