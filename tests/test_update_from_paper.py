@@ -104,9 +104,8 @@ def alpha(settings, sample: ProblemSamples) -> float:
         return min(max(advantages([*sample.auto_rewards, 1.0])[-1], 0.0), settings.alpha_max)
     p_auto = sum(sample.auto_rewards) / len(sample.auto_rewards)
     p_guide = sum(sample.guided_rewards) / len(sample.guided_rewards)
-    return min(
-        max(settings.alpha_0 * (p_guide - p_auto + settings.gamma) / (p_auto + settings.gamma), 0.0), settings.alpha_max
-    )  # [eq 6]
+    benefit = (p_guide - p_auto + settings.gamma) / (p_auto + settings.gamma)
+    return min(max(settings.alpha_0 * benefit, 0.0), settings.alpha_max)  # [eq 6]
 
 
 def distillation(net, settings, sample: ProblemSamples, drawn: int | None) -> Tensor | float:
@@ -119,9 +118,8 @@ def distillation(net, settings, sample: ProblemSamples, drawn: int | None) -> Te
     for j in chosen:
         response = sample.guided[j].response_ids
         d = divergences(net, settings, sample.example, response)
-        kept = [
-            d_t for d_t in d if settings.distill == "sft" or d_t <= settings.delta
-        ]  # w_t = 1[d_t <= delta]; none for SFT [ours]
+        delta = math.inf if settings.distill == "sft" else settings.delta  # nothing is masked for SFT [ours]
+        kept = [d_t for d_t in d if d_t <= delta]  # w_t = 1[d_t <= delta]
         total = total + sum(kept) / len(response)  # dropped tokens count in |o+| [eq 5]
     return total / len(chosen)  # a mean only if all of C is taken [eq 2]
 
@@ -131,9 +129,7 @@ def paper_loss(net, settings, samples: list[ProblemSamples], drawn: list[int | N
     per_response, per_token, distilled = torch.tensor(0.0), [], torch.tensor(0.0)
     for sample, index in zip(samples, drawn, strict=True):
         prompt, group, rewards = sample.example.auto_ids, sample.auto, sample.auto_rewards
-        if settings.method == "hinted" and not any(
-            rewards
-        ):  # none right: the guided group takes the place of the autonomous one
+        if settings.method == "hinted" and not any(rewards):  # the guided group takes the place of the autonomous one
             prompt, group, rewards = sample.example.guided_ids, sample.guided, sample.guided_rewards
         if settings.autonomous:
             for terms in policy_terms(net, settings, prompt, group, rewards):
