@@ -94,20 +94,6 @@ TINY_BASE = ROOT / "data/tiny/base"
 REAL_DATA = os.environ.get("SGPO_TEST_DATA")  # a folder of published data that is not part of the project (fixture real_data)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Two threads on a busy two-core machine are slower than one, and erratic."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def world_of_one():
-    """The process group that train.main makes; here one for all tests."""
-    parallel.start_ranks("cpu", timeout_minutes=5)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="session")
 def real_data():
     """{sha256: path} of the files below $SGPO_TEST_DATA, whatever their names: those of prepare.SOURCES, and GRADER_PAIRS."""
