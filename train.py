@@ -60,7 +60,7 @@ from parallel import (
 )
 from rollout import micro_batches, pack, stream_seed
 from sgpo import Example, ProblemSamples, sgpo_step
-from strategy import auto_messages, guided_messages
+from strategy import auto_messages, guided_messages, shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
 
@@ -235,7 +235,6 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
             hint = "; --sft_fraction 0 goes without the warm-up" if name == "solution" and cfg.method != "sft" else ""
             raise ValueError(f"{cfg.data}: {len(without)} rows have no {name}, the first is {without[0]!r}{hint}")
     if cfg.shuffle_strategies:
-        from strategy import shuffled_strategies
         shuffled = shuffled_strategies([problem.strategy for problem in problems], seed=0)
         problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, shuffled, strict=True)]
     examples = []
