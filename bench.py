@@ -57,7 +57,7 @@ from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
 from methods import Method
 from model import CausalLM, ModelConfig, build_model
-from parallel import ranks_of, shard, whole_model
+from parallel import leave, ranks_of, shard, whole_model
 from rollout import Trajectory, generate, pack
 from sgpo import Example, ProblemSamples, sgpo_step, update
 from weighting import group_advantages
@@ -1080,4 +1080,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import encode_chat, load_model, resolve_model, weight_files
-from parallel import Control, RankLost, all_gather, my_share, ranks_of, world
+from parallel import Control, RankLost, all_gather, leave, my_share, ranks_of, world
 from rollout import Trajectory, sample_and_grade, stream_seed
 from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
@@ -576,5 +576,6 @@ def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
 if __name__ == "__main__":
     try:
         main()
+        leave()
     except (ValueError, RankLost) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -104,6 +104,17 @@ def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
     finally:
         if not joined:
             end_ranks(here)
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End a program that has joined a group, at its very end: nothing runs after this, no atexit and no finally.
+
+    PyTorch's caches keep gloo's threads alive. One that lets go of its last tensor while the interpreter is being torn down
+    aborts the process (pytorch/pytorch#190489): the run is whole, and its status says that it failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_contact_lost(error: RuntimeError) -> bool:

@@ -48,6 +48,7 @@ from parallel import (
     compute_dtype,
     device_name,
     is_contact_lost,
+    leave,
     load_sharded,
     may_step,
     model_on_host,
@@ -566,3 +567,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -31,7 +31,7 @@ import plan
 from kv_cache import pages_for
 from methods import Method
 from model import CausalLM, ModelConfig, build_model
-from parallel import apply_gradients, ranks_of, whole_model
+from parallel import apply_gradients, leave, ranks_of, whole_model
 from rollout import generate, micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, target_items, update, weigh
 
@@ -238,4 +238,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
