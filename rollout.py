@@ -389,7 +389,7 @@ def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
     )
     for _ in range(bits):
         middle = (low + high) >> 1
-        above = p * (logits > flip(middle).to(integer).view(logits.dtype))
+        above = torch.where(logits > flip(middle).to(integer).view(logits.dtype), p, 0.0)
         enough = above.view(B, V // block, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64) >= top_p
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return flip(high).to(integer).view(logits.dtype)

@@ -6,7 +6,6 @@ prepare, recipe, plan, bench, sweep, report.
 """
 
 import ast
-import copy
 import csv
 import email.utils
 import functools
@@ -756,7 +755,7 @@ def reference_sampler(net, prompt, uniforms, *, max_new_tokens, temperature, top
                 running += float(p[token]) / total
                 if running > uniforms[step]:
                     break
-            logprob = math.log(float(p[token]) / total)
+            logprob = math.log(float(p[token]))
         ids.append(token)
         logprobs.append(logprob)
         if token in eos_ids:
@@ -816,8 +815,8 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
 @pytest.mark.usefixtures("decode_way")
 def test_sampler_logprobs_equal_a_teacher_forced_pass(reference):
     theirs, ours, _ = reference
-    for temperature in (1.0, 0.7):
-        settings = dict(max_new_tokens=10, temperature=temperature, top_p=1.0, eos_ids=STOPS, seed=prompt_seeds(1))
+    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.0, 0.95), (0.7, 0.95)):
+        settings = dict(max_new_tokens=10, temperature=temperature, top_p=top_p, eos_ids=STOPS, seed=prompt_seeds(1))
         for group in generate(ours, PROMPTS, n=4, **settings):
             for row in group:
                 logits = theirs(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
@@ -992,12 +991,24 @@ def test_generate_refuses_bad_settings(small_model, change, message):
         generate(small_model, **{**settings, **change})
 
 
+def bisection_in_place_of_sorting(logits, log_total, top_p):
+    return rollout.threshold_by_bisection(logits, torch.exp(logits - log_total), top_p)
+
+
+@pytest.fixture(params=["sorting", "bisection"])
+def nucleus_way(request, monkeypatch):
+    """Both ways to the nucleus, the one for a CPU and the one for a GPU."""
+    if request.param == "bisection":
+        monkeypatch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+
+
+@pytest.mark.usefixtures("nucleus_way")
 def test_sample_draws_from_the_distribution():
     """100,000 draws against the exact probabilities, with and without a nucleus, to five standard errors."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -float("inf"), 0.5])
     uniform = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        p = torch.softmax(logits / temperature, -1)
+        whole = p = torch.softmax(logits / temperature, -1)
         if top_p < 1:  # by hand: 0.564, 0.207, 0.126 are the smallest set that reaches 0.8
             p = torch.where(p > 0.12, p, 0)
             assert (p > 0).sum() == 3
@@ -1005,19 +1016,104 @@ def test_sample_draws_from_the_distribution():
         token, logprob = rollout.sample(logits.expand(100_000, -1), uniform, temperature, top_p)
         share = torch.bincount(token, minlength=6) / 100_000
         assert ((share - p).abs() <= 5 * (p * (1 - p) / 100_000).sqrt() + 1e-9).all()
-        torch.testing.assert_close(logprob, p.log()[token], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logprob, whole.log()[token], atol=1e-5, rtol=1e-5)
+
+
+def nucleus_logits():
+    """{name: logits of 6 rows}; the widths are a multiple of the blocks of 512, none, and odd."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    impossible = normal(6, 1000).masked_fill(normal(6, 1000) > 0, -math.inf)
+    impossible[0], impossible[0, 3] = -math.inf, 1.0  # one possible token
+    one = torch.zeros(6, 777)
+    one[:, 5] = 200.0  # the others' probability underflows
+    return {
+        "normal": 3 * normal(6, 1536),
+        "more than 1024 in the nucleus": normal(6, 5000),
+        "odd width, negative": normal(6, 257) - 50,
+        "bf16": (3 * normal(6, 1536)).bfloat16(),
+        "fp16": (3 * normal(6, 1000)).half(),
+        "ties": normal(6, 1000).round(),
+        "both zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]] * 6),
+        "all equal": torch.full((6, 300), 0.5),
+        "impossible tokens": impossible,
+        "one token": one,
+    }
+
+
+def nucleus_by_hand(row, top_p):
+    """Which tokens are in the nucleus, in float64 and token by token."""
+    p = np.exp(row - row.max())
+    p, order, mass, last = p / p.sum(), np.argsort(-row, kind="stable"), 0.0, None
+    for last in order:
+        mass += p[last]
+        if mass >= top_p:
+            break
+    return row >= row[last]
+
+
+@pytest.mark.parametrize("name", nucleus_logits())
+def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name, monkeypatch):
+    logits, uniform = nucleus_logits()[name], torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
+    for temperature in (1.0, 0.7):
+        scaled = logits.float() / temperature
+        total, rows = scaled.logsumexp(-1, keepdim=True), scaled.double().numpy()
+        for top_p in (1e-9, 0.3, 0.8, 0.95, 1 - 1e-9):
+            sure = np.stack([nucleus_by_hand(row, min(top_p, 1 - 1e-6)) for row in rows])  # fp32 masses need not reach more
+            for found in (
+                scaled >= rollout.threshold_by_sorting(scaled, total, top_p),
+                logits >= rollout.threshold_by_bisection(logits, torch.exp(scaled - total), top_p),
+            ):
+                assert (found.numpy()[sure]).all() if top_p > 0.99 else (found.numpy() == sure).all()
+        want = rollout.sample(logits, uniform, temperature, 0.95)
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+            found = rollout.sample(logits, uniform, temperature, 0.95)
+        assert all(map(torch.equal, found, want))
+
+
+def test_the_nucleus_on_a_gpu_takes_little_memory():
+    logits, p = torch.randn(16, 2048), torch.rand(16, 2048)
+    assert live_bytes(lambda: rollout.threshold_by_bisection(logits, p, 0.95)) < 1.5 * p.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 0.95), (1.0, 1.0), (0.7, 0.95)])
+def test_a_gpu_is_not_waited_for_while_sampling(temperature, top_p, dtype):
+    """A tensor of the meta device has no values: every question about one (.any() in an if, .item()) is an error."""
+    logits = torch.empty(3, 1000, dtype=dtype, device="meta")
+    uniform = torch.empty(3, dtype=torch.float64, device="meta")
+    token, logprob = rollout.sample(logits, uniform, temperature, top_p)
+    assert (token.shape, token.dtype, logprob.shape, logprob.dtype) == ((3,), torch.int64, (3,), torch.float32)
+    with pytest.raises(RuntimeError, match="meta tensors"):  # as it is on a CPU
+        rollout.threshold_by_sorting(logits, uniform[:, None], 0.95)
+    if torch.cuda.is_available():
+        on_gpu = torch.randn(3, 1000, dtype=dtype, device="cuda"), torch.rand(3, dtype=torch.float64, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rollout.sample(*on_gpu, temperature, top_p)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model):
+@pytest.mark.usefixtures("nucleus_way")
+def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model, monkeypatch):
     """An index out of range would do, on a CPU; on CUDA it ends the process with a message about neither."""
-    net = copy.deepcopy(small_model)
-    with torch.no_grad():
-        net.head_weight[:] = bad
+    logits = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0))
+    whole = rollout.sample(logits, torch.full((4,), 0.5, dtype=torch.float64), temperature, top_p)
+    logits[1], logits[2, 7], logits[3] = bad, bad, -math.inf
+    token, logprob = rollout.sample(logits, torch.full((4,), 0.5, dtype=torch.float64), temperature, top_p)
+    assert logprob.isfinite().tolist() == [True, False, False, False] and (0 <= token).all() and (token < 1100).all()
+    assert (token[0], logprob[0]) == (whole[0][0], whole[1][0])
+
+    def spoiled(logits, *args, sample=rollout.sample, **settings):
+        return sample(logits.index_fill(1, torch.tensor([5]), bad), *args, **settings)
+
+    monkeypatch.setattr(rollout, "sample", spoiled)
     settings = dict(n=2, max_new_tokens=4, temperature=temperature, top_p=top_p, eos_ids=[1], seed=[0])
     with pytest.raises(RuntimeError, match="prompt 0, token 0 of a response: a logit is nan or inf"):
-        generate(net, [[3, 4]], **settings)
+        generate(small_model, [[3, 4]], **settings)
 
 
 def test_sample_at_the_ends_of_the_unit_interval():
@@ -2395,8 +2491,12 @@ def test_the_target_is_the_most_reachable_of_several(temperature, tmp_path, work
     assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6) and min(want) < max(want) == 0.6
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_first_update_has_ratio_one(tmp_path, worker, temperature):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.95), (0.7, 0.95)])
+def test_first_update_has_ratio_one(tmp_path, worker, temperature, top_p, monkeypatch):
+    def sample_and_grade(*args, **settings):
+        return rollout.sample_and_grade(*args, **settings | {"top_p": top_p})
+
+    monkeypatch.setattr(sgpo, "sample_and_grade", sample_and_grade)
     run, examples = make_run(tmp_path, worker, "--temperature", temperature)
     metrics = train.rl_step(run, list(enumerate(examples[:4])), 1, 1e-3)
     assert metrics["first_ratio_error"] < 1e-3 and metrics["first_logprob_error"] < 1e-3 and metrics["clip_fraction"] == 0
