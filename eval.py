@@ -390,7 +390,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model folder or hub name")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
-    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
+    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's of that model")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="jsonl files of problems")
     parser.add_argument("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n")
     parser.add_argument(

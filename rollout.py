@@ -384,15 +384,18 @@ def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
     def flip(i: Tensor) -> Tensor:  # its own inverse. A negative float's bits, read as an integer, grow with its magnitude
         return i ^ ((i >> 63) & (2 ** (bits - 1) - 1))
 
+    def number(rank: Tensor) -> Tensor:
+        return flip(rank).to(integer).view(logits.dtype)
+
     low, high = (  # (B, 1) each, the ranks of -inf and of the largest logit
         flip(x.view(integer).long()) for x in (torch.full_like(logits[:, :1], -math.inf), logits.amax(-1, keepdim=True))
     )
     for _ in range(bits):
         middle = (low + high) >> 1
-        above = p * (logits > flip(middle).to(integer).view(logits.dtype))
-        enough = above.view(B, V // block, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64) >= top_p
+        above = torch.where(logits > number(middle), p, 0.0).view(B, V // block, block).sum(-1)  # (B, blocks)
+        enough = above.sum(-1, keepdim=True, dtype=torch.float64) >= top_p
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return flip(high).to(integer).view(logits.dtype)
+    return number(high)
 
 
 def stream_seed(*names: Any) -> int:

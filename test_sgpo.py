@@ -6,7 +6,6 @@ prepare, recipe, plan, bench, sweep, report.
 """
 
 import ast
-import copy
 import csv
 import email.utils
 import functools
@@ -743,7 +742,7 @@ def reference_sampler(net, prompt, uniforms, *, max_new_tokens, temperature, top
                 running += float(p[token]) / total
                 if running > uniforms[step]:
                     break
-            logprob = math.log(float(p[token]) / total)
+            logprob = math.log(float(p[token]))
         ids.append(token)
         logprobs.append(logprob)
         if token in eos_ids:
@@ -803,8 +802,8 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
 @pytest.mark.usefixtures("decode_way")
 def test_sampler_logprobs_equal_a_teacher_forced_pass(reference):
     theirs, ours, _ = reference
-    for temperature in (1.0, 0.7):
-        settings = dict(max_new_tokens=10, temperature=temperature, top_p=1.0, eos_ids=STOPS, seed=prompt_seeds(1))
+    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.0, 0.95), (0.7, 0.95)):
+        settings = dict(max_new_tokens=10, temperature=temperature, top_p=top_p, eos_ids=STOPS, seed=prompt_seeds(1))
         for group in generate(ours, PROMPTS, n=4, **settings):
             for row in group:
                 logits = theirs(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
@@ -979,12 +978,24 @@ def test_generate_refuses_bad_settings(small_model, change, message):
         generate(small_model, **{**settings, **change})
 
 
+def bisection_in_place_of_sorting(logits, log_total, top_p):
+    return rollout.threshold_by_bisection(logits, torch.exp(logits - log_total), top_p)
+
+
+@pytest.fixture(params=["sorting", "bisection"])
+def nucleus_way(request, monkeypatch):
+    """Both ways to the nucleus, the one for a CPU and the one for a GPU."""
+    if request.param == "bisection":
+        monkeypatch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+
+
+@pytest.mark.usefixtures("nucleus_way")
 def test_sample_draws_from_the_distribution():
     """100,000 draws against the exact probabilities, with and without a nucleus, to five standard errors."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -float("inf"), 0.5])
     uniform = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        p = torch.softmax(logits / temperature, -1)
+        whole = p = torch.softmax(logits / temperature, -1)
         if top_p < 1:  # by hand: 0.564, 0.207, 0.126 are the smallest set that reaches 0.8
             p = torch.where(p > 0.12, p, 0)
             assert (p > 0).sum() == 3
@@ -992,19 +1003,104 @@ def test_sample_draws_from_the_distribution():
         token, logprob = rollout.sample(logits.expand(100_000, -1), uniform, temperature, top_p)
         share = torch.bincount(token, minlength=6) / 100_000
         assert ((share - p).abs() <= 5 * (p * (1 - p) / 100_000).sqrt() + 1e-9).all()
-        torch.testing.assert_close(logprob, p.log()[token], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logprob, whole.log()[token], atol=1e-5, rtol=1e-5)
+
+
+def nucleus_logits():
+    """{name: logits of 6 rows}; the widths are a multiple of the blocks of 512, none, and odd."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    impossible = normal(6, 1000).masked_fill(normal(6, 1000) > 0, -math.inf)
+    impossible[0], impossible[0, 3] = -math.inf, 1.0  # one possible token
+    one = torch.zeros(6, 777)
+    one[:, 5] = 200.0  # the others' probability underflows
+    return {
+        "normal": 3 * normal(6, 1536),
+        "more than 1024 in the nucleus": normal(6, 5000),
+        "odd width, negative": normal(6, 257) - 50,
+        "bf16": (3 * normal(6, 1536)).bfloat16(),
+        "fp16": (3 * normal(6, 1000)).half(),
+        "ties": normal(6, 1000).round(),
+        "both zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]] * 6),
+        "all equal": torch.full((6, 300), 0.5),
+        "impossible tokens": impossible,
+        "one token": one,
+    }
+
+
+def nucleus_by_hand(row, top_p):
+    """Which tokens are in the nucleus, in float64 and token by token."""
+    p = np.exp(row - row.max())
+    p, order, mass, last = p / p.sum(), np.argsort(-row, kind="stable"), 0.0, None
+    for last in order:
+        mass += p[last]
+        if mass >= top_p:
+            break
+    return row >= row[last]
+
+
+@pytest.mark.parametrize("name", nucleus_logits())
+def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name, monkeypatch):
+    logits, uniform = nucleus_logits()[name], torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
+    for temperature in (1.0, 0.7):
+        scaled = logits.float() / temperature
+        total, rows = scaled.logsumexp(-1, keepdim=True), scaled.double().numpy()
+        for top_p in (1e-9, 0.3, 0.8, 0.95, 1 - 1e-9):
+            sure = np.stack([nucleus_by_hand(row, min(top_p, 1 - 1e-6)) for row in rows])  # fp32 masses need not reach more
+            for found in (
+                scaled >= rollout.threshold_by_sorting(scaled, total, top_p),
+                logits >= rollout.threshold_by_bisection(logits, torch.exp(scaled - total), top_p),
+            ):
+                assert (found.numpy()[sure]).all() if top_p > 0.99 else (found.numpy() == sure).all()
+        want = rollout.sample(logits, uniform, temperature, 0.95)
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+            found = rollout.sample(logits, uniform, temperature, 0.95)
+        assert all(map(torch.equal, found, want))
+
+
+def test_the_nucleus_on_a_gpu_takes_little_memory():
+    logits, p = torch.randn(16, 2048), torch.rand(16, 2048)
+    assert live_bytes(lambda: rollout.threshold_by_bisection(logits, p, 0.95)) < 1.5 * p.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 0.95), (1.0, 1.0), (0.7, 0.95)])
+def test_a_gpu_is_not_waited_for_while_sampling(temperature, top_p, dtype):
+    """A tensor of the meta device has no values: every question about one (.any() in an if, .item()) is an error."""
+    logits = torch.empty(3, 1000, dtype=dtype, device="meta")
+    uniform = torch.empty(3, dtype=torch.float64, device="meta")
+    token, logprob = rollout.sample(logits, uniform, temperature, top_p)
+    assert (token.shape, token.dtype, logprob.shape, logprob.dtype) == ((3,), torch.int64, (3,), torch.float32)
+    with pytest.raises(RuntimeError, match="meta tensors"):  # as it is on a CPU
+        rollout.threshold_by_sorting(logits, uniform[:, None], 0.95)
+    if torch.cuda.is_available():
+        on_gpu = torch.randn(3, 1000, dtype=dtype, device="cuda"), torch.rand(3, dtype=torch.float64, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rollout.sample(*on_gpu, temperature, top_p)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model):
+@pytest.mark.usefixtures("nucleus_way")
+def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model, monkeypatch):
     """An index out of range would do, on a CPU; on CUDA it ends the process with a message about neither."""
-    net = copy.deepcopy(small_model)
-    with torch.no_grad():
-        net.head_weight[:] = bad
+    logits = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0))
+    whole = rollout.sample(logits, torch.full((4,), 0.5, dtype=torch.float64), temperature, top_p)
+    logits[1], logits[2, 7], logits[3] = bad, bad, -math.inf
+    token, logprob = rollout.sample(logits, torch.full((4,), 0.5, dtype=torch.float64), temperature, top_p)
+    assert logprob.isfinite().tolist() == [True, False, False, False] and (0 <= token).all() and (token < 1100).all()
+    assert (token[0], logprob[0]) == (whole[0][0], whole[1][0])
+
+    def spoiled(logits, *args, sample=rollout.sample, **settings):
+        return sample(logits.index_fill(1, torch.tensor([5]), bad), *args, **settings)
+
+    monkeypatch.setattr(rollout, "sample", spoiled)
     settings = dict(n=2, max_new_tokens=4, temperature=temperature, top_p=top_p, eos_ids=[1], seed=[0])
     with pytest.raises(RuntimeError, match="prompt 0, token 0 of a response: a logit is nan or inf"):
-        generate(net, [[3, 4]], **settings)
+        generate(small_model, [[3, 4]], **settings)
 
 
 def test_sample_at_the_ends_of_the_unit_interval():
@@ -6099,21 +6195,51 @@ def test_table_layout():
     assert lines[2] == "| runs/x/model | 50.0 ± 25.0 | 25.0 ± 0.0 | 50.0 ± 50.0 | 0.0 ± 0.0 | 31.2 ± 14.0 |"
     assert lines[3] == "| hot, guided | 100.0 | – | – | – | – |"
     assert lines[9] == "| Qwen2.5-1.5B-Instruct, SGPO [paper] | 57.7 | 29.0 | 23.7 | 9.0 | 29.9 |"
-    assert len(stats.PAPER_ROWS) == 11
-    notes = lines[15:]
-    assert lines[14] == "| Llama 8B, SGPO [paper] | 52.0 | 25.6 | 22.9 | 10.0 | 27.6 |" and notes[0] == ""
-    assert "not measured here" in notes[1] and "temperature 0.6, top_p 0.95" in notes[1]
-    assert notes[2:] == [
+    assert lines[21] == "| Llama-3.2-8B-Instruct, SGPO [paper] | 52.0 | 25.6 | 22.9 | 10.0 | 27.6 |"
+    notes = lines[22:]
+    assert notes[0] == "" and "not measured here" in notes[1] and "temperature 0.6, top_p 0.95" in notes[1]
+    assert "the public model of that size is Llama-3.1-8B-Instruct" in notes[2]
+    assert notes[3:] == [
         "runs/x/model: aime25 50.0 (avg@32) has no column in the paper's table",
         "hot, guided: with strategies in the prompts, the paper evaluates without",
         "hot, guided: MATH500 differs from the paper in temperature 1.0 (paper 0.6), max_new_tokens 2048 (paper 32768), "
         "problems 1 (paper 500)",
     ]
-    for name, figures in stats.PAPER_ROWS.items():  # copied right: each average is that of its row
-        assert sum(figures[:4]) / 4 == pytest.approx(figures[4], abs=0.0501), name
     ours["files"]["c/amc23.jsonl"] = ours["files"]["b/amc23.jsonl"] | {"data_sha256": "another"}
     with pytest.raises(ValueError, match="two files are called amc23"):
         stats.table([ours])
+
+
+def test_the_papers_rows():
+    """Copied right: each average is that of its row, up to its rounding, but for the one that a note names."""
+    assert [len(rows) for rows in stats.PAPER_ROWS.values()] == [6, 6, 6]
+    odd = [
+        (model, method, average)
+        for model, rows in stats.PAPER_ROWS.items()
+        for method, (*figures, average) in rows.items()
+        if abs(sum(figures) / 4 - average) > 0.0501
+    ]
+    assert odd == [("Llama-3.2-8B-Instruct", "LUFFY", 26.5)] and "LUFFY row averages 26.6, printed is 26.5" in stats.LLAMA_NOTE
+    assert sum(stats.PAPER_ROWS["Llama-3.2-8B-Instruct"]["LUFFY"][:4]) / 4 == pytest.approx(26.6, abs=0.0501)
+
+
+@pytest.mark.parametrize(
+    "evaluated, shown",
+    [
+        (["runs/x/model"], ["Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.2-8B"]),
+        (["Qwen/Qwen2.5-7B-Instruct", "runs/x/model"], ["Qwen2.5-7B"]),
+        (["runs/qwen2.5-1.5b-instruct-sgpo/model"], ["Qwen2.5-1.5B"]),
+        (["meta-llama/Llama-3.1-8B-Instruct", "../Qwen2.5-7B-Instruct/"], ["Qwen2.5-7B", "Llama-3.2-8B"]),
+    ],
+)
+def test_the_table_shows_the_papers_rows_of_the_models_that_were_evaluated(evaluated, shown):
+    text = stats.table([_eval_results({"p": 1}, model=model) for model in evaluated])
+    rows = [line for line in text.splitlines() if line.startswith("|") and "[paper]" in line]
+    assert [row.split("-Instruct,")[0] for row in rows] == [f"| {model}" for model in shown for _ in range(6)]
+    assert ("Llama-3.2-8B-Instruct is the name as printed" in text) == ("Llama-3.2-8B" in shown)
+    left_out = [model for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.2-8B") if model not in shown]
+    named = " and ".join(f"{model}-Instruct" for model in left_out)
+    assert (f"the rows of {named} are left out" in text) if left_out else "left out" not in text
 
 
 def test_benchmarks_are_those_that_prepare_writes():
