@@ -1836,7 +1836,7 @@ def count_examples(n):
     for _ in range(n):
         messages, response = hard_world.base_example(rng, truth)
         text = messages[0]["content"]
-        words, x, y = parts_of({"problem": text.split("\n")[0]})
+        words, x, y = parts_of({"problem": text.split("\n\n")[-2]})
         kind = ("Follow this strategy." in text, response.startswith("by the strategy"))
         operations, _ = work_out(response, x, y)
         steps = [SENTENCES[step[3:]] for step in text.split("\n") if step[3:] in SENTENCES]
