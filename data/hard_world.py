@@ -1,6 +1,6 @@
 """The hard world: the tiny world with several right ways to write a response, type mixes, and strategies of low quality.
 
-    python -m data.hard_world --out data/hard --seed 0        (from the repository's root; about 15 minutes)
+    python -m data.hard_world --out data/hard --seed 0        (from the repository's root; about 20 minutes)
 
 makes data/hard again: the rows and base/, as tiny_world.py does for data/tiny, whose operations and trainer are used here.
 
@@ -195,5 +195,4 @@ def train_base(seed: int, steps: int, batch: int, learning_rate: float, init_see
 
 
 if __name__ == "__main__":
-    # after 1,000 steps it still misread one strategy in four
-    write_world(__doc__, make_rows, train_base, steps=2000)
+    write_world(__doc__, make_rows, train_base)

@@ -1,6 +1,6 @@
 """The tiny world: a toy in which every claim of SGPO can be watched on two CPU cores, and the base model that lives in it.
 
-    python -m data.tiny_world --out data/tiny --seed 0        (from the repository's root; about 10 minutes)
+    python -m data.tiny_world --out data/tiny --seed 0        (from the repository's root; about 20 minutes)
 
 makes data/tiny again: train.jsonl, valid.jsonl, test.jsonl, and base/, a Hugging Face folder with the trained base model and
 its tokenizer. The rows are the same bytes on every machine; the weights agree to floating-point noise.
@@ -264,13 +264,13 @@ def train_model(
     return model, tokenizer
 
 
-def write_world(doc: str, make_rows: Callable[[int], dict[str, list[dict]]], train_base: Callable, steps: int = 1000) -> None:
+def write_world(doc: str, make_rows: Callable[[int], dict[str, list[dict]]], train_base: Callable) -> None:
     """The command line of a world: write each file of make_rows(seed), then train and save the base model."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/tiny")
     parser.add_argument("--seed", type=int, default=0, help="draws the rows and the base model's examples")
     parser.add_argument("--init_seed", type=int, default=0, help="draws the base model's first weights")
-    parser.add_argument("--steps", type=int, default=steps, help="base-model training steps; 0 writes the rows only")
+    parser.add_argument("--steps", type=int, default=2000, help="base-model training steps; 0 writes the rows only")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
