@@ -191,7 +191,7 @@ class Workload:
     guided_prompt_tokens: int = flag(500, "of a prompt with its strategy")
     mean_response: float = flag(2048.0, "mean response; lengths: the distribution of largest entropy up to --max_new_tokens")
     solution_tokens: int = flag(4096, "of a strong model's solution, for the SFT warm-up")
-    problems: int = flag(8500, "in the training set [paper]")
+    problems: int = flag(8500, "in the training set [§4.1]")
 
 
 @dataclass(frozen=True)

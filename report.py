@@ -752,7 +752,7 @@ def token_map(
     """One dict per response token: what the policy thinks of it with and without the strategy in its prompt.
 
     id, text, blank         the token; blank is the white space that decoding the whole response puts before it
-    divergence, kept        d_t in nats [paper], and whether the KL clip keeps it: d_t <= delta
+    divergence, kept        d_t in nats [eq 3], and whether the KL clip keeps it: d_t <= delta
     logp_auto, logp_guided  log-probability of the token without and with the strategy, natural log
     top_auto, top_guided    the K = `top` most probable next tokens as (id, text, probability), best first
 

@@ -297,7 +297,7 @@ class Benchmark:
     problems: int
 
 
-# By the name of the file that data/prepare.py writes. n [paper]; AIME25 and Minerva, which the paper's table does not have, as
+# By the name of the file that data/prepare.py writes. n [§4.2]; AIME25 and Minerva, which the paper's table does not have, as
 # their likes.
 BENCHMARKS = {
     "math500": Benchmark("MATH500", 4, 500),
@@ -308,7 +308,7 @@ BENCHMARKS = {
     "minerva": Benchmark("Minerva", 4, 272),
 }
 COLUMNS = ("math500", "amc23", "olympiad", "aime24")
-# "Up to 32K tokens" [paper]; a model with a context of 32,768 has less room than that behind its prompt, so it is a cap.
+# "Up to 32K tokens" [§4.2]; a model with a context of 32,768 has less room than that behind its prompt, so it is a cap.
 PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
 # The paper's own figures (arXiv 2606.24064), per cent: MATH500, AMC23, Olympiad, AIME24, average.
 PAPER_ROWS = {
