@@ -77,8 +77,8 @@ class PolicyItem(NamedTuple):
 
     trajectory: Trajectory
     advantage: float
-    group: int = 1  # how many there are of the same problem [eq 1: G1]
-    is_solution: bool = False  # in LUFFY and HPT: the strong model's, in the form of a trajectory
+    group: int = 1  # how many there are of its problem, G1 of [eq 1]
+    is_solution: bool = False  # luffy, hpt: the strong model's, in the form of a trajectory
 
 
 class TargetItem(NamedTuple):
@@ -259,15 +259,16 @@ def policy_items(samples: list[ProblemSamples], settings: Method) -> list[Policy
     for sample in samples:
         group = []
         if sample.use_auto:
-            group += zip(sample.auto, sample.advantages, strict=True)
-        if sample.use_guided:
-            group += zip(sample.guided, sample.guided_advantages, strict=True)  # their own prompt has the strategy
-        kept = [pair for pair in group if pair[0].finished or not settings.mask_truncated]  # the group stays G1 for all
-        items += [PolicyItem(trajectory, advantage, len(group)) for trajectory, advantage in kept]
+            group += [(row, a, False) for row, a in zip(sample.auto, sample.advantages, strict=True)]
+        if sample.use_guided:  # their own prompt has the strategy
+            group += [(row, a, False) for row, a in zip(sample.guided, sample.guided_advantages, strict=True)]
         if sample.use_solution:
             prompt, solution = sample.example.auto_ids, sample.example.solution_ids
             written = Trajectory(prompt, solution, [0.0] * len(solution), finished=True, group=0)  # its writer's p is 1 [code]
-            items.append(PolicyItem(written, sample.solution_advantage, is_solution=True))
+            group.append((written, sample.solution_advantage, True))
+        # a truncated one that is left out still counts in the group
+        kept = [member for member in group if member[0].finished or not settings.mask_truncated]
+        items += [PolicyItem(row, advantage, len(group), is_solution) for row, advantage, is_solution in kept]
     return items
 
 
