@@ -2369,7 +2369,7 @@ def test_update_with_bf16_activations_trains_every_parameter(tmp_path, worker, m
     got, _ = gradients_of(run, samples, monkeypatch)
     for name, gradient in got.items():
         cosine = F.cosine_similarity(gradient.flatten(), want[name].flatten(), dim=0)
-        assert gradient.dtype == torch.float32 and cosine > 0.9, (name, cosine)
+        assert gradient.dtype == torch.float32 and cosine > 0.7, (name, cosine)
 
 
 def test_the_sampler_sees_the_weights_of_the_last_update(tmp_path, worker):
@@ -9260,7 +9260,7 @@ def test_sweep_draws_what_it_ran(tmp_path, monkeypatch, capsys):
         report.build_parser().parse_args(call)
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     sweep.draw_results("table", jobs, tmp_path / "runs", tmp_path)
-    assert "no pictures without matplotlib" in capsys.readouterr().out and len(calls) == 5
+    assert "no pictures without matplotlib" in capsys.readouterr().out and len(calls) == 2 + len(sweep.CURVES)
 
 
 def test_report_a_panel_that_no_group_has_is_not_drawn(tmp_path, capsys):
