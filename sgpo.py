@@ -62,7 +62,7 @@ class Method:
     group_auto: int = knob(8, "G1: autonomous trajectories a problem [paper]; with luffy one of them is the solution [code]")
     group_guided: int = knob(4, "G2: guided trajectories a problem [paper]")
     temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [paper]")
-    max_new_tokens: int = knob(8192, "longest response in training, in tokens [ours; the paper has 16K]")
+    max_new_tokens: int = knob(16384, "longest response in training, in tokens [app E]; cut to the context")
     max_rows: int = knob(256, "responses decoded at once")
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss
