@@ -7978,7 +7978,8 @@ def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
             "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", raw),
             "TRAIN_FLAGS": "--problem_column question --solution_column worked --count 12",
             "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 2",
-            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --sft_batch 4 --sft_epochs 1 --eval_every 0 --device cpu",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --eval_every 0 --device cpu "
+            "--sft_batch 4 --sft_epochs 1",
             "EVAL_FLAGS": "--n 2 --max_new_tokens 24 --device cpu",
         }  # fmt: skip
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
@@ -8061,7 +8062,8 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
             "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
-            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --sft_batch 4 --sft_epochs 1 --eval_every 0 --device cpu",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
+            "--sft_batch 4 --sft_epochs 1",
             "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
         }  # fmt: skip
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
@@ -8389,22 +8391,39 @@ def test_plan_of_the_largest_terms_by_hand():
     captured = 8 + 16 + 24 + 32 + 48 + 64 + 96 + 128 + 192  # sizes of a decode step up to 16 problems' 12 rows
     assert sampling["logits"] == V * (2 * captured + 192 * (2 + 4 + 4 + 8))
     head = update["loss at the head (policy loss)"]
-    assert head["activations kept for the backward pass"] == 16384 * L * D * 2
+    T = 200 + 16384  # a prompt and the longest response
+    assert head["activations kept for the backward pass"] == T * L * D * 2
     assert head["chunks of logits"] == 4 * 256 * V * 4 and head["gradient of the head"] == V * D * 2
     assert head["embedding and head, gathered"] == (2 * V + 1) * D * 2
     kl = update["loss at the head (KL)"]
-    tokens = 500 + 8192  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
+    tokens = 500 + 16384  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
     assert kl["hidden states of the guided pass"] == tokens * D * 2 and kl["chunks of logits"] == 6.5 * 256 * V * 4
     last = update["backward pass of block 28 of 28, in its MLP (policy loss)"]
-    sequences = 8  # of 2048 tokens in 16384; each looks at its prompt's keys again
+    sequences = 5  # of 4096 tokens in T, the last one short; each looks at its prompt's keys again
     saved = 2 * (4 + 2 + 2) * D + 8 + 2 * D + 4 * 28 + 2 * D + 8 * W  # norms, queries and results, log-denominators, MLP
-    keys = 2 * 512 * 2 * (16384 + sequences * 200)
-    assert last["activations of the block at work"] == 16384 * (saved + 2 * (2 * W + D)) + keys
+    keys = 2 * 512 * 2 * (T + sequences * 200)
+    assert last["activations of the block at work"] == T * (saved + 2 * (2 * W + D)) + keys
     block = 2 * D * D + 2 * 512 * D + D + 2 * 512 + 3 * D * W + 2 * D
     assert last["blocks, gathered"] == 2 * 2 * block and last["gradients of a block"] == 2 * D * W
     kept = plan.make_plan(config, plan.Settings(recompute=False), gpus=8, gpu_memory=80)
     plain = kept.memory.update["loss at the head (policy loss)"]
-    assert plain["activations kept for the backward pass"] == L * (16384 * saved + keys)
+    assert plain["activations kept for the backward pass"] == L * (T * saved + keys)
+    for settings, longest in (({"sft_max_tokens": 20_000}, 20_000), ({"sft_max_tokens": 99_999}, 32_768),
+                              ({"sft_max_tokens": 20_000, "sft_fraction": 0.0}, T)):  # fmt: skip
+        update = plan.make_plan(config, plan.Settings(**settings), gpus=8, gpu_memory=80).memory.update
+        kept = update["loss at the head (policy loss)"]["activations kept for the backward pass"]
+        assert kept == longest * L * D * 2, settings
+
+
+def test_plan_of_the_warm_up_by_hand():
+    """8,500 problems, a third for SFT: 2,833, of which 283 are held out: 10 x 2,550 / 64 updates, and 10 x 283 passes forward."""
+    config = known_config("Qwen2.5-7B-Instruct")
+    hardware = plan.Hardware(memory_bandwidth=1e30, link_in_node=1e30, flops=1e15, update_share=0.5, prefill_share=0.25)
+    made = plan.make_plan(config, plan.Settings(), gpus=8, gpu_memory=80, hardware=hardware)
+    one = plan.forward_flops(made.shape, [(0, 200 + 4096)], 4096)
+    assert made.sft_s == pytest.approx(399 * 8 * 4 * one / 0.5e15 + 10 * 36 * one / 0.25e15)  # 64 / 8 and 283 / 8 solutions a GPU
+    none = plan.make_plan(config, plan.Settings(sft_validation=0.0), gpus=8, gpu_memory=80, hardware=hardware)
+    assert none.sft_s == pytest.approx(443 * 8 * 4 * one / 0.5e15)
 
 
 def test_plan_of_copies_and_of_offloading():
@@ -8460,7 +8479,9 @@ def test_plan_largest_values_are_the_edge(name, gpus, settings):
 
 
 TOO_LARGE = [  # model, GPUs, GB of one, settings, what helps
-    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False}, ["--recompute", "--micro_tokens N"]),  # activations
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False}, ["--recompute"]),  # activations, of one long response too
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False, "max_new_tokens": 8192, "sft_max_tokens": 8192},
+     ["--recompute", "--micro_tokens N"]),
     ("Qwen2.5-7B-Instruct", 8, 50, {"recompute": True, "chunk_tokens": 8192}, ["--chunk_tokens N", "--offload"]),  # logits
     ("Qwen2.5-7B-Instruct", 8, 40, {"recompute": False}, ["--cache_tokens N --recompute"]),  # no place for the prompts either
     ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "shard_ranks": 1}, ["--shard_ranks N", "--offload"]),
