@@ -8416,12 +8416,12 @@ def test_plan_of_the_largest_terms_by_hand():
 
 
 def test_plan_of_the_warm_up_by_hand():
-    """8,500 problems, a third for SFT: 2,833, of which 283 are held out: 10 x 2,550 / 64 updates, and 10 x 283 passes forward."""
+    """8,500 problems, a third for SFT: 2,833, of which 283 are held out: 10 x 2,550 / 64 updates, 10 x 283 passes forward."""
     config = known_config("Qwen2.5-7B-Instruct")
     hardware = plan.Hardware(memory_bandwidth=1e30, link_in_node=1e30, flops=1e15, update_share=0.5, prefill_share=0.25)
     made = plan.make_plan(config, plan.Settings(), gpus=8, gpu_memory=80, hardware=hardware)
     one = plan.forward_flops(made.shape, [(0, 200 + 4096)], 4096)
-    assert made.sft_s == pytest.approx(399 * 8 * 4 * one / 0.5e15 + 10 * 36 * one / 0.25e15)  # 64 / 8 and 283 / 8 solutions a GPU
+    assert made.sft_s == pytest.approx(399 * 8 * 4 * one / 0.5e15 + 10 * 36 * one / 0.25e15)  # 64 / 8 and 283 / 8 a GPU
     none = plan.make_plan(config, plan.Settings(sft_validation=0.0), gpus=8, gpu_memory=80, hardware=hardware)
     assert none.sft_s == pytest.approx(443 * 8 * 4 * one / 0.5e15)
 
