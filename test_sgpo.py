@@ -2587,8 +2587,8 @@ def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worke
     with torch.no_grad():
         pairs = [train.sft_pair(example, -1, 0, run.cfg) for example in validation]
         assert train.sft_loss(run, pairs) == pytest.approx(losses[best], rel=1e-6)
-    _, state, _ = checkpoint.find_checkpoint(run.folder.out / "checkpoints")
-    assert state["progress"]["sft_steps"] == 12
+    # one after each that is the best so far, and at the end: the clock, which is at 10 minutes, asks for none
+    assert sorted(path.name for path in (run.folder.out / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
 
 
 def test_half_an_epoch_is_validated_at_its_end(tmp_path, worker):
@@ -2621,6 +2621,11 @@ def test_sft_goes_without_rows_that_are_too_long_and_says_so(tmp_path, worker):
         for_sft, _, for_rl, lines = split(f"rl{seed}", "--sft_fraction", 0.5, "--sft_validation", 0, "--data_seed", seed)
         in_rl = rows[12]["id"] in ids(for_rl)
         assert len(for_rl) == 15 and len(for_sft) == 14 + in_rl and any("left out" in line for line in lines) != in_rl
+    run, examples = make_run(tmp_path / "guided", worker, "--data", data, "--method", "sft", "--sft_guided", 1)
+    longest = max(len(example.auto_ids + example.solution_ids) for example in examples[:5])
+    assert len(train.split_examples(examples[:5], replace(run.cfg, sft_guided=0.0, sft_max_tokens=longest), 256)[0]) == 5
+    with pytest.raises(ValueError, match="5 of 5 rows longer than"):  # with their strategies they are
+        train.split_examples(examples[:5], replace(run.cfg, sft_max_tokens=longest), 256)
     with pytest.raises(ValueError, match="30 of 30 rows longer than --sft_max_tokens 5, the first"):
         split("all", "--method", "sft", "--sft_max_tokens", 5)
     with pytest.raises(ValueError, match=f"{rows[12]['id']!r} needs .* the context holds 256"):
@@ -3327,8 +3332,8 @@ def test_a_crash_around_the_best_weights_changes_nothing(
 
 
 def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_path, worker):
-    run, _ = make_run(tmp_path, worker)
-    folder, progress = run.folder.out, run.progress
+    run, _ = make_run(tmp_path, worker, "--offload")
+    folder, progress, weights = run.folder.out, run.progress, weights_of(run.model)
     for step in range(1, 7):
         progress.sft_steps = step
         if step != 4:
@@ -3338,6 +3343,11 @@ def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_pa
         kept = {path.name for path in (folder / "best").iterdir()}
         assert {f"step-{state['progress']['best_step']:06d}" for state in states} <= kept and len(kept) <= 3
         run.folder.save(run.model, run.optimizer, progress)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()
+    run.folder.load_best(run.model, 6)
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(run.model), strict=True))
     file = next((folder / "best/step-000006").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(checkpoint.CheckpointError, match="best/step-000006/.* does not have the digest"):
@@ -9247,7 +9257,8 @@ def report_three_methods(root):
     report_run(root / "grpo/0", grpo, method="grpo")
     at = dict(stage="eval", step=0)
     evals = [at | dict(accuracy=0.25, guided=False), at | dict(accuracy=0.75, guided=False), at | dict(accuracy=1, guided=True)]
-    report_run(root / "sft/0", [evals[0], {"stage": "sft", "step": 1, "loss": 2.0}, *evals[1:]], method="sft")
+    losses = [{"stage": stage, "step": 1, "loss": 2.0} for stage in ("sft", "sft_validation")]
+    report_run(root / "sft/0", [evals[0], *losses, *evals[1:]], method="sft")
     return [sgpo, str(root / "grpo"), str(root / "sft")]
 
 
