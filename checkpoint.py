@@ -61,8 +61,8 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a run has done so far. With the weights and the moments it is all that a run is made of: the order of the data and
-    every random number follow from the seeds and these counts."""
+    """What a run has done so far. With the weights, the moments and SFT's best weights it is all that a run is made of: the
+    order of the data and every random number follow from the seeds and these counts."""
 
     sft_steps: int = 0
     rl_steps: int = 0

@@ -571,8 +571,7 @@ def split_examples(
     count = round(cfg.sft_validation * len(for_sft)) if len(for_sft) >= 10 else 0
     if for_sft and not count:
         lines.append(f"no SFT validation, the last weights count: {len(for_sft)} rows, --sft_validation {cfg.sft_validation:g}")
-    if count:
-        for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation"))
+    for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation")) if count else for_sft
     return for_sft[count:], for_sft[:count], for_rl, lines
 
 
