@@ -6,6 +6,7 @@
     runs/x/checkpoints/step-000040/
         shard-00001-model-00001-of-00002.safetensors ...    each rank's part of the weights and of AdamW's two moments (fp32)
         state.json                                          everything else, and a SHA-256 of every file
+    runs/x/best/step-000012/        the weights of SFT's lowest validation loss, in the same form; removed when the run is over
 
 torch.distributed.checkpoint writes and reads the tensors, in safetensors: another number of ranks can resume, and nothing is
 ever unpickled. Around it is what a crash needs:
@@ -27,6 +28,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -59,12 +61,14 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a run has done so far. With the weights and the moments it is all that a run is made of: the order of the data and
-    every random number follow from the seeds and these counts."""
+    """What a run has done so far. With the weights, the moments and SFT's best weights it is all that a run is made of: the
+    order of the data and every random number follow from the seeds and these counts."""
 
     sft_steps: int = 0
     rl_steps: int = 0
     evaluated: int = 0  # the last RL step with a periodic evaluation after it
+    best_loss: float = math.inf  # the lowest validation loss of the SFT, and after which of its steps
+    best_step: int = 0
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
@@ -149,6 +153,21 @@ class RunFolder:
         save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=self.keep)
         self.saved_at = time.monotonic()
 
+    def save_best(self, model: nn.Module, step: int) -> None:
+        """Keep the weights as they are now, which have SFT's lowest validation loss so far. To be followed by a checkpoint
+        whose progress names the step: then every checkpoint that is kept finds the weights that it names."""
+        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=self.keep + 1)
+
+    def load_best(self, model: nn.Module, step: int) -> None:
+        """Put the weights that save_best kept after this step in place. CheckpointError if they are damaged or not there."""
+        path = self.out / "best" / f"step-{step:06d}"
+        _checked(path)
+        load_checkpoint(path, model, None)
+
+    def remove_best(self) -> None:
+        """Rank 0 removes what save_best kept."""
+        shutil.rmtree(self.out / "best", ignore_errors=True)
+
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], Any]
     ) -> tuple[Path | None, Progress]:
@@ -223,9 +242,10 @@ def code_commit() -> str:
 
 
 def save_checkpoint(
-    folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any], *, keep: int
 ) -> Path:
-    """Write folder/name with the weights, the moments and `state` (anything JSON can hold); names sort by progress.
+    """Write folder/name with the weights, the moments (None: without) and `state` (anything JSON can hold); names sort by
+    progress.
 
     Once it is complete, `keep` checkpoints stay, it and those before it; later ones are of a future that was not kept. A
     CheckpointError leaves the others as they were.
@@ -263,23 +283,28 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str
 
     The digests are worked out by all ranks, each for its share of the files.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     refused = []
     for path in _together(lambda: _complete(folder))[0][::-1]:
         try:
-            content = _together(lambda path=path: _content(path))[0]
-            names = sorted(content["files"])[rank::ranks]
-            _together(lambda path=path, content=content, names=names: _verify(path, content["files"], names))
-            return path, content["state"], refused
+            return path, _checked(path)["state"], refused
         except CheckpointError as error:
             refused.append(str(error))
     return None, {}, refused
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and moments into a model and an AdamW of the same names and shapes, on any number of ranks."""
+def _checked(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json; CheckpointError if a file is damaged."""
+    content = _together(lambda: _content(path))[0]
+    names = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
+    _together(lambda: _verify(path, content["files"], names))
+    return content
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put a checkpoint's weights and moments into a model and an AdamW of the same names and shapes, on any number of ranks;
+    without an AdamW the weights alone."""
     steps = _content(path)["updates"]
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if optimizer else ():
         optimizer.state[parameter].clear()
         if name in steps:
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
@@ -288,12 +313,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     _all_ranks_or_none(lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path))))
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What is saved, by name, the very tensors themselves; and each parameter's number of updates, if it has had any."""
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
-        state = optimizer.state.get(parameter)
+        state = optimizer.state.get(parameter) if optimizer else None
         if state:
             tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
             steps[name] = float(state["step"])

@@ -65,7 +65,7 @@ class Trial:
         if self.ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone"]
         flags = f"--device cpu --steps {self.steps} --problems_per_step 4 --minibatches 2 --eval_limit 4 --eval_every 4"
-        flags += " --sft_fraction 0.03 --sft_batch 6 --checkpoint_minutes 0 --resume"
+        flags += " --sft_fraction 0.03 --sft_batch 6 --sft_epochs 2 --sft_validation 0.2 --checkpoint_minutes 0 --resume"
 
         def limit() -> None:
             if file_bytes is not None:

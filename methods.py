@@ -47,7 +47,7 @@ class Method:
     group_guided: int = knob(4, "G2: guided trajectories a problem [alg 1]")
     temperature: float = knob(1.0, "sampling temperature in training; the losses use the same [app E]")
     top_p: float = knob(0.95, "nucleus that training samples from; the losses are over the full softmax [app E]")
-    max_new_tokens: int = knob(16384, "longest response in training, in tokens [app E]")
+    max_new_tokens: int = knob(16384, "longest response in training, in tokens [app E]; cut to the context")
     max_rows: int = knob(256, "responses decoded at once")
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss

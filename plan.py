@@ -37,7 +37,7 @@ from model import KNOWN_FAMILIES, CausalLM, ModelConfig
 from rollout import PREFILL_TOKENS
 
 GB = 1e9
-PAPER = "the paper reports about 17 hours for its 7B model on 4 nodes of 8 GPUs: 544 GPU hours"
+PAPER = "the paper reports about 17 hours for its 7B model, SFT and RL together, on 4 nodes of 8 GPUs [app E]: 544 GPU hours"
 
 
 # ---------------------------------------------------------------------------------------------------- which model
@@ -165,7 +165,7 @@ class Settings:
     group_auto: int = flag(8, "autonomous trajectories a problem")
     group_guided: int = flag(4, "guided trajectories a problem, with sgpo")
     temperature: float = flag(1.0, "sampling temperature")
-    max_new_tokens: int = flag(8192, "longest response, in tokens")
+    max_new_tokens: int = flag(16384, "longest response, in tokens")
     max_rows: int = flag(256, "responses decoded at once by a rank")
     cache_tokens: int = flag(0, "size of the KV cache in tokens; 0: what is needed, at most 90 % of the free memory")
     problems_per_step: int = flag(128, "problems of a step, over all ranks")
@@ -175,8 +175,10 @@ class Settings:
     micro_tokens: int = flag(16384, "tokens in one forward and backward pass")
     chunk_tokens: int = flag(256, "tokens per chunk of the head")
     sft_fraction: float = flag(1 / 3, "share of the problems used for the SFT warm-up")
-    sft_epochs: float = flag(1.0, "passes over them")
+    sft_epochs: float = flag(10.0, "passes over them")
     sft_batch: int = flag(64, "solutions in one SFT update")
+    sft_validation: float = flag(0.1, "share of them that is held out, and read once an epoch")
+    sft_max_tokens: int = flag(16384, "longest sequence of the SFT, in tokens")
     recompute: bool = flag(True, "recompute each block in the backward pass")
     dtype: str = flag("auto", "auto or bfloat16 (a GPU's), or float32")
     shard_ranks: int = flag(0, "ranks that share one copy of the weights; 0: all")
@@ -189,7 +191,7 @@ class Workload:
 
     prompt_tokens: int = flag(200, "of a problem's prompt")
     guided_prompt_tokens: int = flag(500, "of a prompt with its strategy")
-    mean_response: float = flag(2048.0, "mean response; lengths: the distribution of largest entropy up to --max_new_tokens")
+    mean_response: float = flag(4096.0, "mean response; lengths: the distribution of largest entropy up to --max_new_tokens")
     solution_tokens: int = flag(4096, "of a strong model's solution, for the SFT warm-up")
     problems: int = flag(8500, "in the training set [§4.1]")
 
@@ -497,8 +499,9 @@ def passes_of(shape: Shape, settings: Settings, workload: Workload) -> list[Pass
     """The largest passes of an update. A micro-batch has --micro_tokens, or one trajectory that is longer than that."""
     prompt, guided = workload.prompt_tokens, workload.guided_prompt_tokens
     longest = longest_response(shape, settings, prompt)
-    solution = workload.solution_tokens if settings.sft_fraction or settings.method in ("luffy", "hpt") else 0
-    T = max(settings.micro_tokens, prompt + longest, prompt + solution)
+    solution = workload.solution_tokens if settings.method in ("luffy", "hpt") else 0
+    warm_up = min(settings.sft_max_tokens, shape.config.max_position_embeddings) if settings.sft_fraction else 0
+    T = max(settings.micro_tokens, prompt + longest, prompt + solution, warm_up)
     # each response of the mean length is a sequence that continues its prompt
     sequences = math.ceil(T / min(workload.mean_response, longest))
     mask = sequences * (T // sequences) * (T // sequences + prompt)
@@ -784,19 +787,22 @@ def update_seconds(shape: Shape, settings: Settings, workload: Workload, hardwar
 
 
 def sft_seconds(shape: Shape, settings: Settings, workload: Workload, hardware: Hardware, gpus: int) -> float:
-    """Seconds of the whole SFT warm-up."""
+    """Seconds of the whole SFT warm-up, with its validation."""
     job = job_of(shape, settings, gpus)
-    solutions = round(settings.sft_fraction * workload.problems) * settings.sft_epochs
-    updates = math.ceil(solutions / settings.sft_batch)
+    solutions = round(settings.sft_fraction * workload.problems)
+    held_out = round(settings.sft_validation * solutions)
+    updates = math.ceil((solutions - held_out) * settings.sft_epochs / settings.sft_batch)
     if not updates:
         return 0.0
     each = math.ceil(settings.sft_batch / gpus)  # of the busiest rank
     tokens = workload.prompt_tokens + workload.solution_tokens
-    flops = each * forward_flops(shape, [(0, tokens)], workload.solution_tokens)
-    flops *= 3 + settings.recompute
+    one = forward_flops(shape, [(0, tokens)], workload.solution_tokens)
+    flops = each * one * (3 + settings.recompute)
     passes = math.ceil(each * tokens / settings.micro_tokens)
     traffic = sum(traffic_seconds(job, hardware, gpus, 2 * passes, passes).values())
-    return updates * (max(flops / (hardware.flops * hardware.update_share), traffic) + optimizer_seconds(job, hardware, gpus))
+    update = max(flops / (hardware.flops * hardware.update_share), traffic) + optimizer_seconds(job, hardware, gpus)
+    validation = settings.sft_epochs * math.ceil(held_out / gpus) * one / (hardware.flops * hardware.prefill_share)
+    return updates * update + validation
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -977,7 +983,7 @@ def _time_lines(plan: Plan) -> list[str]:
         f"the recipe: SFT warm-up {plan.sft_s / 3600:.1f} h, then {steps:,} steps with {tokens:.3g} sampled tokens: "
         f"{hours:.1f} h on {plan.gpus} GPUs, {hours * plan.gpus:.0f} GPU hours"
     )
-    lines.append(f"  for comparison, {PAPER}; with response lengths and GPUs that we do not know, evaluation included or not")
+    lines.append(f"  for comparison, {PAPER}; its responses are 2.7K to 5.0K tokens, its GPUs are not named")
     return lines
 
 

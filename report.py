@@ -116,15 +116,15 @@ def _take(run: Run | None, record: Any, path: Path) -> Run:
             raise ValueError("the first line must hold the run's config with its method and seed")
         return Run(path, config, [], [])
     stage, method = record.get("stage"), run.config["method"]
-    if stage not in ("eval", "sft", method):
-        raise ValueError(f"stage is {stage!r}, expected eval, sft or the run's method {method}")
+    if stage not in ("eval", "sft", "sft_validation", method):
+        raise ValueError(f"stage is {stage!r}, expected eval, sft, sft_validation or the run's method {method}")
     if stage == "eval":
         _check_numbers(record, ("step", "accuracy"))
         if not isinstance(record.get("guided"), bool):
             raise ValueError(f"guided is {record.get('guided')!r}, expected true or false")
         if not record["guided"]:
             run.evals.append(record)
-    elif stage != "sft":  # the steps of a supervised stage sample nothing: no curve has them
+    elif stage not in ("sft", "sft_validation"):  # the steps of a supervised stage sample nothing: no curve has them
         _check_numbers(record, ALWAYS)
         if record["length_guided"] > 0:
             _check_numbers(record, GUIDED)

@@ -41,13 +41,15 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
 
+PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
+
 METHODS = {
     "sgpo": "",
     "grpo": f"--method grpo --steps {EQUAL_SAMPLES}",
-    "sft+grpo": f"--method grpo --steps {EQUAL_SAMPLES} --sft_fraction 0.3333 --sft_batch 16",
+    "sft+grpo": f"--method grpo --steps {EQUAL_SAMPLES} --sft_fraction 0.3333 --sft_batch 16 --sft_epochs 1 {PLAIN_SFT}",
     "luffy": f"--method luffy --steps {EQUAL_SAMPLES}",
     "hpt": f"--method hpt --steps {EQUAL_SAMPLES}",
-    "sft": "--method sft --sft_batch 16 --sft_epochs 2.25",  # 1,440 solutions, as many as LUFFY reads in its 90 steps
+    "sft": f"--method sft --sft_batch 16 --sft_epochs 2.25 {PLAIN_SFT}",  # 1,440 solutions, as LUFFY reads in its 90 steps
 }
 ABLATIONS = {
     "no-distillation": "--distill none",
@@ -71,8 +73,8 @@ KNOBS = {
 }
 # The hard world is not the default data, so what train.py presets for the tiny world is spelt out.
 HARD = (
-    "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 "
-    "--max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0 --sft_fraction 0"
+    "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 --sft_fraction 0 "
+    "--max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0"
 )
 HARD_ROWS = {
     "sgpo": "",
@@ -193,7 +195,7 @@ def model_suite(ask: Request) -> list[Job]:
         raise ValueError("--base: --data without --eval_data, so no run would have an accuracy to compare")
     if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(ask.base):
         raise ValueError(f"--base: {', '.join(sorted(fixed))} would make the numbers of sampled responses unequal")
-    rows = {"sft": ("--method", "sft", "--sft_epochs", "1")}
+    rows = {"sft": ("--method", "sft", "--sft_epochs", "1", *PLAIN_SFT.split())}
     for name in MODEL_ROWS:
         steps = ask.steps if name == "sgpo" else ask.steps * 12 // 8
         rows[name] = ("--method", name, "--steps", str(steps), "--sft_fraction", "0")

@@ -2267,7 +2267,7 @@ def test_seeds_reach_order_and_sampling_separately(tmp_path, worker, monkeypatch
         monkeypatch.setattr(train, "rl_step", lambda run, batch, *_: order.extend(e.problem.id for _, e in batch) or {})
         monkeypatch.setattr(train, "step_line", lambda *_: "")
         run.cfg = replace(run.cfg, steps=2)
-        train.rl_stage(run, train.split_examples(examples, run.cfg)[1], [])
+        train.rl_stage(run, train.split_examples(examples, run.cfg, 256)[2], [])
         monkeypatch.setattr(train, "rl_step", real_step)
         (sample,) = draw_samples(run, list(enumerate(examples[:1])))
         return order, [row.response_ids for row in sample.auto + sample.guided]
@@ -2550,14 +2550,31 @@ def test_data_order_covers_every_epoch_and_depends_on_the_seed():
     assert stream(0, 2)[:7] != stream(0, 2)[7:]
 
 
-def test_learning_rate_schedule():
-    cfg = train.Config(learning_rate=1.0, lr_warmup_steps=2, lr_decay="linear")
-    assert [train.learning_rate_at(cfg, step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    assert train.learning_rate_at(replace(cfg, lr_decay="constant"), 5, 6) == 1.0
+def test_learning_rate_schedule(tmp_path, worker, monkeypatch):
+    assert [train.learning_rate_at(1.0, step, 6, 2, "linear") for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert train.learning_rate_at(1.0, 5, 6, 2, "constant") == 1.0
+    flags = "--method sft --sft_batch 4 --sft_epochs 5 --sft_warmup_ratio 0.4 --sft_learning_rate 1 --max_skipped 99".split()
+    run, examples = make_run(tmp_path, worker, *flags)
+    monkeypatch.setattr(train, "sft_loss", lambda *_: math.nan)  # of the SFT: what it logs
+    monkeypatch.setattr(train, "apply_gradients", lambda *given: given[3])
+    train.sft_stage(run, examples[:8], [])
+    want = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # the first four of ten rise
+    assert [record["learning_rate"] for record in read_metrics(run.folder.out)] == pytest.approx(want)
+    assert [record["grad_norm"] for record in read_metrics(run.folder.out)] == pytest.approx(want)  # it is what is applied
+
+
+def hf_loss(model, pairs):
+    """Token mean over the responses of all (context, response)."""
+    total = 0.0
+    for context, response in pairs:
+        labels = [-100] * len(context) + response
+        total += model(torch.tensor([context + response]), labels=torch.tensor([labels])).loss * len(response)
+    return total / sum(len(response) for _, response in pairs)
 
 
 def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
-    run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_batch", 8, "--sft_guided", 0.5)
+    flags = ["--method", "sft", "--sft_batch", 8, "--sft_epochs", 1, "--sft_guided", 0.5]
+    run, examples = make_run(tmp_path, worker, *flags)
     gradients = []
 
     def keep(model, *_):
@@ -2565,22 +2582,142 @@ def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
         return 0.0
 
     monkeypatch.setattr(train, "apply_gradients", keep)
-    train.sft_stage(run, examples[:8])
-    records = [json.loads(line) for line in (run.folder.out / "metrics.jsonl").read_text().splitlines()]
+    train.sft_stage(run, examples[:8], examples[8:13])
+    update, validation = read_metrics(run.folder.out)
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
-    total, count, guided = 0.0, 0, 0
-    for place, example in train.data_order(examples[:8], 0, 8, 0, "sft"):
-        context, response = train.sft_pair(example, 0, place, run.cfg)
-        guided += context == example.guided_ids
-        assert response[-1] == run.tokenizer.eos_token_id
-        labels = [-100] * len(context) + response
-        total += theirs(torch.tensor([context + response]), labels=torch.tensor([labels])).loss * len(response)
-        count += len(response)
-    (total / count).backward()
+    batch = train.data_order(examples[:8], 0, 8, 0, "sft")
+    pairs = [train.sft_pair(example, 0, place, run.cfg) for place, example in batch]
+    assert all(response[-1] == run.tokenizer.eos_token_id for _, response in pairs)
+    guided = sum(context == example.guided_ids for (context, _), (_, example) in zip(pairs, batch, strict=True))
+    loss = hf_loss(theirs, pairs)
+    loss.backward()
     assert 0 < guided < 8
-    assert records[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+    assert update["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert len(gradients) == 1
     want = {name: parameter.grad for name, parameter in theirs.named_parameters() if name in gradients[0]}
     assert_equal_gradients(gradients[0], want, 1e-4)
+    pairs = [train.sft_pair(example, -1, place, run.cfg) for place, example in enumerate(examples[8:13])]
+    want = {"stage": "sft_validation", "epoch": 1.0, "step": 1, "loss": pytest.approx(hf_loss(theirs, pairs).item(), rel=1e-4)}
+    assert validation == want  # the update was not made, so it is the loss of the same weights
+    assert all(torch.equal(parallel.whole_tensor(p.grad), gradients[0][name]) for name, p in run.model.named_parameters())
+
+
+FEW_ROWS = "--method sft --sft_batch 3 --sft_validation 0.25 --sft_epochs 4 --sft_learning_rate 1e-2 --sft_warmup_ratio 1"
+
+
+def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worker, monkeypatch):
+    """A rate that rises to the end makes the loss rise again, on rows that are not trained on."""
+    data = write_rows(tmp_path / "rows.jsonl", tiny_rows(12))
+    run, examples = make_run(tmp_path, worker, "--data", data, *FEW_ROWS.split())
+    for_sft, validation, for_rl, lines = train.split_examples(examples, run.cfg, 256)
+    assert (len(for_sft), len(validation), for_rl, lines) == (9, 3, [], [])
+    after, read, real, pair = [], {True: set(), False: set()}, train.validate_sft, train.sft_pair
+
+    def keep_weights(run, *given):
+        real(run, *given)
+        after.append(weights_of(run.model))
+
+    def keep_ids(example, step, place, cfg):
+        read[torch.is_grad_enabled()].add(example.problem.id)
+        return pair(example, step, place, cfg)
+
+    monkeypatch.setattr(train, "validate_sft", keep_weights)
+    monkeypatch.setattr(train, "sft_pair", keep_ids)
+    train.sft_stage(run, for_sft, validation)
+    assert len(read[True]) == 9 and len(read[False]) == 3 and not read[True] & read[False]
+    records = [record for record in read_metrics(run.folder.out) if record["stage"] == "sft_validation"]
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    losses = [record["loss"] for record in records]
+    best = losses.index(min(losses))
+    assert 0 < best < 3  # neither the first nor the last
+    assert (run.progress.best_loss, run.progress.best_step) == (losses[best], 3 * best + 3)
+    for number, weights in enumerate(after):
+        same = all(torch.equal(a, b) for a, b in zip(weights, weights_of(run.model), strict=True))
+        assert same == (number == best)
+    with torch.no_grad():
+        pairs = [train.sft_pair(example, -1, 0, run.cfg) for example in validation]
+        assert train.sft_loss(run, pairs) == pytest.approx(losses[best], rel=1e-6)
+    # one after each that is the best so far, and at the end: the clock, which is at 10 minutes, asks for none
+    assert sorted(path.name for path in (run.folder.out / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+
+
+def test_half_an_epoch_is_validated_at_its_end(tmp_path, worker):
+    run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_epochs", 0.5, "--sft_batch", 4)
+    train.sft_stage(run, examples[:16], examples[16:18])
+    assert [(record["stage"], record["step"]) for record in read_metrics(run.folder.out)] == [
+        ("sft", 1), ("sft", 2), ("sft_validation", 2)
+    ]  # fmt: skip
+
+
+def test_sft_goes_without_rows_that_are_too_long_and_says_so(tmp_path, worker):
+    rows = tiny_rows(30)
+    rows[7]["solution"], rows[12]["solution"] = "2 " * 100, "2 " * 300  # the second is beyond the context too
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def split(name, *flags):
+        run, examples = make_run(tmp_path / name, worker, "--data", data, *flags)
+        return train.split_examples(examples, run.cfg, run.model.config.max_position_embeddings)
+
+    def ids(*parts):
+        return sorted(example.problem.id for part in parts for example in part)
+
+    for_sft, validation, _, lines = split("context", "--method", "sft")
+    assert ids(for_sft, validation) == sorted(row["id"] for row in rows if row is not rows[12]) and len(validation) == 3
+    assert lines == [f"left out of the SFT: 1 of 30 rows longer than the context of 256, the first {rows[12]['id']!r}"]
+    for_sft, validation, _, lines = split("shorter", "--method", "sft", "--sft_max_tokens", 100)
+    assert ids(for_sft, validation) == sorted(row["id"] for row in rows if row not in (rows[7], rows[12]))
+    assert lines == [f"left out of the SFT: 2 of 30 rows longer than --sft_max_tokens 100, the first {rows[7]['id']!r}"]
+    for seed in range(9):  # the row may be among those of RL, which do not need its solution
+        for_sft, _, for_rl, lines = split(f"rl{seed}", "--sft_fraction", 0.5, "--sft_validation", 0, "--data_seed", seed)
+        in_rl = rows[12]["id"] in ids(for_rl)
+        assert len(for_rl) == 15 and len(for_sft) == 14 + in_rl and any("left out" in line for line in lines) != in_rl
+    run, examples = make_run(tmp_path / "guided", worker, "--data", data, "--method", "sft", "--sft_guided", 1)
+    longest = max(len(example.auto_ids + example.solution_ids) for example in examples[:5])
+    assert len(train.split_examples(examples[:5], replace(run.cfg, sft_guided=0.0, sft_max_tokens=longest), 256)[0]) == 5
+    with pytest.raises(ValueError, match="5 of 5 rows longer than"):  # with their strategies they are
+        train.split_examples(examples[:5], replace(run.cfg, sft_max_tokens=longest), 256)
+    with pytest.raises(ValueError, match="30 of 30 rows longer than --sft_max_tokens 5, the first"):
+        split("all", "--method", "sft", "--sft_max_tokens", 5)
+    with pytest.raises(ValueError, match=f"{rows[12]['id']!r} needs .* the context holds 256"):
+        split("luffy", "--method", "luffy")  # its step needs every solution
+
+
+def test_without_validation_the_last_weights_count_and_the_start_says_so(tmp_path, capsys):
+    flags = "--method sft --sft_batch 3 --sft_epochs 1 --sft_learning_rate 1e-2 --device cpu".split()
+    few, data = (write_rows(tmp_path / f"{n}.jsonl", tiny_rows(n)) for n in (9, 12))
+    for name, more, words in (
+        ("few", ["--data", str(few)], "no SFT validation, the last weights count: 9 rows, --sft_validation 0.1\n"),
+        ("off", ["--data", str(data), "--sft_validation", "0"], "the last weights count: 12 rows, --sft_validation 0\n"),
+    ):
+        train.main([*flags, *more, "--out", str(tmp_path / name)])
+        assert words in capsys.readouterr().out
+        assert {record.get("stage") for record in read_metrics(tmp_path / name)[1:]} == {"sft"}
+
+
+def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
+    def line(method, **changes):
+        return train.most_sampled(train.Config(method=method, **changes), 32_768, held_out=128)
+
+    group = "25,165,824 tokens sampled a step (128 problems x (8 + 4) responses x 16,384)"
+    assert line("sgpo") == f"at most {group} and 1,048,576 an evaluation"
+    assert "14,680,064 tokens sampled a step (128 problems x (7 + 0) responses x 16,384)" in line("luffy")
+    assert "(8 + 0) responses x 32,768)" in line("grpo", max_new_tokens=99_999)  # cut to the context
+    assert line("sft", eval_max_new_tokens=10) == "at most 5,120 tokens an evaluation"
+
+
+def test_the_preset_of_a_first_run_gives_way_to_flags_and_to_a_run_that_is_resumed(tmp_path):
+    cfg = train.parse_config(["--model", "x", "--data", "y", "--preset", "first_run", "--problems_per_step", "9"])
+    assert (cfg.sft_epochs, cfg.max_new_tokens, cfg.problems_per_step) == (1, 1024, 9)
+    assert (cfg.eval_limit, cfg.eval_max_new_tokens) == (64, 1024)
+    plain = train.parse_config(["--model", "x", "--data", "y"])
+    assert (plain.sft_epochs, plain.max_new_tokens, plain.problems_per_step, plain.eval_limit) == (10, 16384, 128, 0)
+    resume = ["--out", str(tmp_path), "--resume"]
+    fresh = train.parse_config([*resume, "--preset", "first_run"])  # settings enough for a new run
+    assert fresh.max_new_tokens == 1024
+    record = {"config": {**vars(cfg), "out": str(tmp_path)}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    again = [train.parse_config([*resume, *more]) for more in ([], ["--preset", "first_run"])]
+    assert again[0] == again[1] == replace(cfg, out=str(tmp_path), resume=True)
 
 
 @pytest.mark.parametrize("loss, gradient", [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (math.inf, 1.0)])
@@ -2719,6 +2856,10 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--temperature", "nan"], "must be positive and finite"),
         (["--sft_fraction", "1.5"], "must be within 0 and 1"),
         (["--top_p", "0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["--sft_validation", "0.6"], "--sft_validation 0.6: must be within 0 and 0.5"),
+        (["--sft_warmup_ratio", "1.1"], "--sft_warmup_ratio 1.1: must be within 0 and 1"),
+        (["--sft_max_tokens", "0"], "--sft_max_tokens 0: must be at least 1"),
+        (["--preset", "last_run"], "invalid choice: 'last_run'"),
         (["--minibatches", "99"], "more than the 16 problems"),
         (["--delta", "nan"], "--delta nan: must be positive"),
         (["--delta", "0"], "--delta 0.0: must be positive"),
@@ -2752,6 +2893,8 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
     assert (cfg.group_auto, cfg.group_guided, cfg.clip_low, cfg.clip_high, cfg.delta) == (8, 4, 0.2, 0.28, 1.0)
     assert (cfg.alpha_0, cfg.gamma, cfg.alpha_max, cfg.eval_temperature, cfg.eval_top_p) == (0.5, 0.1, 0.8, 0.6, 0.95)
     assert cfg.eval_data == "" and cfg.sft_fraction == pytest.approx(1 / 3)
+    assert (cfg.sft_epochs, cfg.sft_batch, cfg.sft_learning_rate, cfg.sft_warmup_ratio) == (10, 64, 1e-5, 0.1)
+    assert (cfg.sft_validation, cfg.sft_max_tokens, cfg.max_new_tokens) == (0.1, 16384, 16384)
     starter = train.parse_config(["--model", "x"])
     assert starter.data.endswith("data/starter/train.jsonl") and starter.learning_rate == 1e-6
     tiny = train.parse_config(["--learning_rate", "0.5", "--no-eval_guided"])
@@ -2884,7 +3027,7 @@ METHOD_FLAGS = {
     "hinted": "",
     "luffy": "",
     "hpt": "--hpt_gate 4",  # half of the group, so that some problems are rollouts and others solutions
-    "sft": "--sft_epochs 0.03",
+    "sft": "--data FEW --sft_epochs 3 --sft_validation 0.25 --sft_learning_rate 1e-3",
 }
 RANK_SCRIPT = """
 import sys
@@ -2901,7 +3044,8 @@ if more:
 torch.distributed.destroy_process_group()
 """
 COMMON = (
-    "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --sft_fraction 0.01 --sft_batch 3 --device cpu"
+    "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --device cpu "
+    "--sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
 )
 
 
@@ -2919,7 +3063,12 @@ def rank_runs(tmp_path_factory):
     always some that have nothing to do."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "all_methods.py"
-    script.write_text(RANK_SCRIPT.format(flags=METHOD_FLAGS, common=COMMON))
+    rows = tiny_rows(12)
+    for i in train.shuffled(range(12), rollout.stream_seed(0, "sft validation"))[3:]:
+        rows[i]["solution"] = "9 " * 20  # learning that makes the loss of the other three rise: the first epoch's weights count
+    few = str(write_rows(folder / "few.jsonl", rows))
+    flags = {method: flags.replace("FEW", few) for method, flags in METHOD_FLAGS.items()}
+    script.write_text(RANK_SCRIPT.format(flags=flags, common=COMMON))
     on_ranks(1, script, folder / "1")
     # One start for two kinds of run: starting is what takes long.
     on_ranks(2, script, folder / "2", "--out", folder / "2, offloaded/sgpo", "--offload")
@@ -2934,8 +3083,11 @@ def test_ranks_equal_one(method, name, rank_runs):
     """Loss, clipped gradient norm, every other metric, and the weights after the run; `--sft_fraction` adds SFT to all."""
     one, many = read_metrics(rank_runs / "1" / method), read_metrics(rank_runs / name / method)
     assert many[0]["ranks"] == int(name[0]) and len(one) == len(many)
-    if method != "sft":
-        assert {"sft", method, "eval"} == {record["stage"] for record in one[1:]}
+    stages = {"sft", "sft_validation"} if method == "sft" else {"sft", method, "eval"}
+    assert stages == {record["stage"] for record in one[1:]}
+    if method == "sft":
+        losses = [record["loss"] for record in one if record.get("stage") == "sft_validation"]
+        assert min(losses) == losses[0] < losses[-1] - 0.1
     noise = (*TIMES, "ratio_error", "logprob_error", "first_ratio_error", "first_logprob_error")
     for a, b in zip(one[1:], many[1:], strict=True):
         a, b = ({k: v for k, v in record.items() if k not in noise} for record in (a, b))
@@ -3107,8 +3259,21 @@ def test_an_error_of_ragged_work_comes_through_and_none_is_begun_after_sigterm()
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
-RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 4 --eval_every 1 --sft_fraction 0.01 --sft_batch 3"
-RESUMED += " --device cpu"
+RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 4 --eval_every 1 --device cpu"
+# four updates on 13 rows, validated after the second and the fourth
+RESUMED += " --sft_fraction 0.475 --sft_validation 0.3 --sft_batch 7 --sft_epochs 2 --sft_learning_rate 1e-3"
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Flags of the run that is stopped and goes on: the loss on the held-out rows of SFT rises, so RL starts from the second
+    update's weights. The other rows teach something else."""
+    rows = tiny_rows(40)
+    for_sft = train.shuffled(range(40), rollout.stream_seed(0, "split"))[:19]
+    for i in train.shuffled(for_sft, rollout.stream_seed(0, "sft validation"))[6:]:
+        rows[i]["solution"] = "9 " * 20
+    data = write_rows(tmp_path_factory.mktemp("resumed") / "rows.jsonl", rows)
+    return [*RESUMED.split(), "--data", str(data), "--eval_data", str(ROOT / "data/tiny/test.jsonl")]
 
 
 def same_run(a, b):
@@ -3119,6 +3284,9 @@ def same_run(a, b):
         [{k: v for k, v in record.items() if k not in TIMES and k != "config"} for record in read_metrics(f)] for f in (a, b)
     )
     assert one == two
+    assert [[f.name for f in sorted(folder.iterdir())] for folder in (a, b)] == [
+        [".lock", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
+    ] * 2  # the best weights of SFT are removed
     last = [sorted((f / "checkpoints").iterdir())[-1] for f in (a, b)]
     assert last[0].name == last[1].name
     for file in last[0].glob("*.safetensors"):
@@ -3126,9 +3294,11 @@ def same_run(a, b):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(resumed, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train.main([*RESUMED.split(), "--checkpoint_minutes", "0", "--out", str(out)])
+    train.main([*resumed, "--checkpoint_minutes", "0", "--out", str(out)])
+    first, second = (record["loss"] for record in read_metrics(out) if record.get("stage") == "sft_validation")
+    assert first < second
     return out
 
 
@@ -3136,15 +3306,17 @@ def uninterrupted(tmp_path_factory):
     "module, where, call, ends_at",
     [
         (grading, "sample_records", 1, (0, 0)),  # the evaluation of the base model
-        (train, "sft_pair", 4, (2, 0)),  # a step of SFT, which is finished
-        (sgpo, "sample_and_grade", 2, (2, 1)),  # sampling, which is given up
-        (sgpo, "update", 3, (2, 2)),  # an update, which is finished
-        (grading, "sample_records", 6, (2, 2)),  # a periodic evaluation
+        (train, "sft_pair", 4, (1, 0)),  # a step of SFT, which is finished
+        (train, "validate_sft", 1, (2, 0)),  # its validation
+        (checkpoint, "load_checkpoint", 1, (4, 0)),  # its best weights are put back
+        (sgpo, "sample_and_grade", 2, (4, 1)),  # sampling, which is given up
+        (sgpo, "update", 3, (4, 2)),  # an update, which is finished
+        (grading, "sample_records", 6, (4, 2)),  # a periodic evaluation
         (train, "save_model", 1, None),  # too late to be asked: the run ends by itself
     ],
 )
 def test_sigterm_then_resume_equals_an_uninterrupted_run(
-    module, where, call, ends_at, uninterrupted, tmp_path, monkeypatch, capsys
+    module, where, call, ends_at, resumed, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     calls, ended, real = [], [], getattr(module, where)
 
@@ -3158,7 +3330,7 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(
 
     monkeypatch.setattr(module, where, call_and_signal)
     out = tmp_path / "run"
-    train.main([*RESUMED.split(), "--checkpoint_minutes", "1e9", "--out", str(out)])
+    train.main([*resumed, "--checkpoint_minutes", "1e9", "--out", str(out)])
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert (len(calls) - len(ended)) == (where in ("sample_records", "sample_and_grade"))  # these are cut short at once
@@ -3176,6 +3348,64 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(
         random.seed(99)
         train.main(["--out", str(out), "--resume"])
     same_run(uninterrupted, out)
+
+
+@pytest.mark.parametrize(
+    "where, call, steps",
+    [
+        ("save_checkpoint", 2, 1),  # the second step's weights would have been kept
+        ("save_checkpoint", 3, 1),  # they are, but no checkpoint says so
+        ("load_checkpoint", 1, 3),  # the last step would have ended with them
+        ("save_checkpoint", 5, 3),  # it has
+        ("save_checkpoint", 6, 4),
+    ],
+)
+def test_a_crash_around_the_best_weights_changes_nothing(
+    where, call, steps, resumed, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    class Killed(BaseException):
+        pass
+
+    calls, real = [], getattr(checkpoint, where)
+
+    def die(*arguments, **settings):
+        calls.append(where)
+        if len(calls) == call:
+            raise Killed
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(checkpoint, where, die)
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        train.main([*resumed, "--checkpoint_minutes", "0", "--out", str(out)])
+    monkeypatch.undo()
+    capsys.readouterr()
+    train.main(["--out", str(out), "--resume"])
+    assert f"step-{steps:06d}, {steps} SFT and 0 RL steps" in capsys.readouterr().out
+    same_run(uninterrupted, out)
+
+
+def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker, "--offload")
+    folder, progress, weights = run.folder.out, run.progress, weights_of(run.model)
+    for step in range(1, 7):
+        progress.sft_steps = step
+        if step != 4:
+            run.folder.save_best(run.model, step)
+            progress.best_step = step
+        states = [checkpoint._content(path)["state"] for path in sorted((folder / "checkpoints").glob("step-*"))]
+        kept = {path.name for path in (folder / "best").iterdir()}
+        assert {f"step-{state['progress']['best_step']:06d}" for state in states} <= kept and len(kept) <= 3
+        run.folder.save(run.model, run.optimizer, progress)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()
+    run.folder.load_best(run.model, 6)
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(run.model), strict=True))
+    file = next((folder / "best/step-000006").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(checkpoint.CheckpointError, match="best/step-000006/.* does not have the digest"):
+        run.folder.load_best(run.model, 6)
 
 
 @pytest.fixture
@@ -3209,21 +3439,21 @@ def test_a_damaged_checkpoint_is_passed_over(harm, stopped, uninterrupted, capsy
     else:
         newest.rename(newest.with_suffix(".part"))
     path, state, refused = checkpoint.find_checkpoint(stopped / "checkpoints")
-    assert state["progress"]["rl_steps"] == 2 and path.name == "step-000004"
+    assert state["progress"]["rl_steps"] == 2 and path.name == "step-000006"
     assert (harm == "part") == (not refused) and all(str(newest) in reason for reason in refused)
     train.main(["--out", str(stopped), "--resume"])
     said = capsys.readouterr().out
-    assert "2 SFT and 2 RL steps" in said and ("is damaged and passed over" in said) == (harm != "part")
+    assert "4 SFT and 2 RL steps" in said and ("is damaged and passed over" in said) == (harm != "part")
     same_run(uninterrupted, stopped)
     assert not list(stopped.glob("checkpoints/*.part"))
 
 
-def test_two_checkpoints_are_kept_and_where_all_are_damaged_the_run_begins_anew(stopped, uninterrupted, capsys):
+def test_two_checkpoints_are_kept_and_where_all_are_damaged_the_run_begins_anew(stopped, resumed, uninterrupted, capsys):
     kept = sorted((stopped / "checkpoints").iterdir())
-    assert [path.name for path in kept] == ["step-000004", "step-000005"]
+    assert [path.name for path in kept] == ["step-000006", "step-000007"]
     for path in kept:
         next(path.glob("*.safetensors")).unlink()
-    train.main([*RESUMED.split(), "--checkpoint_minutes", "0", "--out", str(stopped), "--resume"])
+    train.main([*resumed, "--checkpoint_minutes", "0", "--out", str(stopped), "--resume"])
     assert "nothing to resume: from the start" in capsys.readouterr().out
     same_run(uninterrupted, stopped)
 
@@ -3242,7 +3472,7 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     assert checkpoint.find_checkpoint(folder)[:2] == before and not (folder / "step-000009").exists()
     checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000009"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000009"]
 
 
 def test_a_checkpoint_from_before_the_first_update_leaves_no_moments(tmp_path, worker):
@@ -3262,11 +3492,11 @@ def test_a_checkpoint_is_written_when_it_is_due_and_not_again_at_once(tmp_path, 
     run, _ = make_run(tmp_path, worker, "--checkpoint_minutes", 60)
     written = []
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda folder, name, *_, **__: written.append(name))
-    train.after_step(run, last=False)
+    train.after_step(run, always=False)
     assert written == []
     run.folder.saved_at -= 3601
     for _ in range(2):
-        train.after_step(run, last=False)
+        train.after_step(run, always=False)
     assert written == ["step-000000"]
 
 
@@ -7907,7 +8137,8 @@ def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
             "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", raw),
             "TRAIN_FLAGS": "--problem_column question --solution_column worked --count 12",
             "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 2",
-            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --sft_batch 4 --eval_every 0 --device cpu",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --eval_every 0 --device cpu "
+            "--sft_batch 4 --sft_epochs 1",
             "EVAL_FLAGS": "--n 2 --max_new_tokens 24 --device cpu",
         }  # fmt: skip
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
@@ -7989,8 +8220,9 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
             "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": tmp_path / "unread",
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
             "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
-            "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think strip",
-            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --sft_batch 4 --eval_every 0 --device cpu",
+            "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
+            "--sft_batch 4 --sft_epochs 1",
             "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
         }  # fmt: skip
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
@@ -7998,7 +8230,7 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert len(server.requests) >= 12 * 5  # k = 5 candidates, the default
     train_rows = load_problems(work / "train/train.jsonl")
-    assert len(train_rows) == 12 and all(row.solution and "think" not in row.solution for row in train_rows)
+    assert len(train_rows) == 12 and all(row.solution.startswith("<think>\nhm\n</think>\n") for row in train_rows)  # kept
     assert read_metrics(work / "run")[0]["ranks"] == 2
     for side in ("base", "trained"):
         result = json.loads((work / f"{side}.json").read_text())
@@ -8318,22 +8550,39 @@ def test_plan_of_the_largest_terms_by_hand():
     captured = 8 + 16 + 24 + 32 + 48 + 64 + 96 + 128 + 192  # sizes of a decode step up to 16 problems' 12 rows
     assert sampling["logits"] == V * (2 * captured + 192 * (2 + 4 + 4 + 8))
     head = update["loss at the head (policy loss)"]
-    assert head["activations kept for the backward pass"] == 16384 * L * D * 2
+    T = 200 + 16384  # a prompt and the longest response
+    assert head["activations kept for the backward pass"] == T * L * D * 2
     assert head["chunks of logits"] == 4 * 256 * V * 4 and head["gradient of the head"] == V * D * 2
     assert head["embedding and head, gathered"] == (2 * V + 1) * D * 2
     kl = update["loss at the head (KL)"]
-    tokens = 500 + 8192  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
+    tokens = 500 + 16384  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
     assert kl["hidden states of the guided pass"] == tokens * D * 2 and kl["chunks of logits"] == 6.5 * 256 * V * 4
     last = update["backward pass of block 28 of 28, in its MLP (policy loss)"]
-    sequences = 8  # of 2048 tokens in 16384; each looks at its prompt's keys again
+    sequences = 5  # of 4096 tokens in T, the last one short; each looks at its prompt's keys again
     saved = 2 * (4 + 2 + 2) * D + 8 + 2 * D + 4 * 28 + 2 * D + 8 * W  # norms, queries and results, log-denominators, MLP
-    keys = 2 * 512 * 2 * (16384 + sequences * 200)
-    assert last["activations of the block at work"] == 16384 * (saved + 2 * (2 * W + D)) + keys
+    keys = 2 * 512 * 2 * (T + sequences * 200)
+    assert last["activations of the block at work"] == T * (saved + 2 * (2 * W + D)) + keys
     block = 2 * D * D + 2 * 512 * D + D + 2 * 512 + 3 * D * W + 2 * D
     assert last["blocks, gathered"] == 2 * 2 * block and last["gradients of a block"] == 2 * D * W
     kept = plan.make_plan(config, plan.Settings(recompute=False), gpus=8, gpu_memory=80)
     plain = kept.memory.update["loss at the head (policy loss)"]
-    assert plain["activations kept for the backward pass"] == L * (16384 * saved + keys)
+    assert plain["activations kept for the backward pass"] == L * (T * saved + keys)
+    for settings, longest in (({"sft_max_tokens": 20_000}, 20_000), ({"sft_max_tokens": 99_999}, 32_768),
+                              ({"sft_max_tokens": 20_000, "sft_fraction": 0.0}, T)):  # fmt: skip
+        update = plan.make_plan(config, plan.Settings(**settings), gpus=8, gpu_memory=80).memory.update
+        kept = update["loss at the head (policy loss)"]["activations kept for the backward pass"]
+        assert kept == longest * L * D * 2, settings
+
+
+def test_plan_of_the_warm_up_by_hand():
+    """8,500 problems, a third for SFT: 2,833, of which 283 are held out: 10 x 2,550 / 64 updates, 10 x 283 passes forward."""
+    config = known_config("Qwen2.5-7B-Instruct")
+    hardware = plan.Hardware(memory_bandwidth=1e30, link_in_node=1e30, flops=1e15, update_share=0.5, prefill_share=0.25)
+    made = plan.make_plan(config, plan.Settings(), gpus=8, gpu_memory=80, hardware=hardware)
+    one = plan.forward_flops(made.shape, [(0, 200 + 4096)], 4096)
+    assert made.sft_s == pytest.approx(399 * 8 * 4 * one / 0.5e15 + 10 * 36 * one / 0.25e15)  # 64 / 8 and 283 / 8 a GPU
+    none = plan.make_plan(config, plan.Settings(sft_validation=0.0), gpus=8, gpu_memory=80, hardware=hardware)
+    assert none.sft_s == pytest.approx(443 * 8 * 4 * one / 0.5e15)
 
 
 def test_plan_of_copies_and_of_offloading():
@@ -8389,7 +8638,9 @@ def test_plan_largest_values_are_the_edge(name, gpus, settings):
 
 
 TOO_LARGE = [  # model, GPUs, GB of one, settings, what helps
-    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False}, ["--recompute", "--micro_tokens N"]),  # activations
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False}, ["--recompute"]),  # activations, of one long response too
+    ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": False, "max_new_tokens": 8192, "sft_max_tokens": 8192},
+     ["--recompute", "--micro_tokens N"]),
     ("Qwen2.5-7B-Instruct", 8, 50, {"recompute": True, "chunk_tokens": 8192}, ["--chunk_tokens N", "--offload"]),  # logits
     ("Qwen2.5-7B-Instruct", 8, 40, {"recompute": False}, ["--cache_tokens N --recompute"]),  # no place for the prompts either
     ("Qwen2.5-7B-Instruct", 8, 80, {"recompute": True, "shard_ranks": 1}, ["--shard_ranks N", "--offload"]),
@@ -9155,7 +9406,8 @@ def report_three_methods(root):
     report_run(root / "grpo/0", grpo, method="grpo")
     at = dict(stage="eval", step=0)
     evals = [at | dict(accuracy=0.25, guided=False), at | dict(accuracy=0.75, guided=False), at | dict(accuracy=1, guided=True)]
-    report_run(root / "sft/0", [evals[0], {"stage": "sft", "step": 1, "loss": 2.0}, *evals[1:]], method="sft")
+    losses = [{"stage": stage, "step": 1, "loss": 2.0} for stage in ("sft", "sft_validation")]
+    report_run(root / "sft/0", [evals[0], *losses, *evals[1:]], method="sft")
     return [sgpo, str(root / "grpo"), str(root / "sft")]
 
 

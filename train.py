@@ -81,25 +81,29 @@ class Config(Method):
     data_seed: int = knob(-1, "seeds the split and the order of the problems; -1: as --seed")
     shuffle_strategies: bool = knob(False, "a control: each problem gets the strategy of one of another type [ours]")
     # schedule
-    epochs: float = knob(10.0, "passes over the RL problems [paper]; --steps overrides")
+    epochs: float = knob(10.0, "passes over the RL problems [app E]; --steps overrides")
     steps: int = knob(0, "number of steps; 0: from --epochs")
-    learning_rate: float = knob(1e-6, "peak learning rate of RL [paper]")
+    learning_rate: float = knob(1e-6, "peak learning rate of RL [app E]")
     lr_warmup_steps: int = knob(0, "steps of linear warm-up")
     lr_decay: str = knob("constant", "after the warm-up", ("constant", "linear"))
     weight_decay: float = knob(0.01, "AdamW's decoupled weight decay")
     # supervised stage
-    sft_fraction: float = knob(1 / 3, "share of the problems used for the SFT warm-up instead of RL [paper]; 0: none")
-    sft_epochs: float = knob(1.0, "passes over them (with --method sft: over all problems) [ours; the paper has 10]")
-    sft_batch: int = knob(64, "solutions in one SFT update [paper]")
-    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [paper], decayed linearly [ours]")
+    sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: none")
+    sft_epochs: float = knob(10.0, "passes over them [app E]; with --method sft over all problems")
+    sft_batch: int = knob(64, "solutions in one SFT update [app E]")
+    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [app E], decayed linearly [ours]")
+    sft_warmup_ratio: float = knob(0.1, "share of the SFT updates in which its rate rises linearly to the peak [app E]")
+    sft_validation: float = knob(0.1, "share of its rows held out: the weights of lowest loss there count [app E]; 0: the last")
+    sft_max_tokens: int = knob(16384, "SFT goes without rows longer than this, prompt and solution together [app E]")
     sft_guided: float = knob(0.0, "share of the SFT examples whose prompt holds the strategy [ours]")
     # evaluation
     eval_every: int = knob(20, "steps between evaluations; 0: only before and after")
     eval_n: int = knob(4, "responses a problem")
     eval_limit: int = knob(0, "evaluate on the first problems only, this many; 0: all")
+    eval_max_new_tokens: int = knob(2048, "longest response, in tokens; cut to the context [ours]")
     eval_guided: bool = knob(False, "before and after, evaluate with the strategy in the prompt too")
-    eval_temperature: float = knob(0.6, "[paper]")
-    eval_top_p: float = knob(0.95, "[paper]")
+    eval_temperature: float = knob(0.6, "[§4.2]")
+    eval_top_p: float = knob(0.95, "[§4.2]")
     # machine
     recompute: bool = knob(True, "recompute each block in the backward pass: far less memory, a third more work")
     dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
@@ -122,9 +126,10 @@ MAY_CHANGE = (
 TINY = dict(
     model=str(HERE / "data/tiny/base"), data=str(HERE / "data/tiny/train.jsonl"), eval_data=str(HERE / "data/tiny/test.jsonl"),
     problems_per_step=16, steps=60, max_new_tokens=32, max_rows=1024, learning_rate=1e-4, lr_warmup_steps=5, lr_decay="linear",
-    weight_decay=0.0, sft_fraction=0.0, sft_learning_rate=3e-4, eval_guided=True, recompute=False,
+    weight_decay=0.0, sft_fraction=0.0, sft_learning_rate=3e-4, eval_guided=True, recompute=False, eval_max_new_tokens=32,
 )  # fmt: skip
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
+FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval_limit=64, eval_max_new_tokens=1024)
 
 
 def parse_config(argv: Sequence[str] | None) -> Config:
@@ -139,12 +144,15 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         else:
             options |= {"type": spec.type, "choices": choices_of(spec)}
         parser.add_argument(f"--{spec.name}", **options)
+    parser.add_argument("--preset", choices=["first_run"], help=f"{FIRST_RUN}; flags beat it, as do a resumed run's settings")
     given = vars(parser.parse_args(argv))
+    named = FIRST_RUN if given.pop("preset") else {}
     preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}
     if given.get("data"):
         preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
+    preset = preset | named
     stored = stored_config(Path(given["out"])) if given.get("resume") and given.get("out") else None
-    if given.get("resume") and given.get("out") and not stored and given.keys() <= set(MAY_CHANGE):
+    if given.get("resume") and given.get("out") and not (stored or named) and given.keys() <= set(MAY_CHANGE):
         parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
     if stored:
         preset = stored
@@ -176,6 +184,9 @@ RANGES = (  # settings, what they must be, and whether a value is so
     ("group_auto", "a group's advantage needs at least 2 trajectories", lambda x: x >= 2),
     ("delta", "must be positive; inf drops nothing", lambda x: x > 0),
     ("keep_checkpoints", "must be at least 2, for when the newest is damaged", lambda x: x >= 2),
+    ("sft_max_tokens eval_max_new_tokens", "must be at least 1", lambda x: x >= 1),
+    ("sft_warmup_ratio", "must be within 0 and 1", lambda x: 0 <= x <= 1),
+    ("sft_validation", "must be within 0 and 0.5", lambda x: 0 <= x <= 0.5),
 )  # fmt: skip
 
 
@@ -247,20 +258,22 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         if "solution" in needs:
             # the end is a target too, or the model never learns to stop
             solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+        examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
+        if cfg.method == "sft":
+            continue  # a row that is too long for the SFT is left out, see split_examples
         prompt = max(len(auto_ids), len(guided_ids or []))
-        longest = prompt + len(solution_ids or [0])
+        longest = prompt + (len(solution_ids) if "solution" in METHODS[cfg.method].needs else 1)
         if longest > context:
             raise ValueError(
                 f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution if it is used), "
                 f"the context holds {context}"
             )
         cache = smallest_cache(prompt, min(cfg.max_new_tokens, context - prompt))
-        if cfg.method != "sft" and 0 < cfg.cache_tokens < cache:
+        if 0 < cfg.cache_tokens < cache:
             raise ValueError(
                 f"{cfg.data}: {problem.id!r} has a prompt of {prompt} tokens, which with a response of "
                 f"{cfg.max_new_tokens} needs --cache_tokens {cache}, not {cfg.cache_tokens}"
             )
-        examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
     return examples
 
 
@@ -281,21 +294,44 @@ def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, st
 # ---------------------------------------------------------------------------------------------------- supervised stage
 
 
-def sft_stage(run: Run, examples: Sequence[Example]) -> None:
-    """Token-mean cross-entropy on the strong model's solutions; the SFT warm-up, and the whole of --method sft."""
+def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Example]) -> None:
+    """Token-mean cross-entropy on the strong model's solutions; the SFT warm-up, and the whole of --method sft. It ends with
+    the weights of lowest loss on the validation examples, measured after each epoch; without any, with the last."""
     cfg, progress, rank = run.cfg, run.progress, world()[0]
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
+    warmup = round(cfg.sft_warmup_ratio * steps)
     for step in tqdm(range(progress.sft_steps, steps), "sft", steps, initial=progress.sft_steps, disable=rank > 0):
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
-        learning_rate = cfg.sft_learning_rate * (1 - step / steps)
-        loss, norm = sft_update(run, [sft_pair(example, step, place, cfg) for place, example in batch], learning_rate)
+        learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, warmup, "linear")
+        loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
+        norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
         progress.count_skipped(not may_step(loss, norm), cfg.max_skipped, f"now {loss} and {norm}")
         run.folder.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
         if rank == 0:
             tqdm.write(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}")
         progress.sft_steps = step + 1
-        after_step(run, last=step + 1 == steps)
+        last, epoch = step + 1 == steps, (step + 1) * cfg.sft_batch // len(examples)
+        if validation and (last or epoch > step * cfg.sft_batch // len(examples)):
+            validate_sft(run, validation, cfg.sft_epochs if last else float(epoch))
+        if last and 0 < progress.best_step < steps:
+            run.folder.load_best(run.model, progress.best_step)
+        after_step(run, always=last or progress.best_step == step + 1)
+
+
+def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
+    """The loss on the examples, over all ranks, logged; if it is the lowest so far, the weights are kept on the disk."""
+    progress = run.progress
+    mine = my_share(list(enumerate(examples)), [len(example.solution_ids) for example in examples])
+    with torch.no_grad():  # step -1: with --sft_guided an example has the same context every time
+        loss = sft_loss(run, [sft_pair(example, -1, place, run.cfg) for place, example in mine])
+    run.folder.log({"stage": "sft_validation", "epoch": epoch, "step": progress.sft_steps, "loss": loss})
+    lowest = loss < progress.best_loss
+    if world()[0] == 0:
+        tqdm.write(f"sft validation after epoch {epoch:g}: loss {loss:.4f}{', the lowest so far' if lowest else ''}")
+    if lowest:
+        progress.best_loss, progress.best_step = loss, progress.sft_steps
+        run.folder.save_best(run.model, progress.best_step)
 
 
 def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
@@ -304,10 +340,10 @@ def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list
     return (example.guided_ids if draw < cfg.sft_guided else example.auto_ids), example.solution_ids
 
 
-def sft_update(run: Run, pairs: Sequence[tuple[list[int], list[int]]], learning_rate: float) -> tuple[float, float]:
-    """One optimizer update on this rank's (context, response) pairs: (loss, gradient norm) over all ranks."""
+def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
+    """Cross-entropy in nats a response token, over all ranks' pairs; where gradients are on, its gradient is accumulated."""
     cfg, device, total = run.cfg, run.model.device, 0.0
-    tokens = all_reduce({"tokens": sum(len(response) for _, response in pairs)}, device)["tokens"]  # of the whole update
+    tokens = all_reduce({"tokens": sum(len(response) for _, response in pairs)}, device)["tokens"]  # of all ranks
     costs = [len(context) + len(response) for context, response in pairs]
     for indices in pad_micro_batches(micro_batches(costs, cfg.micro_tokens), device):
         contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
@@ -316,10 +352,10 @@ def sft_update(run: Run, pairs: Sequence[tuple[list[int], list[int]]], learning_
         terms = partial(sft_terms, temperature=1.0)  # whatever RL samples at: it learns the text as it is
         head = partial(chunked_head, terms=terms, inputs=(packed.targets, weight), at=packed.predict)
         loss, _ = run.model(**packed.layout, head=partial(head, chunk_tokens=cfg.chunk_tokens))
-        loss.backward()
+        if torch.is_grad_enabled():
+            loss.backward()
         total += loss.item()
-    total = all_reduce({"loss": total}, device)["loss"]
-    return total, apply_gradients(run.model, run.optimizer, total, learning_rate, cfg.max_grad_norm)
+    return all_reduce({"loss": total}, device)["loss"]
 
 
 # ---------------------------------------------------------------------------------------------------- RL stage
@@ -339,12 +375,13 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem])
                 tqdm.write(f"eval after step {step}: accuracy {plus_minus(accuracy)}")
         batch = data_order(examples, step, cfg.problems_per_step, cfg.data_seed, "rl")
         batch = my_share(batch, [expected_length(example.problem) for _, example in batch])
-        metrics = rl_step(run, batch, step + 1, learning_rate_at(cfg, step, steps))
+        learning_rate = learning_rate_at(cfg.learning_rate, step, steps, cfg.lr_warmup_steps, cfg.lr_decay)
+        metrics = rl_step(run, batch, step + 1, learning_rate)
         run.folder.log({"stage": cfg.method, **metrics})
         if rank == 0:
             tqdm.write(step_line(metrics, steps))
         progress.rl_steps = step + 1
-        after_step(run, last=step + 1 == steps)
+        after_step(run, always=step + 1 == steps)
 
 
 def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
@@ -374,20 +411,18 @@ def rl_steps(cfg: Config, examples: int) -> int:
     return cfg.steps or math.ceil(cfg.epochs * examples / cfg.problems_per_step)
 
 
-def learning_rate_at(cfg: Config, step: int, steps: int) -> float:
+def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str) -> float:
     """Linear warm-up to the peak, then constant or linearly down to zero at the last step; steps count from 0."""
-    if step < cfg.lr_warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.lr_warmup_steps
-    if cfg.lr_decay == "constant":
-        return cfg.learning_rate
-    return cfg.learning_rate * (steps - step) / max(steps - cfg.lr_warmup_steps, 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak if decay == "constant" else peak * (steps - step) / max(steps - warmup, 1)
 
 
-def after_step(run: Run, *, last: bool) -> None:
-    """After every step: a checkpoint if one is due, by rank 0's clock or at a stage's end, and the end of the run if SIGTERM
-    asked for it."""
+def after_step(run: Run, *, always: bool) -> None:
+    """After every step: a checkpoint if one is due by rank 0's clock, or always (but with --checkpoint_minutes inf), and the
+    end of the run if SIGTERM asked for it."""
     every = 60 * run.cfg.checkpoint_minutes
-    due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (last and every < math.inf))
+    due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
     if asked == 2:
         raise Interrupted
@@ -431,9 +466,9 @@ def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str,
     seed = stream_seed(cfg.seed, "eval") % 2**31  # the same draws at every evaluation, on any number of ranks
     with whole_model(run.model) as policy:
         figures = evaluate(
-            policy, run.tokenizer, problems, ragged=run.control.interruptible, n=cfg.eval_n, max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, seed=seed, worker=run.worker, guided=guided,
-            max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None, show=world()[0] == 0,
+            policy, run.tokenizer, problems, ragged=run.control.interruptible, n=cfg.eval_n, seed=seed,
+            max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, guided=guided,
+            worker=run.worker, max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None, show=world()[0] == 0,
         )  # fmt: skip
     return {"guided": guided} | {name: value for name, value in figures.items() if name != "correct"}  # a number per problem
 
@@ -441,7 +476,7 @@ def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str,
 def show(run: Run, problem: Problem, when: str) -> None:
     """Rank 0 prints one response alone and one guided, at the evaluation's settings."""
     cfg, seed = run.cfg, stream_seed(run.cfg.seed, "show")
-    settings = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
+    settings = dict(max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
     with whole_model(run.model) as policy:
         if world()[0] == 0:
             show_responses(policy, run.tokenizer, problem, when, worker=run.worker, seed=seed, **settings)
@@ -470,16 +505,52 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
 
 
-def split_examples(examples: list[Example], cfg: Config) -> tuple[list[Example], list[Example]]:
-    """(for SFT, for RL): a seeded split without overlap; --method sft takes all."""
-    if cfg.method == "sft":
-        return examples, []
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(stream_seed(cfg.data_seed, "split")))
-    shuffled = [examples[i] for i in order.tolist()]
-    cut = round(cfg.sft_fraction * len(examples))
-    if cut == len(examples):
-        raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
-    return shuffled[:cut], shuffled[cut:]
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order.tolist()]
+
+
+def split_examples(
+    examples: list[Example], cfg: Config, context: int
+) -> tuple[list[Example], list[Example], list[Example], list[str]]:
+    """(for SFT, for its validation, for RL, what to say about it): a seeded split without overlap; --method sft takes all. SFT
+    goes without the rows that are too long for it. ValueError if that leaves it none, or if none are left for RL."""
+    for_sft, for_rl, lines = examples, [], []
+    if cfg.method != "sft":
+        order = shuffled(examples, stream_seed(cfg.data_seed, "split"))
+        cut = round(cfg.sft_fraction * len(examples))
+        if cut == len(examples):
+            raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
+        for_sft, for_rl = order[:cut], order[cut:]
+
+    def length(example: Example) -> int:
+        contexts = [example.auto_ids, example.guided_ids] if cfg.sft_guided > 0 else [example.auto_ids]
+        return max(map(len, contexts)) + len(example.solution_ids)
+
+    longest = min(cfg.sft_max_tokens, context)
+    too_long = [example.problem.id for example in for_sft if length(example) > longest]
+    if too_long:
+        limit = f"{'--sft_max_tokens' if longest == cfg.sft_max_tokens else 'the context of'} {longest}"
+        text = f"left out of the SFT: {len(too_long):,} of {len(for_sft):,} rows longer than {limit}, the first {too_long[0]!r}"
+        if len(too_long) == len(for_sft):
+            raise ValueError(f"{cfg.data}: {text}")
+        lines.append(text)
+        for_sft = [example for example in for_sft if length(example) <= longest]
+    count = round(cfg.sft_validation * len(for_sft)) if len(for_sft) >= 10 else 0
+    if for_sft and not count:
+        lines.append(f"no SFT validation, the last weights count: {len(for_sft)} rows, --sft_validation {cfg.sft_validation:g}")
+    for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation")) if count else for_sft
+    return for_sft[count:], for_sft[:count], for_rl, lines
+
+
+def most_sampled(cfg: Config, context: int, held_out: int) -> str:
+    """How many tokens a step and an evaluation can sample at most, for whoever pays for them."""
+    variant, longest = METHODS[cfg.method], min(cfg.max_new_tokens, context)
+    auto, guided = cfg.group_auto - variant.solution_in_group, cfg.group_guided * variant.guided
+    total = cfg.problems_per_step * (auto + guided) * longest
+    step = f"{total:,} tokens sampled a step ({cfg.problems_per_step} problems x ({auto} + {guided}) responses x {longest:,})"
+    evaluation = f"{held_out * cfg.eval_n * min(cfg.eval_max_new_tokens, context):,}"
+    return f"at most {step} and {evaluation} an evaluation" if variant.weigh else f"at most {evaluation} tokens an evaluation"
 
 
 class Refused(Exception):
@@ -494,7 +565,8 @@ def train(cfg: Config, device: torch.device) -> None:
     with MathWorker() as worker:
         try:
             run, examples, held_out = prepare(cfg, device, worker)
-            for_sft, for_rl = split_examples(examples, cfg)
+            context = run.model.config.max_position_embeddings
+            for_sft, validation, for_rl, lines = split_examples(examples, cfg, context)
             run.folder.open(resume=cfg.resume)
             run.progress = run.folder.begin(run.model, run.optimizer, device_name(device), say, resume=cfg.resume)
         except ValueError as error:
@@ -503,10 +575,11 @@ def train(cfg: Config, device: torch.device) -> None:
         if cfg.data in (TINY["data"], STARTER["data"]):
             say(f"data: {'the tiny world' if cfg.data == TINY['data'] else 'the starter set'} (data/README.md says what it is)")
         say(attention_ways(run.model.config, compute_dtype(cfg.dtype, device), device))
-        say(f"{len(for_sft)} problems for SFT, {len(for_rl)} for {cfg.method}, {len(held_out)} held out")
+        split = f"{len(for_sft)} problems for SFT and {len(validation)} for its validation, {len(for_rl)} for {cfg.method}"
+        say("\n".join([*lines, f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]))
         with run.control.catch_sigterm():
             try:
-                stages(run, for_sft, for_rl, held_out)
+                stages(run, for_sft, validation, for_rl, held_out)
             except Interrupted:
                 run.folder.save(run.model, run.optimizer, run.progress)
                 where = run.folder.out / "checkpoints"
@@ -515,7 +588,7 @@ def train(cfg: Config, device: torch.device) -> None:
                 run.folder.close()
 
 
-def stages(run: Run, for_sft: list[Example], for_rl: list[Example], held_out: list[Problem]) -> None:
+def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: list[Example], held_out: list[Problem]) -> None:
     """Warm-up, RL, the evaluations between, and the model folder at the end; what the progress says is done is passed over."""
     cfg, progress = run.cfg, run.progress
 
@@ -531,7 +604,7 @@ def stages(run: Run, for_sft: list[Example], for_rl: list[Example], held_out: li
         show(run, shown, "before")
     evaluate_as("base", 0)
     if for_sft:
-        sft_stage(run, for_sft)
+        sft_stage(run, for_sft, validation)
         evaluate_as("after SFT", 0)
     if for_rl:
         if progress.rl_steps == 0:
@@ -544,7 +617,8 @@ def stages(run: Run, for_sft: list[Example], for_rl: list[Example], held_out: li
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
-        part.rename(run.folder.out / "model")  # the last act: a folder `model` is whole, and its run is finished
+        part.rename(run.folder.out / "model")  # a folder `model` is whole, and its run is finished
+        run.folder.remove_best()
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
 
 

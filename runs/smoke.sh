@@ -33,7 +33,9 @@ elif [ ! -e "$WORK/train/train.jsonl" ]; then # the rows have strategies, which 
 fi
 export LAUNCH=${LAUNCH:-$PYTHON}
 warm_up="--sft_fraction 0.5 --sft_epochs 4 --sft_batch 16 --sft_learning_rate 1e-4 --sft_guided 0.5"
-default="--steps 6 --problems_per_step 8 --learning_rate 2e-5 --max_new_tokens 80 --dtype bfloat16 --micro_tokens 4096 --no-recompute"
+warm_up="$warm_up --sft_warmup_ratio 0.1 --sft_validation 0.1"
+default="--steps 6 --problems_per_step 8 --learning_rate 2e-5 --max_new_tokens 80 --eval_max_new_tokens 80"
+default="$default --dtype bfloat16 --micro_tokens 4096 --no-recompute"
 export RUN_FLAGS=${RUN_FLAGS:-$warm_up $default}
 export EVAL_FLAGS=${EVAL_FLAGS:---n 2 --max_new_tokens 80 --dtype bfloat16}
 source runs/recipe.sh
