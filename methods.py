@@ -172,3 +172,11 @@ METHODS = {
     ),
     "sft": Variant(needs=("solution",)),  # has no step: train.py's supervised stage is all of it
 }  # fmt: skip
+
+
+def without_effect(m: Method) -> list[str]:
+    """The settings that are not at their default and do nothing to this method."""
+    variant, default = METHODS[m.method], Method()
+    idle = ["aggregate"] * (variant.token_mean or variant.weigh is None)
+    idle += ["distill", "target", "weight", "autonomous"] * (not variant.distills)
+    return [name for name in idle if getattr(m, name) != getattr(default, name)]

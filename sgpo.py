@@ -20,7 +20,7 @@ Marks: [eq N], [alg 1], [app X] in the paper; [code] in the public code of a bas
 Axes: P problems, G autonomous group (8), J guided group (4), M response tokens, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -413,3 +413,18 @@ def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, f
     divisors |= {"reach_gap": max(total["with_target"], 1)}
     means = {name: total[name] / divisor for name, divisor in divisors.items()}
     return means | {"sampled_tokens": total["length_auto"] + total["length_guided"]}
+
+
+def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """The records of one problem's trajectories for samples.jsonl."""
+    nowhere = [None] * max(len(sample.auto), len(sample.guided))
+    groups = (("auto", sample.auto, sample.auto_rewards, nowhere),)
+    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs or nowhere),)
+    for kind, rows, rewards, reach in groups:
+        for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
+            yield {
+                "step": step, "id": sample.example.problem.id, "group": kind,
+                "target": kind == "guided" and index in sample.targets, "reach": reach[index], "reward": reward,
+                "alpha": sample.alpha, "finished": row.finished,
+                "text": tokenizer.decode(row.response_ids, skip_special_tokens=True),
+            }  # fmt: skip

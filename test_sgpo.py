@@ -2879,7 +2879,7 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--method", "grpo", "--target", "random"], "--target random: it does nothing to grpo"),
         (["--method", "luffy", "--no-autonomous"], "it does nothing to luffy"),
         (["--method", "hpt", "--aggregate", "token"], "--aggregate token: it does nothing to hpt"),
-        (["--method", "hinted", "--shuffle_strategies"], "--shuffle_strategies True: it does nothing to hinted"),
+        (["--method", "grpo", "--shuffle_strategies"], "--shuffle_strategies True: it does nothing to grpo"),
     ],
 )
 def test_bad_flags_fail(flags, message, capsys):
@@ -3027,7 +3027,7 @@ METHOD_FLAGS = {
     "hinted": "",
     "luffy": "",
     "hpt": "--hpt_gate 4",  # half of the group, so that some problems are rollouts and others solutions
-    "sft": "--data FEW --sft_epochs 3 --sft_validation 0.25 --sft_learning_rate 1e-3",
+    "sft": "--data FEW --sft_epochs 3 --sft_validation 0.25 --sft_learning_rate 3e-4",
 }
 RANK_SCRIPT = """
 import sys

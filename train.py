@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -36,7 +36,7 @@ from eval import accuracy_table, evaluate, expected_length, plus_minus, show_res
 from grader import MathWorker, is_correct
 from kv_cache import smallest_cache
 from loss import chunked_head, sft_terms
-from methods import METHODS, Method, choices_of, knob
+from methods import METHODS, Method, choices_of, knob, without_effect
 from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
 from parallel import (
     Control,
@@ -60,7 +60,7 @@ from parallel import (
     world,
 )
 from rollout import micro_batches, pack, stream_seed
-from sgpo import Example, ProblemSamples, sgpo_step
+from sgpo import Example, responses_of, sgpo_step
 from strategy import auto_messages, guided_messages, shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
@@ -171,21 +171,19 @@ def parse_config(argv: Sequence[str] | None) -> Config:
 
 
 RANGES = (  # settings, what they must be, and whether a value is so
-    ("group_guided max_new_tokens max_rows problems_per_step minibatches sft_batch eval_n micro_tokens chunk_tokens",
-     "must be at least 1", lambda x: x >= 1),
+    ("group_guided max_new_tokens max_rows problems_per_step minibatches sft_batch sft_max_tokens eval_n eval_max_new_tokens "
+     "micro_tokens chunk_tokens", "must be at least 1", lambda x: x >= 1),
     ("temperature learning_rate sft_learning_rate max_grad_norm gamma epochs luffy_shaping hpt_max_norm",
      "must be positive and finite", lambda x: 0 < x < math.inf),
     ("alpha_0 alpha_max clip_high luffy_entropy hpt_sft_weight weight_decay eval_temperature",
      "must be finite and not negative", lambda x: 0 <= x < math.inf),
-    ("sft_fraction sft_guided clip_low", "must be within 0 and 1", lambda x: 0 <= x <= 1),
+    ("sft_fraction sft_guided sft_warmup_ratio clip_low", "must be within 0 and 1", lambda x: 0 <= x <= 1),
     ("top_p eval_top_p", "must be above 0 and at most 1", lambda x: 0 < x <= 1),
     ("checkpoint_minutes max_skipped shard_ranks cache_tokens steps lr_warmup_steps eval_every eval_limit",
      "must not be negative", lambda x: x >= 0),
     ("group_auto", "a group's advantage needs at least 2 trajectories", lambda x: x >= 2),
     ("delta", "must be positive; inf drops nothing", lambda x: x > 0),
     ("keep_checkpoints", "must be at least 2, for when the newest is damaged", lambda x: x >= 2),
-    ("sft_max_tokens eval_max_new_tokens", "must be at least 1", lambda x: x >= 1),
-    ("sft_warmup_ratio", "must be within 0 and 1", lambda x: 0 <= x <= 1),
     ("sft_validation", "must be within 0 and 0.5", lambda x: 0 <= x <= 0.5),
 )  # fmt: skip
 
@@ -196,12 +194,9 @@ def _first_bad(cfg: Config) -> str | None:
         for name in names.split():
             if not good(getattr(cfg, name)):
                 return f"--{name} {getattr(cfg, name)}: {must}"
-    variant = METHODS[cfg.method]
-    idle = ["aggregate"] * (variant.token_mean or cfg.method == "sft")
-    idle += ["distill", "target", "weight", "autonomous", "shuffle_strategies"] * (not variant.distills)
-    for name in idle:
-        if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
-            return f"--{name} {getattr(cfg, name)}: it does nothing to {cfg.method}"
+    idle = without_effect(cfg) + ["shuffle_strategies"] * (cfg.shuffle_strategies and not METHODS[cfg.method].guided)
+    if idle:
+        return f"--{idle[0]} {getattr(cfg, idle[0])}: it does nothing to {cfg.method}"
     if not 0 <= cfg.hpt_gate <= cfg.group_auto:
         return f"--hpt_gate {cfg.hpt_gate}: must be within 0 and the {cfg.group_auto} rollouts of a group"
     if (cfg.method == "sft" or cfg.sft_fraction > 0) and not 0 < cfg.sft_epochs < math.inf:
@@ -277,17 +272,19 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
     return examples
 
 
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order.tolist()]
+
+
 def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, stage: str) -> list[tuple[int, Example]]:
     """The batch of a step as (place in the batch, example): an endless stream of shuffled epochs, cut. No state to lose."""
-    chosen = []
-    order: list[int] = []
-    epoch = -1
+    chosen, order, epoch = [], [], -1
     for place in range(step * batch, (step + 1) * batch):
         if place // len(examples) != epoch:
             epoch = place // len(examples)
-            generator = torch.Generator().manual_seed(stream_seed(seed, "order", stage, epoch))
-            order = torch.randperm(len(examples), generator=generator).tolist()
-        chosen.append((place - step * batch, examples[order[place % len(examples)]]))
+            order = shuffled(examples, stream_seed(seed, "order", stage, epoch))
+        chosen.append((place - step * batch, order[place % len(examples)]))
     return chosen
 
 
@@ -433,21 +430,6 @@ def after_step(run: Run, *, always: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- what is logged
 
 
-def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """The records of one problem's trajectories for samples.jsonl."""
-    nowhere = [None] * max(len(sample.auto), len(sample.guided))
-    groups = (("auto", sample.auto, sample.auto_rewards, nowhere),)
-    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs or nowhere),)
-    for kind, rows, rewards, reach in groups:
-        for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
-            yield {
-                "step": step, "id": sample.example.problem.id, "group": kind,
-                "target": kind == "guided" and index in sample.targets, "reach": reach[index], "reward": reward,
-                "alpha": sample.alpha, "finished": row.finished,
-                "text": tokenizer.decode(row.response_ids, skip_special_tokens=True),
-            }  # fmt: skip
-
-
 def step_line(metrics: dict[str, float], steps: int) -> str:
     m = metrics
     return (
@@ -503,11 +485,6 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin, MAY_CHANGE, cfg.keep_checkpoints)
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
-
-
-def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    return [examples[i] for i in order.tolist()]
 
 
 def split_examples(
