@@ -2638,7 +2638,8 @@ def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worke
         pairs = [train.sft_pair(example, -1, 0, run.cfg) for example in validation]
         assert train.sft_loss(run, pairs) == pytest.approx(losses[best], rel=1e-6)
     # one after each that is the best so far, and at the end: the clock, which is at 10 minutes, asks for none
-    assert sorted(path.name for path in (run.folder.out / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+    names = sorted(path.name for path in (run.folder.out / "checkpoints").iterdir())
+    assert names == [f"step-{run.progress.best_step:06d}", "step-000012"]
 
 
 def test_half_an_epoch_is_validated_at_its_end(tmp_path, worker):
