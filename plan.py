@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from kv_cache import PAGE, padded_batch_size, pages_for
+from methods import METHODS
 from model import KNOWN_FAMILIES, CausalLM, ModelConfig
 from rollout import PREFILL_TOKENS
 
@@ -161,10 +162,11 @@ def flag(default: Any, help: str) -> Any:
 class Settings:
     """The settings of train.py that change memory or time, with its names and defaults. Its Config does as well."""
 
-    method: str = flag("sgpo", "sgpo, grpo, luffy or hpt")
+    method: str = flag("sgpo", "a method that samples")
     group_auto: int = flag(8, "autonomous trajectories a problem")
     group_guided: int = flag(4, "guided trajectories a problem, with sgpo")
     temperature: float = flag(1.0, "sampling temperature")
+    top_p: float = flag(0.95, "nucleus that training samples from")
     max_new_tokens: int = flag(16384, "longest response, in tokens")
     max_rows: int = flag(256, "responses decoded at once by a rank")
     cache_tokens: int = flag(0, "size of the KV cache in tokens; 0: what is needed, at most 90 % of the free memory")
@@ -231,6 +233,7 @@ class Job:
     offload: bool
     chunk_tokens: int
     temperature: float
+    top_p: float
 
 
 @dataclass(frozen=True)
@@ -402,9 +405,9 @@ def sampling_moments(
     config, D, V = shape.config, shape.config.hidden_size, shape.config.vocab_size
     base = resident(job) | {"whole weights in the compute dtype": shape.parameters * e}
     cache = base | {"KV cache": pages * page_bytes(config, e)}
-    # of each logit: fp32 (a copy where the logits are bf16, or are divided by a temperature), its exponential, and that once
-    # more in fp64, which the sum over a block of the vocabulary makes on the way
-    drawn = V * (16 + (e if e != 4 or job.temperature != 1 else 0))
+    # of each logit: fp32 (a copy if the logits are bf16, divided by a temperature, or cut to a nucleus), its exponential, and
+    # that once more in fp64, which the sum over a block of the vocabulary makes on the way
+    drawn = V * (16 + (e if e != 4 or job.temperature != 1 or job.top_p < 1 else 0))
     # every size of a decode step that was captured keeps its logits
     graphs = sum(V * e * batch for batch in {padded_batch_size(n) for n in range(1, rows + 1)}) if job.cuda else 0
     forward = working_per_token(config, e) + 2 * e * config.head_dim + 8  # with cosines, sines and positions
@@ -475,6 +478,7 @@ def job_of(shape: Shape, settings: Settings, gpus: int) -> Job:
         offload=settings.offload,
         chunk_tokens=settings.chunk_tokens,
         temperature=settings.temperature,
+        top_p=settings.top_p,
     )
 
 
@@ -485,8 +489,9 @@ def itemsize_of(settings: Settings) -> int:
 def groups_of(settings: Settings, workload: Workload, gpus: int) -> list[tuple[int, int]]:
     """(tokens of the prompt, responses) of every prompt that the busiest rank samples from in a step."""
     problems = math.ceil(settings.problems_per_step / gpus)
-    groups = [(workload.prompt_tokens, settings.group_auto - (settings.method == "luffy"))] * problems
-    if settings.method == "sgpo":
+    variant = METHODS[settings.method]
+    groups = [(workload.prompt_tokens, settings.group_auto - variant.solution_in_group)] * problems
+    if variant.guided:
         groups += [(workload.guided_prompt_tokens, settings.group_guided)] * problems
     return groups
 
@@ -499,14 +504,14 @@ def passes_of(shape: Shape, settings: Settings, workload: Workload) -> list[Pass
     """The largest passes of an update. A micro-batch has --micro_tokens, or one trajectory that is longer than that."""
     prompt, guided = workload.prompt_tokens, workload.guided_prompt_tokens
     longest = longest_response(shape, settings, prompt)
-    solution = workload.solution_tokens if settings.method in ("luffy", "hpt") else 0
+    solution = workload.solution_tokens if METHODS[settings.method].demonstrates else 0
     warm_up = min(settings.sft_max_tokens, shape.config.max_position_embeddings) if settings.sft_fraction else 0
     T = max(settings.micro_tokens, prompt + longest, prompt + solution, warm_up)
     # each response of the mean length is a sequence that continues its prompt
     sequences = math.ceil(T / min(workload.mean_response, longest))
     mask = sequences * (T // sequences) * (T // sequences + prompt)
     passes = [Pass(T, T, T + sequences * prompt, mask, distillation=False, first=False)]
-    if settings.method == "sgpo":  # a target counts with both its contexts, and each response once under either
+    if METHODS[settings.method].distills:  # a target counts with both its contexts, and each response once under either
         T = max(settings.micro_tokens // 2, max(prompt, guided) + longest)
         passes.append(Pass(T, T, 0, 0, distillation=True, first=False))  # each prompt has one response: nothing is continued
     return passes
@@ -538,7 +543,7 @@ def memory_of(shape: Shape, settings: Settings, workload: Workload, gpus: int, b
         rows=rows,
         prefill_tokens=min(prompt_tokens, max(PREFILL_TOKENS, max(prompt for prompt, _ in groups))),
         prompts=len(groups),
-        scored_tokens=max(settings.micro_tokens, workload.prompt_tokens + longest) if settings.method == "sgpo" else 0,
+        scored_tokens=max(settings.micro_tokens, workload.prompt_tokens + longest) if METHODS[settings.method].distills else 0,
     )
     return Memory(sampling, update, cache, budget)
 
@@ -766,7 +771,7 @@ def update_seconds(shape: Shape, settings: Settings, workload: Workload, hardwar
     trained = 3 * policy + blocks * (policy - 2 * shape.head * sum(lengths))
     passes = math.ceil((problems * prompt + sum(lengths)) / settings.micro_tokens)
     scored, gathers, reductions, plain = 0.0, 2 * passes, passes, 0.0
-    if settings.method == "sgpo":
+    if METHODS[settings.method].distills:
         J, response = settings.group_guided, round(mean)
         spans = [(0, prompt), *[(prompt, response)] * J]
         scored = problems * forward_flops(shape, spans, J * response)
@@ -877,13 +882,14 @@ def check(
     """ValueError naming the first setting that cannot be planned with."""
     counts = "group_auto max_new_tokens max_rows problems_per_step minibatches micro_tokens chunk_tokens sft_batch".split()
     values = [(name, getattr(settings, name)) for name in counts]
-    values += [("group_guided", settings.group_guided)] * (settings.method == "sgpo")
+    values += [("group_guided", settings.group_guided)]
     values += [(field.name, getattr(part, field.name)) for part in (workload, hardware) for field in dataclasses.fields(part)]
     for name, value in [("gpus", gpus), ("gpu_memory", gpu_memory), *values]:
         if not value > 0 and name != "reserve_gb":
             raise ValueError(f"--{name} {value}: must be positive")
-    if settings.method not in ("sgpo", "grpo", "luffy", "hpt"):
-        raise ValueError(f"--method {settings.method}: only methods that sample are planned (sgpo, grpo, luffy, hpt)")
+    sampling = [name for name, variant in METHODS.items() if variant.weigh]
+    if settings.method not in sampling:
+        raise ValueError(f"--method {settings.method}: only methods that sample are planned ({', '.join(sampling)})")
     if settings.dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype {settings.dtype}: must be auto, bfloat16 or float32")
     if not 0 <= hardware.reserve_gb < gpu_memory:

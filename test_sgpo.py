@@ -8726,7 +8726,7 @@ def test_plan_exchanges_by_hand():
     slow = replace(hardware, link_between_nodes=1.0)
     assert plan.exchange_seconds(8000.0, 16, slow) == pytest.approx(4000 / 8)
     shape = plan.Shape(None, 100, 0, 0, 0, 0, rows=((1, 100),))
-    job = plan.Job(shape, 2, 8, False, True, True, False, False, 1, 1.0)
+    job = plan.Job(shape, 2, 8, False, True, True, False, False, 1, 1.0, 1.0)
     seconds = plan.traffic_seconds(job, hardware, 8, gathers=3, reductions=2)
     assert list(seconds) == ["all-gathers", "reduce-scatters"]
     assert list(seconds.values()) == pytest.approx([3 * 200 * 7 / 8 / 100, 2 * 400 * 7 / 8 / 100])

@@ -44,6 +44,7 @@ def job_of(model: CausalLM, settings: Method, dtype: torch.dtype, *, ranks: int 
     return plan.Job(
         plan.shape_of(model.config), dtype.itemsize, shard_ranks, shard_ranks < ranks, kernel=kernel, cuda=cuda,
         recompute=model.model.recompute, offload=False, chunk_tokens=settings.chunk_tokens, temperature=settings.temperature,
+        top_p=settings.top_p,
     )  # fmt: skip
 
 
