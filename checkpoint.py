@@ -161,12 +161,12 @@ class RunFolder:
     def load_best(self, model: nn.Module, step: int) -> None:
         """Put the weights that save_best kept after this step in place. CheckpointError if they are damaged or not there."""
         path = self.out / "best" / f"step-{step:06d}"
-        _checked(path)
+        try:
+            _checked(path)
+        except CheckpointError as error:
+            text = "these are the weights of SFT's lowest loss, there is no copy: train into another --out"
+            raise CheckpointError(f"{error}; {text}") from error
         load_checkpoint(path, model, None)
-
-    def remove_best(self) -> None:
-        """Rank 0 removes what save_best kept."""
-        shutil.rmtree(self.out / "best", ignore_errors=True)
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], Any]
@@ -192,6 +192,12 @@ class RunFolder:
 
     def _logs(self) -> list[Path]:
         return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
+
+
+def remove_best(out: Path) -> None:
+    """Rank 0 removes what RunFolder.save_best kept in a run's folder."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(out / "best", ignore_errors=True)
 
 
 def lock(out: Path) -> Any:

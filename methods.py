@@ -52,16 +52,16 @@ class Method:
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss
     aggregate: str = knob(
-        "sequence", "mean over each response, group, problem [eq 1], or over all tokens of the update", ("sequence", "token")
+        "sequence", "mean over each response, group, problem [eq 1], or (luffy, hpt always) all tokens", ("sequence", "token")
     )
     clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [app E]")
     clip_high: float = knob(0.28, "and above 1 + this [app E]")
     mask_truncated: bool = knob(False, "leave truncated responses out of the policy loss (not out of the group's mean) [ours]")
     # distillation
-    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [eq 5]; inf: no KL clip")
-    alpha_0: float = knob(0.5, "scale of the adaptive weight [eq 6]")
-    gamma: float = knob(0.1, "smoothing of the adaptive weight [eq 6]")
-    alpha_max: float = knob(0.8, "largest adaptive weight [eq 6]")
+    delta: float = knob(1.0, "tokens with d_t above this are dropped, in nats [eq 5, app E]; inf: no KL clip")
+    alpha_0: float = knob(0.5, "scale of the adaptive weight [eq 6, §4.4]")
+    gamma: float = knob(0.1, "smoothing of the adaptive weight [eq 6, §4.4]")
+    alpha_max: float = knob(0.8, "largest adaptive weight [eq 6, §4.4]")
     reach: str = knob("sum", "log-probability that ranks targets: summed [eq 4] or mean per token [ours]", ("sum", "mean"))
     # ablations of sgpo, beside --delta inf
     distill: str = knob("kl", "what pulls towards the target; none: nothing", ("kl", "reverse_kl", "sft", "none"))
@@ -106,7 +106,7 @@ def weigh_sgpo(m: Method, auto: Tensor, guided: Tensor, solution: Tensor | None)
     elif m.weight == "fixed":
         alpha = torch.ones(len(auto))  # [app G]
     elif m.weight == "group_advantage":
-        alpha = group_advantage_weight(auto, guided.amax(1), m.alpha_max)  # R(o+) [eq 8]
+        alpha = group_advantage_weight(auto, guided.amax(1), m.alpha_max)  # R(o+), of a correct one [eq 8]
     else:
         alpha = guided_advantage_weight(auto, guided, m.alpha_0, m.alpha_max)  # [ours]
     # A_i [eq 1], of the autonomous group alone; without autonomous GRPO its pass stays, for the diagnostics, without gradient
@@ -154,14 +154,14 @@ class Variant:
     skip_above: Callable[[Method], float] = lambda m: math.inf  # an update with a larger gradient norm is left out
 
 
-def clipped(m: Method) -> Callable[..., tuple[Tensor, ...]]:
+def grpo_loss(m: Method) -> Callable[..., tuple[Tensor, ...]]:
     return partial(policy_loss, clip_low=m.clip_low, clip_high=m.clip_high)
 
 
 METHODS = {
-    "sgpo": Variant(needs=("strategy",), weigh=weigh_sgpo, loss=clipped, guided=True, distills=True),
-    "grpo": Variant(needs=(), weigh=weigh_grpo, loss=clipped),
-    "hinted": Variant(needs=("strategy",), weigh=weigh_hinted, loss=clipped, guided=True),
+    "sgpo": Variant(needs=("strategy",), weigh=weigh_sgpo, loss=grpo_loss, guided=True, distills=True),
+    "grpo": Variant(needs=(), weigh=weigh_grpo, loss=grpo_loss),
+    "hinted": Variant(needs=("strategy",), weigh=weigh_hinted, loss=grpo_loss, guided=True),
     "luffy": Variant(
         needs=("solution",), weigh=weigh_luffy, loss=lambda m: partial(luffy_loss, shaping=m.luffy_shaping),
         solution_in_group=True, demonstrates=True, token_mean=True, entropy_bonus=lambda m: m.luffy_entropy,
@@ -177,6 +177,8 @@ METHODS = {
 def without_effect(m: Method) -> list[str]:
     """The settings that are not at their default and do nothing to this method."""
     variant, default = METHODS[m.method], Method()
-    idle = ["aggregate"] * (variant.token_mean or variant.weigh is None)
+    idle = ["aggregate"] * (variant.weigh is None)
     idle += ["distill", "target", "weight", "autonomous"] * (not variant.distills)
+    idle += ["alpha_0"] * (m.weight in ("fixed", "group_advantage")) + ["alpha_max"] * (m.weight == "fixed")
+    idle += ["gamma"] * (m.weight != "adaptive")
     return [name for name in idle if getattr(m, name) != getattr(default, name)]

@@ -164,7 +164,7 @@ class Settings:
 
     method: str = flag("sgpo", "a method that samples")
     group_auto: int = flag(8, "autonomous trajectories a problem")
-    group_guided: int = flag(4, "guided trajectories a problem, with sgpo")
+    group_guided: int = flag(4, "guided trajectories a problem, with sgpo and hinted")
     temperature: float = flag(1.0, "sampling temperature")
     top_p: float = flag(0.95, "nucleus that training samples from")
     max_new_tokens: int = flag(16384, "longest response, in tokens")
@@ -503,6 +503,8 @@ def longest_response(shape: Shape, settings: Settings, prompt: int) -> int:
 def passes_of(shape: Shape, settings: Settings, workload: Workload) -> list[Pass]:
     """The largest passes of an update. A micro-batch has --micro_tokens, or one trajectory that is longer than that."""
     prompt, guided = workload.prompt_tokens, workload.guided_prompt_tokens
+    if METHODS[settings.method].guided and not METHODS[settings.method].distills:
+        prompt = guided  # hinted: the guided group may be in the policy loss
     longest = longest_response(shape, settings, prompt)
     solution = workload.solution_tokens if METHODS[settings.method].demonstrates else 0
     warm_up = min(settings.sft_max_tokens, shape.config.max_position_embeddings) if settings.sft_fraction else 0
@@ -880,9 +882,8 @@ def check(
     config: ModelConfig, settings: Settings, workload: Workload, gpus: int, gpu_memory: float, hardware: Hardware
 ) -> None:
     """ValueError naming the first setting that cannot be planned with."""
-    counts = "group_auto max_new_tokens max_rows problems_per_step minibatches micro_tokens chunk_tokens sft_batch".split()
-    values = [(name, getattr(settings, name)) for name in counts]
-    values += [("group_guided", settings.group_guided)]
+    counts = "group_auto group_guided max_new_tokens max_rows problems_per_step minibatches micro_tokens chunk_tokens sft_batch"
+    values = [(name, getattr(settings, name)) for name in counts.split()]
     values += [(field.name, getattr(part, field.name)) for part in (workload, hardware) for field in dataclasses.fields(part)]
     for name, value in [("gpus", gpus), ("gpu_memory", gpu_memory), *values]:
         if not value > 0 and name != "reserve_gb":

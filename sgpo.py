@@ -428,3 +428,12 @@ def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[
                 "alpha": sample.alpha, "finished": row.finished,
                 "text": tokenizer.decode(row.response_ids, skip_special_tokens=True),
             }  # fmt: skip
+
+
+def step_line(metrics: dict[str, float], steps: int) -> str:
+    m = metrics
+    return (
+        f"step {m['step']:>4}/{steps}  reward alone {m['reward_auto']:.3f}  guided {m['reward_guided']:.3f}  "
+        f"alpha {m['alpha']:.3f}  KL {m['kl']:.3f}  kept {m['kept']:.3f}  entropy {m['entropy']:.3f}  "
+        f"length {m['length_auto']:.0f}  {m['tokens_per_s']:.0f} tokens/s"
+    )

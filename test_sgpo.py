@@ -2687,8 +2687,8 @@ def test_without_validation_the_last_weights_count_and_the_start_says_so(tmp_pat
     flags = "--method sft --sft_batch 3 --sft_epochs 1 --sft_learning_rate 1e-2 --device cpu".split()
     few, data = (write_rows(tmp_path / f"{n}.jsonl", tiny_rows(n)) for n in (9, 12))
     for name, more, words in (
-        ("few", ["--data", str(few)], "no SFT validation, the last weights count: 9 rows, --sft_validation 0.1\n"),
-        ("off", ["--data", str(data), "--sft_validation", "0"], "the last weights count: 12 rows, --sft_validation 0\n"),
+        ("few", ["--data", str(few)], "no SFT validation, the last weights count: 9 rows of the ten it needs\n"),
+        ("off", ["--data", str(data), "--sft_validation", "0"], "the last weights count: --sft_validation 0\n"),
     ):
         train.main([*flags, *more, "--out", str(tmp_path / name)])
         assert words in capsys.readouterr().out
@@ -2717,8 +2717,12 @@ def test_the_preset_of_a_first_run_gives_way_to_flags_and_to_a_run_that_is_resum
     assert fresh.max_new_tokens == 1024
     record = {"config": {**vars(cfg), "out": str(tmp_path)}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    again = [train.parse_config([*resume, *more]) for more in ([], ["--preset", "first_run"])]
+    again = [train.parse_config([*resume, *more]) for more in ([], ["--preset", "first_run", "--problems_per_step", "9"])]
     assert again[0] == again[1] == replace(cfg, out=str(tmp_path), resume=True)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"config": {**vars(plain), "out": str(tmp_path)}}) + "\n")
+    with pytest.raises(SystemExit):
+        train.parse_config([*resume, "--preset", "first_run"])  # that run was made without it
+    assert train.parse_config(["--method", "luffy"]).aggregate == "token"  # as it is logged
 
 
 @pytest.mark.parametrize("loss, gradient", [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (math.inf, 1.0)])
@@ -2880,6 +2884,9 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--method", "grpo", "--target", "random"], "--target random: it does nothing to grpo"),
         (["--method", "luffy", "--no-autonomous"], "it does nothing to luffy"),
         (["--method", "hpt", "--aggregate", "token"], "--aggregate token: it does nothing to hpt"),
+        (["--method", "luffy", "--aggregate", "sequence"], "--aggregate sequence: it does nothing to luffy"),
+        (["--weight", "fixed", "--alpha_0", "0.1"], "--alpha_0 0.1: it does nothing to sgpo with --weight fixed"),
+        (["--method", "hinted", "--group_guided", "1"], "--group_guided 1: a group's advantage needs at least 2"),
         (["--method", "grpo", "--shuffle_strategies"], "--shuffle_strategies True: it does nothing to grpo"),
     ],
 )
@@ -2919,6 +2926,11 @@ def write_rows(path, rows):
         (tiny_rows(1, answer=7), [], "rows.jsonl:1: field 'answer'"),
         (tiny_rows(1, strategy={"type": "x"}), [], "rows.jsonl:1:"),
         (tiny_rows(1), ["--cache_tokens", "128"], "which with a response of 32 needs --cache_tokens"),
+        (
+            tiny_rows(1),
+            ["--cache_tokens", "256", "--eval_max_new_tokens", "150", "--eval_data", ROOT / "data/tiny/test.jsonl"],
+            "which with a response of 150 needs --cache_tokens",
+        ),
         (tiny_rows(1, problem="words " * 300), [], "tokens (prompt, and solution if it is used), the context holds 256"),
         ([{k: v for k, v in row.items() if k != "strategy"} for row in tiny_rows(3)], [], "3 rows have no strategy"),
         (
@@ -3407,6 +3419,9 @@ def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_pa
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(checkpoint.CheckpointError, match="best/step-000006/.* does not have the digest"):
         run.folder.load_best(run.model, 6)
+    (folder / "model").mkdir()  # as a kill right after the model was there would have left it
+    train.train(replace(run.cfg, resume=True), CPU)
+    assert not (folder / "best").exists()
 
 
 @pytest.fixture
@@ -4877,6 +4892,26 @@ def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsy
     errors = capsys.readouterr().err
     assert "row-1: no candidate is left of 6: 4 repeated, 1 leak by score, 1 cut off" in errors
     assert "row-3: no candidate is left of 3: 2 not scored, 1 cut off" in errors
+
+
+def test_extraction_takes_thoughts_as_a_source_of_strategies_and_of_nothing_else(tmp_path):
+    """They hold every number that was tried: with them each candidate would leak, and the scorer judge what nobody wrote."""
+    tried = "Is it 3? No. 7 times 9 is 63, no."
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    row = json.loads(data.read_text())
+    data.write_text(json.dumps(row | {"solution": f"<think>{tried}</think> {row['solution']}"}) + "\n")
+
+    def script(handler, body, number):
+        text = body["messages"][0]["content"]
+        if "Score the" in text:
+            return "1: 1 1 1 1"
+        return "Problem type: sum\nStrategy: Join the 3 parts.\nSteps:\n(a) Add them in 7 or 9 moves."
+
+    with ChatServer(script) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1")) == 0
+        asked = [json.loads(raw)["messages"][0]["content"] for raw, _, _ in server.requests]
+    assert [tried in text for text in asked] == [True, False]
+    assert load_problems(out)[0].strategy.strategy == "Join the 3 parts."
 
 
 def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):

@@ -1,4 +1,4 @@
-"""Train a policy with SGPO (Strategy-Guided Policy Optimization, arXiv 2606.24064) or a baseline: GRPO, LUFFY, HPT, SFT.
+"""Train with SGPO (Strategy-Guided Policy Optimization, arXiv 2606.24064) or a baseline: GRPO, hinted GRPO, LUFFY, HPT, SFT.
 
     python train.py                                                     the tiny world, 2 CPU cores, no network
     python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import plan
-from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
+from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, remove_best, stored_config
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
@@ -60,7 +60,7 @@ from parallel import (
     world,
 )
 from rollout import micro_batches, pack, stream_seed
-from sgpo import Example, responses_of, sgpo_step
+from sgpo import Example, responses_of, sgpo_step, step_line
 from strategy import auto_messages, guided_messages, shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
@@ -84,9 +84,9 @@ class Config(Method):
     epochs: float = knob(10.0, "passes over the RL problems [app E]; --steps overrides")
     steps: int = knob(0, "number of steps; 0: from --epochs")
     learning_rate: float = knob(1e-6, "peak learning rate of RL [app E]")
-    lr_warmup_steps: int = knob(0, "steps of linear warm-up")
-    lr_decay: str = knob("constant", "after the warm-up", ("constant", "linear"))
-    weight_decay: float = knob(0.01, "AdamW's decoupled weight decay")
+    lr_warmup_steps: int = knob(0, "steps of linear warm-up [ours]")
+    lr_decay: str = knob("constant", "after the warm-up [ours]", ("constant", "linear"))
+    weight_decay: float = knob(0.01, "AdamW's decoupled weight decay [ours]")
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: none")
     sft_epochs: float = knob(10.0, "passes over them [app E]; with --method sft over all problems")
@@ -102,8 +102,8 @@ class Config(Method):
     eval_limit: int = knob(0, "evaluate on the first problems only, this many; 0: all")
     eval_max_new_tokens: int = knob(2048, "longest response, in tokens; cut to the context [ours]")
     eval_guided: bool = knob(False, "before and after, evaluate with the strategy in the prompt too")
-    eval_temperature: float = knob(0.6, "[§4.2]")
-    eval_top_p: float = knob(0.95, "[§4.2]")
+    eval_temperature: float = knob(0.6, "sampling temperature of an evaluation [§4.2]")
+    eval_top_p: float = knob(0.95, "nucleus that it samples from [§4.2]")
     # machine
     recompute: bool = knob(True, "recompute each block in the backward pass: far less memory, a third more work")
     dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
@@ -144,7 +144,7 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         else:
             options |= {"type": spec.type, "choices": choices_of(spec)}
         parser.add_argument(f"--{spec.name}", **options)
-    parser.add_argument("--preset", choices=["first_run"], help=f"{FIRST_RUN}; flags beat it, as do a resumed run's settings")
+    parser.add_argument("--preset", choices=["first_run"], help=f"{FIRST_RUN}; flags beat it")
     given = vars(parser.parse_args(argv))
     named = FIRST_RUN if given.pop("preset") else {}
     preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}
@@ -155,16 +155,19 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     if given.get("resume") and given.get("out") and not (stored or named) and given.keys() <= set(MAY_CHANGE):
         parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
     if stored:
-        preset = stored
-        changed = [f"  --{line.strip()}" for line in differences({k: stored.get(k) for k in given}, given, MAY_CHANGE)]
+        preset, asked = stored, named | given
+        changed = [f"  --{line.strip()}" for line in differences({k: stored.get(k) for k in asked}, asked, MAY_CHANGE)]
         unknown = sorted(set(stored) ^ set(Config.__dataclass_fields__))
         if changed or unknown:
             changed += [f"  {name}: not a setting of both versions of this code" for name in unknown]
             parser.error(f"--resume: {given['out']} holds a run with other settings\n" + "\n".join(changed))
     cfg = Config(**{**preset, **given})
-    streams = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
-    cfg = dataclasses.replace(cfg, **streams)
+    derived: dict[str, Any] = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
     problem = _first_bad(cfg)
+    if METHODS[cfg.method].token_mean:
+        derived["aggregate"] = "token"
+        problem = problem or "aggregate" in given and f"--aggregate {cfg.aggregate}: it does nothing to {cfg.method}"
+    cfg = dataclasses.replace(cfg, **derived)
     if problem:
         parser.error(problem)
     return cfg if cfg.out else dataclasses.replace(cfg, out=f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -196,7 +199,9 @@ def _first_bad(cfg: Config) -> str | None:
                 return f"--{name} {getattr(cfg, name)}: {must}"
     idle = without_effect(cfg) + ["shuffle_strategies"] * (cfg.shuffle_strategies and not METHODS[cfg.method].guided)
     if idle:
-        return f"--{idle[0]} {getattr(cfg, idle[0])}: it does nothing to {cfg.method}"
+        return f"--{idle[0]} {getattr(cfg, idle[0])}: it does nothing to {cfg.method} with --weight {cfg.weight}"
+    if cfg.method == "hinted" and cfg.group_guided < 2:
+        return f"--group_guided {cfg.group_guided}: a group's advantage needs at least 2 trajectories"
     if not 0 <= cfg.hpt_gate <= cfg.group_auto:
         return f"--hpt_gate {cfg.hpt_gate}: must be within 0 and the {cfg.group_auto} rollouts of a group"
     if (cfg.method == "sft" or cfg.sft_fraction > 0) and not 0 < cfg.sft_epochs < math.inf:
@@ -242,8 +247,8 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
             hint = "; --sft_fraction 0 goes without the warm-up" if name == "solution" and cfg.method != "sft" else ""
             raise ValueError(f"{cfg.data}: {len(without)} rows have no {name}, the first is {without[0]!r}{hint}")
     if cfg.shuffle_strategies:
-        shuffled = shuffled_strategies([problem.strategy for problem in problems], seed=0)
-        problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, shuffled, strict=True)]
+        others = shuffled_strategies([problem.strategy for problem in problems], seed=0)
+        problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, others, strict=True)]
     examples = []
     for problem in problems:
         auto_ids = encode_chat(tokenizer, auto_messages(problem.problem))
@@ -258,18 +263,18 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
             continue  # a row that is too long for the SFT is left out, see split_examples
         prompt = max(len(auto_ids), len(guided_ids or []))
         longest = prompt + (len(solution_ids) if "solution" in METHODS[cfg.method].needs else 1)
-        if longest > context:
-            raise ValueError(
-                f"{cfg.data}: {problem.id!r} needs {longest} tokens (prompt, and solution if it is used), "
-                f"the context holds {context}"
-            )
-        cache = smallest_cache(prompt, min(cfg.max_new_tokens, context - prompt))
-        if 0 < cfg.cache_tokens < cache:
-            raise ValueError(
-                f"{cfg.data}: {problem.id!r} has a prompt of {prompt} tokens, which with a response of "
-                f"{cfg.max_new_tokens} needs --cache_tokens {cache}, not {cfg.cache_tokens}"
-            )
+        check_room(f"{cfg.data}: {problem.id!r}", prompt, longest, cfg.max_new_tokens, cfg, context)
     return examples
+
+
+def check_room(where: str, prompt: int, longest: int, response: int, cfg: Config, context: int) -> None:
+    """ValueError for a sequence of `longest` tokens, or a prompt with its sampled response, that there is no room for."""
+    if longest > context:
+        raise ValueError(f"{where} needs {longest} tokens (prompt, and solution if it is used), the context holds {context}")
+    cache = smallest_cache(prompt, min(response, context - prompt))
+    if 0 < cfg.cache_tokens < cache:
+        text = f"has a prompt of {prompt} tokens, which with a response of {response} needs --cache_tokens {cache}"
+        raise ValueError(f"{where} {text}, not {cfg.cache_tokens}")
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -296,11 +301,10 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
     the weights of lowest loss on the validation examples, measured after each epoch; without any, with the last."""
     cfg, progress, rank = run.cfg, run.progress, world()[0]
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
-    warmup = round(cfg.sft_warmup_ratio * steps)
     for step in tqdm(range(progress.sft_steps, steps), "sft", steps, initial=progress.sft_steps, disable=rank > 0):
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
-        learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, warmup, "linear")
+        learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
         loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
         norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
         progress.count_skipped(not may_step(loss, norm), cfg.max_skipped, f"now {loss} and {norm}")
@@ -427,18 +431,6 @@ def after_step(run: Run, *, always: bool) -> None:
         run.folder.save(run.model, run.optimizer, run.progress)
 
 
-# ---------------------------------------------------------------------------------------------------- what is logged
-
-
-def step_line(metrics: dict[str, float], steps: int) -> str:
-    m = metrics
-    return (
-        f"step {m['step']:>4}/{steps}  reward alone {m['reward_auto']:.3f}  guided {m['reward_guided']:.3f}  "
-        f"alpha {m['alpha']:.3f}  KL {m['kl']:.3f}  kept {m['kept']:.3f}  entropy {m['entropy']:.3f}  "
-        f"length {m['length_auto']:.0f}  {m['tokens_per_s']:.0f} tokens/s"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -478,7 +470,12 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
         raise ValueError(f"{cfg.eval_data}: --eval_guided needs a strategy in every row")
     model_folder = resolve_model(cfg.model)
     model, tokenizer = blank_model(model_folder)
-    examples = encode_examples(problems, tokenizer, cfg, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    examples = encode_examples(problems, tokenizer, cfg, context)
+    for row in held_out:
+        prompts = [auto_messages(row.problem)] + [guided_messages(row.problem, row.strategy)] * cfg.eval_guided
+        prompt = max(len(encode_chat(tokenizer, messages)) for messages in prompts)
+        check_room(f"{cfg.eval_data}: {row.id!r}", prompt, prompt + 1, cfg.eval_max_new_tokens, cfg, context)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
@@ -515,7 +512,8 @@ def split_examples(
         for_sft = [example for example in for_sft if length(example) <= longest]
     count = round(cfg.sft_validation * len(for_sft)) if len(for_sft) >= 10 else 0
     if for_sft and not count:
-        lines.append(f"no SFT validation, the last weights count: {len(for_sft)} rows, --sft_validation {cfg.sft_validation:g}")
+        why = f"{len(for_sft)} rows of the ten it needs" if len(for_sft) < 10 else f"--sft_validation {cfg.sft_validation:g}"
+        lines.append(f"no SFT validation, the last weights count: {why}")
     for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation")) if count else for_sft
     return for_sft[count:], for_sft[:count], for_rl, lines
 
@@ -538,6 +536,7 @@ def train(cfg: Config, device: torch.device) -> None:
     """Check everything, then the run; SIGTERM ends it with a checkpoint."""
     say = tqdm.write if world()[0] == 0 else lambda _: None
     if cfg.resume and (Path(cfg.out) / "model").exists():
+        remove_best(Path(cfg.out))  # if it was killed just before it had done so itself
         return say(f"--resume: the run in {cfg.out} is finished")
     with MathWorker() as worker:
         try:
@@ -595,7 +594,7 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
         part.rename(run.folder.out / "model")  # a folder `model` is whole, and its run is finished
-        run.folder.remove_best()
+        remove_best(run.folder.out)
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
 
 

@@ -61,9 +61,8 @@ def policy_terms(net, settings, prompt: list[int], group: list[Trajectory], rewa
         terms = []
         for ratio in ratios(net, prompt, o, settings.temperature):
             terms.append(-torch.minimum(ratio * A, ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * A))
-        responses.append(
-            [] if settings.mask_truncated and not o.finished else terms
-        )  # out of the loss, not of the group [ours]
+        masked = settings.mask_truncated and not o.finished  # out of the loss, not of the group [ours]
+        responses.append([] if masked else terms)
     return responses
 
 
@@ -272,17 +271,17 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("how", [{}, {"aggregate": "token"}, {"temperature": 0.7, "micro_tokens": 24, "chunk_tokens": 3}])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_switch_equals_the_paper(name, aggregate):
-    changed = {**SWITCHES[name], "aggregate": aggregate}
-    samples = problems()
+def test_switch_equals_the_paper(name, how):
+    changed = SWITCHES[name] | how
+    samples = problems(how.get("temperature", 1.0))
     loss, gradient = our_update(samples, **changed)
     drawn = tuple((sample.targets or [None])[0] for sample in samples) if name == "random target" else (None,) * len(samples)
     want_loss, want = paper_update(drawn, **changed)
     assert loss == pytest.approx(want_loss, rel=TOLERANCE)
     assert difference(gradient, want) < TOLERANCE
-    assert difference(want, paper_update(aggregate=aggregate)[1]) > 100 * TOLERANCE  # on this data the switch matters
+    assert difference(want, paper_update(**how)[1]) > 100 * TOLERANCE  # on this data the switch matters
 
 
 @pytest.mark.parametrize("weight", ["adaptive", "fixed", "group_advantage"])
@@ -299,7 +298,7 @@ def test_parts_of_a_step_add_up_only_with_the_mean_of_each_response(aggregate):
     """The gradients of unequal parts, averaged by their numbers of problems, against the whole step's at the same weights."""
     _, whole = our_update(problems(), aggregate=aggregate)
     parts = [problems()[:1], problems()[1:3], problems()[3:]]
-    mean = sum(len(part) / len(REWARDS) * our_update(part, aggregate=aggregate, minibatches=len(parts))[1] for part in parts)
+    mean = sum(len(part) / len(REWARDS) * our_update(part, aggregate=aggregate)[1] for part in parts)
     if aggregate == "sequence":
         assert difference(mean, whole) < TOLERANCE
     else:  # a token's weight depends on how long the other responses of its part are

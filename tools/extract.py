@@ -678,17 +678,22 @@ def chosen_strategy(
     """The best of k candidates. Fills record's candidates.
 
     A round asks for what is missing: for k candidates (k more where none of those before survives), then for the scores of
-    all that survive, in one call. There are up to --rounds of them.
+    all that survive, in one call. There are up to --rounds of them. The strategy is extracted from the whole response
+    [tab 4]; the thoughts in it hold every number that was tried, so the leak filter and the scores go without them [ours].
     """
+    try:
+        written = drop_thoughts(solution)
+    except ValueError as error:
+        raise RowFailed(f"its solution: {error}") from error
     candidates, unread = record["candidates"], None
     for number in range(args.rounds):
         if all(candidate["rejected"] for candidate in candidates):
             for index in range(len(candidates), len(candidates) + args.candidates):
                 reply = ask("candidate", index, extraction_prompt(row.problem, solution))
-                candidates.append(judge_candidate(index, reply, row.problem, solution, answer, candidates))
+                candidates.append(judge_candidate(index, reply, row.problem, written, answer, candidates))
         if left := [candidate for candidate in candidates if candidate["rejected"] is None]:
             texts = [Strategy.from_dict(candidate["strategy"]) for candidate in left]
-            unread = score_candidates(left, ask("score", number, scoring_prompt(row.problem, solution, texts)))
+            unread = score_candidates(left, ask("score", number, scoring_prompt(row.problem, written, texts)))
         if any(candidate["rejected"] is None and candidate["scores"] for candidate in candidates):
             record["kept"] = best_candidate([None if c["rejected"] else c["scores"] for c in candidates])
             return Strategy.from_dict(candidates[record["kept"]]["strategy"])
