@@ -339,10 +339,11 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     whole = log_total = scaled.logsumexp(-1, keepdim=True)  # (B, 1)
     if top_p < 1:
         if logits.device.type == "cpu":
-            outside = scaled < threshold_by_sorting(scaled, whole, top_p)
+            smallest, compared = threshold_by_sorting(scaled, whole, top_p), scaled
         else:
-            outside = logits < threshold_by_bisection(logits, torch.exp(scaled - whole), top_p)
-        scaled = scaled.masked_fill(outside, -math.inf)
+            smallest, compared = threshold_by_bisection(logits, torch.exp(scaled - whole), top_p), logits
+        scaled = scaled.masked_fill(compared < smallest, -math.inf)
+        compared = None  # or the tempered logits would still be alive below
         log_total = scaled.logsumexp(-1, keepdim=True)
     B, V = scaled.shape
     block = math.gcd(V, 512)

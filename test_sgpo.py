@@ -1015,7 +1015,7 @@ def nucleus_logits():
     one[:, 5] = 200.0  # the others' probability underflows
     return {
         "normal": 3 * normal(6, 1536),
-        "more than 1024 in the nucleus": normal(6, 5000),
+        "more than 1024 in the nucleus of every second row": normal(6, 5000) * torch.tensor([[1.0], [3.0]] * 3),
         "odd width, negative": normal(6, 257) - 50,
         "bf16": (3 * normal(6, 1536)).bfloat16(),
         "fp16": (3 * normal(6, 1000)).half(),
@@ -1038,8 +1038,12 @@ def nucleus_by_hand(row, top_p):
     return row >= row[last]
 
 
+class SaysItIsOnAGPU(torch.Tensor):
+    device = property(lambda self: torch.device("cuda"))
+
+
 @pytest.mark.parametrize("name", nucleus_logits())
-def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name, monkeypatch):
+def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name):
     logits, uniform = nucleus_logits()[name], torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
     for temperature in (1.0, 0.7):
         scaled = logits.float() / temperature
@@ -1052,10 +1056,16 @@ def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name, monkeypatch)
             ):
                 assert (found.numpy()[sure]).all() if top_p > 0.99 else (found.numpy() == sure).all()
         want = rollout.sample(logits, uniform, temperature, 0.95)
-        with monkeypatch.context() as patch:
-            patch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
-            found = rollout.sample(logits, uniform, temperature, 0.95)
+        found = rollout.sample(logits.as_subclass(SaysItIsOnAGPU), uniform, temperature, 0.95)
         assert all(map(torch.equal, found, want))
+
+
+def test_a_mass_of_exactly_top_p_is_enough():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    assert rollout.threshold_by_bisection(logits, torch.tensor([[0.5, 0.25, 0.25]]), 0.5).item() == 2
+    assert rollout.threshold_by_bisection(logits, torch.tensor([[0.5, 0.25, 0.25]]), 0.75).item() == 1
+    certain = torch.tensor([[0.0, -200.0]])
+    assert rollout.threshold_by_sorting(certain, torch.zeros(1, 1), 1.0).item() == 0
 
 
 def test_the_nucleus_on_a_gpu_takes_little_memory():
@@ -1603,6 +1613,27 @@ def test_guided_advantage_weight_by_hand():
     assert capped.item() == pytest.approx(0.8)  # 0.9 * (2/3) / sqrt(4/15) = 1.16
 
 
+@pytest.mark.parametrize(
+    "settings, auto, guided, alpha",
+    [
+        (dict(weight="group_advantage", alpha_max=0.3), [0, 0, 0, 0], [1, 0], 0.3),
+        (dict(weight="group_advantage", alpha_max=0.9), [1, 0, 1, 0], [1, 0], 0.4 / math.sqrt(0.3)),
+        (dict(weight="guided_advantage", alpha_0=0.9, alpha_max=0.9), [1, 0, 1, 0], [1, 1], 0.9 * (1 / 3) / math.sqrt(4 / 15)),
+        (dict(weight="guided_advantage", alpha_0=0.9, alpha_max=0.3), [1, 0, 1, 0], [1, 1], 0.3),
+    ],
+)
+def test_other_weights_by_hand_at_other_settings_than_the_defaults(settings, auto, guided, alpha):
+    """The numbers are those of the two tests above."""
+    rewards = torch.tensor([auto], dtype=torch.float32), torch.tensor([guided], dtype=torch.float32)
+    got = methods.weigh_sgpo(methods.Method(**settings), *rewards, None)["alpha"]
+    assert got.tolist() == pytest.approx([alpha], abs=1e-5)
+
+
+def test_reach_gap_of_several_targets_by_hand():
+    assert weighting.reach_gap([-2.0, -9.0, -6.0], [1, 0, 1], [0, 2]) == 0  # all correct ones
+    assert weighting.reach_gap([-2.0, -3.0, -7.0], [1, 1, 1], [0, 1]) == pytest.approx(-2.5 + 4)
+
+
 def test_random_target_is_uniform_over_the_correct_ones():
     generator = torch.Generator().manual_seed(0)
     correct = torch.tensor([True, False, True, True])
@@ -2054,7 +2085,7 @@ def test_what_an_update_logs_by_transformers_and_a_slow_loop(distill, delta, tmp
 @pytest.mark.parametrize("temperature", [1, 0.7])
 def test_luffy_update_equals_its_formula_by_transformers_and_autograd(temperature, tmp_path, worker, monkeypatch):
     """7 rollouts and the solution a problem, graded alike, r - mean, no clip, shaping, one token mean over all of it."""
-    flags = ["--method", "luffy", "--luffy_entropy", 0.01, "--temperature", temperature]
+    flags = ["--method", "luffy", "--luffy_entropy", 0.01, "--luffy_shaping", 0.2, "--temperature", temperature]
     run, examples = make_run(tmp_path, worker, *flags)
     wrong = replace(examples[1].problem, solution="So it is \\boxed{no}.")
     examples[1] = replace(examples[1], problem=wrong)  # the verifier rejects it: its tokens are pushed down
@@ -2079,7 +2110,7 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(temperatur
         logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1] / temperature
         policy = torch.distributions.Categorical(logits=logits)
         logp = policy.log_prob(torch.tensor(response))
-        x = logp.exp() / (logp.exp() + 0.1) if old is None else torch.exp(logp - torch.tensor(old))
+        x = logp.exp() / (logp.exp() + 0.2) if old is None else torch.exp(logp - torch.tensor(old))
         total = total + (-advantage * x - 0.01 * policy.entropy()).sum() / count
         if old is not None:
             entropy_own, own = entropy_own + policy.entropy().sum().item(), own + len(response)
@@ -2140,6 +2171,29 @@ def test_how_many_each_method_samples_alone_and_with_the_strategy(tmp_path, work
         run, examples = make_run(tmp_path / method, worker, "--method", method)
         (sample,) = draw_samples(run, list(enumerate(examples[:1])))
         assert (len(sample.auto), len(sample.guided)) == (alone, guided), method
+
+
+def test_training_samples_at_its_settings(tmp_path, worker, monkeypatch):
+    """So small a nucleus has one token: all responses of a group are the same."""
+    flags = ["--top_p", 1e-6, "--max_new_tokens", 3, "--max_rows", 7, "--cache_tokens", 4096]
+    run, examples = make_run(tmp_path, worker, *flags)
+    seen, real = [], sgpo.sample_and_grade
+    monkeypatch.setattr(sgpo, "sample_and_grade", lambda *given, **settings: seen.append(settings) or real(*given, **settings))
+    for sample in draw_samples(run, list(enumerate(examples[:3]))):
+        for rows in (sample.auto, sample.guided):
+            assert len({tuple(row.response_ids) for row in rows}) == 1 and len(rows[0].response_ids) == 3
+    assert [(settings["max_rows"], settings["cache_tokens"]) for settings in seen] == [(7, 4096)]
+
+
+@pytest.mark.parametrize("method", ["luffy", "hpt"])
+def test_a_solution_is_never_masked_and_never_has_the_strategy_in_its_prompt(method):
+    rows = [Trajectory([1], [5, 6], [0.0, 0.0], finished=finished, group=0) for finished in (True, False)]
+    example = sgpo.Example(None, [1], [8, 1], [7, 7, 7])
+    sample = sgpo.ProblemSamples(0, example, rows, [], [1.0, 0.0], [], advantages=[0.5, -0.5], use_solution=True)
+    items = sgpo.policy_items([sample], methods.Method(method=method, mask_truncated=True))
+    assert [(item.trajectory.prompt_ids, item.trajectory.response_ids, item.is_solution) for item in items] == [
+        ([1], [5, 6], False), ([1], [7, 7, 7], True)
+    ]  # fmt: skip
 
 
 def test_every_response_is_graded_by_its_own_problem(tmp_path, worker):
@@ -2255,6 +2309,8 @@ def test_shuffled_strategies_reach_the_guided_prompt_and_nothing_else(tmp_path, 
         assert got.auto_ids == own.auto_ids and got.problem.strategy.type != own.problem.strategy.type
         messages = strategy_module.guided_messages(own.problem.problem, got.problem.strategy)
         assert got.guided_ids == encode_chat(run.tokenizer, messages)
+    _, other = make_run(tmp_path / "c", worker, "--shuffle_strategies", "--method", "hinted", "--seed", 5)
+    assert other == examples  # one control for all seeds
 
 
 def test_seeds_reach_order_and_sampling_separately(tmp_path, worker, monkeypatch):
@@ -2305,10 +2361,14 @@ def test_update_does_not_depend_on_micro_batches_or_chunks(tmp_path, worker, mon
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_the_pass_of_a_rank_without_targets_adds_nothing(tmp_path, worker, monkeypatch):
-    """With cross-entropy, because a divergence, of two equal prompts, would be zero whatever its weight."""
-    run, examples = make_run(tmp_path, worker, "--distill", "sft")
+@pytest.mark.parametrize("flags", [["--distill", "sft"], ["--method", "luffy", "--luffy_entropy", 1]])
+def test_the_pass_of_a_rank_without_work_adds_nothing(flags, tmp_path, worker, monkeypatch):
+    """With cross-entropy, because a divergence, of two equal prompts, would be zero whatever its weight; and with an entropy
+    bonus, which needs no advantage."""
+    run, examples = make_run(tmp_path, worker, *flags)
     samples = fake_samples(run, examples)
+    for sample in samples:
+        sample.targets = sample.targets if "sft" in flags else []
     want, metrics = gradients_of(run, samples, monkeypatch)
     monkeypatch.setattr(sgpo, "pad_micro_batches", lambda batches, device: [*batches, []])
     got, again = gradients_of(run, samples, monkeypatch)
@@ -2491,7 +2551,7 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
         seen.append([sample.place for sample in samples])
         first = len(seen) == 1
         metrics = {"loss": float(len(samples)), "grad_norm": 1.0 if first else 4.0, "left_out": float(first)}
-        metrics |= {"not_finite": float(first)}
+        metrics |= {"not_finite": 1.0}
         metrics |= {"ratio_error": len(seen) / 10, "logprob_error": 0.3 if first else 0.2, "solutions": 1.0}
         metrics |= {"own_tokens": 30.0 if first else 10.0, "entropy": 2.0 if first else 6.0}
         metrics |= {"clip_fraction": 0.1, "policy_kl": 0.2}
@@ -2506,7 +2566,7 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     assert metrics["kl"] == 0.5 and metrics["kept"] == 1.0  # over the tokens there were, not halved by an update without any
     assert metrics["ratio_error"] == 0.2 and metrics["logprob_error"] == 0.3
     assert metrics["first_ratio_error"] == 0.1 and metrics["first_logprob_error"] == 0.3
-    assert json.dumps(metrics["skipped"]) == "1" == str(run.progress.skipped) and "not_finite" not in metrics  # a count
+    assert json.dumps(metrics["skipped"]) == "2" == str(run.progress.skipped) and "not_finite" not in metrics  # a count
     seen.clear()
     train.rl_step(run, [(3, examples[3])], 1, 0.0)
     assert seen == [[], [3]]  # a rank that has the fourth problem alone
@@ -2539,6 +2599,21 @@ def test_what_a_step_says_of_its_samples_by_hand():
     assert sgpo.describe(samples, CPU) == pytest.approx(want)
 
 
+def test_the_records_of_a_problems_samples_by_hand():
+    auto, guided = ([Trajectory([1], [n], [0.0], finished=n > 2, group=0) for n in ids] for ids in ((2, 3), (4, 5)))
+    example = sgpo.Example(SimpleNamespace(id="q"), [1], [1], None)
+    sample = sgpo.ProblemSamples(0, example, auto, guided, [0.0, 1.0], [1.0, 1.0], alpha=0.3, targets=[1])
+    sample.unguided_logprobs = [-7.0, -6.0]
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"{ids} {skip_special_tokens}")
+    names = ("group", "target", "reach", "reward", "finished", "text")
+    want = [
+        ("auto", False, None, 0.0, False, "[2] True"), ("auto", False, None, 1.0, True, "[3] True"),
+        ("guided", False, -7.0, 1.0, True, "[4] True"), ("guided", True, -6.0, 1.0, True, "[5] True"),
+    ]  # fmt: skip
+    same = {"step": 9, "id": "q", "alpha": 0.3}
+    assert list(sgpo.responses_of(sample, 9, tokenizer)) == [same | dict(zip(names, row, strict=True)) for row in want]
+
+
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():
     examples = list(range(7))
 
@@ -2554,10 +2629,12 @@ def test_learning_rate_schedule(tmp_path, worker, monkeypatch):
     assert [train.learning_rate_at(1.0, step, 6, 2, "linear") for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert train.learning_rate_at(1.0, 5, 6, 2, "constant") == 1.0
     flags = "--method sft --sft_batch 4 --sft_epochs 5 --sft_warmup_ratio 0.4 --sft_learning_rate 1 --max_skipped 99".split()
+    flags += ["--lr_decay", "constant"]  # of RL
     run, examples = make_run(tmp_path, worker, *flags)
     monkeypatch.setattr(train, "sft_loss", lambda *_: math.nan)  # of the SFT: what it logs
     monkeypatch.setattr(train, "apply_gradients", lambda *given: given[3])
     train.sft_stage(run, examples[:8], [])
+    assert run.progress.skipped == 10  # that loss
     want = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # the first four of ten rise
     assert [record["learning_rate"] for record in read_metrics(run.folder.out)] == pytest.approx(want)
     assert [record["grad_norm"] for record in read_metrics(run.folder.out)] == pytest.approx(want)  # it is what is applied
@@ -2574,6 +2651,7 @@ def hf_loss(model, pairs):
 
 def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
     flags = ["--method", "sft", "--sft_batch", 8, "--sft_epochs", 1, "--sft_guided", 0.5]
+    flags += ["--micro_tokens", 200, "--temperature", 0.7]  # several passes; the temperature is RL's
     run, examples = make_run(tmp_path, worker, *flags)
     gradients = []
 
@@ -2591,7 +2669,8 @@ def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
     guided = sum(context == example.guided_ids for (context, _), (_, example) in zip(pairs, batch, strict=True))
     loss = hf_loss(theirs, pairs)
     loss.backward()
-    assert 0 < guided < 8
+    assert pairs == [train.sft_pair(example, 0, place, replace(run.cfg, seed=5)) for place, example in batch]
+    assert 0 < guided < 8 and pairs != [train.sft_pair(example, 1, place, run.cfg) for place, example in batch]
     assert update["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert len(gradients) == 1
     want = {name: parameter.grad for name, parameter in theirs.named_parameters() if name in gradients[0]}
@@ -2645,9 +2724,39 @@ def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worke
 def test_half_an_epoch_is_validated_at_its_end(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_epochs", 0.5, "--sft_batch", 4)
     train.sft_stage(run, examples[:16], examples[16:18])
-    assert [(record["stage"], record["step"]) for record in read_metrics(run.folder.out)] == [
-        ("sft", 1), ("sft", 2), ("sft_validation", 2)
-    ]  # fmt: skip
+    records = read_metrics(run.folder.out)
+    assert [(record["stage"], record["step"]) for record in records] == [("sft", 1), ("sft", 2), ("sft_validation", 2)]
+    assert records[-1]["epoch"] == 0.5
+
+
+def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker)
+    seen = []
+
+    def sft_stage(run, *_):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        parallel.apply_gradients(run.model, run.optimizer, 1.0, 1e-3, 1.0)
+        seen.append(bool(run.optimizer.state))
+
+    monkeypatch.setattr(train, "sft_stage", sft_stage)
+    monkeypatch.setattr(train, "rl_stage", lambda run, *_: seen.append(bool(run.optimizer.state)))
+    monkeypatch.setattr(train, "show", lambda *_: None)
+    monkeypatch.setattr(train, "measure", lambda *_, guided: {"guided": guided})
+    monkeypatch.setattr(train, "accuracy_table", lambda table: seen.append({when: list(table[when]) for when in table}) or "")
+    train.stages(run, examples[:1], [], examples[1:], [examples[0].problem])
+    assert seen == [True, False, dict.fromkeys(("base", "after SFT", "after sgpo"), ["alone", "guided"])]
+
+
+def test_validation_is_a_random_tenth_of_the_rows_for_sft(tmp_path, worker):
+    run, examples = make_run(tmp_path, worker, "--sft_fraction", 0.5)
+
+    def held_out(n, **changes):
+        return {e.problem.id for e in train.split_examples(examples[:n], replace(run.cfg, **changes), 256)[1]}
+
+    assert [len(held_out(n)) for n in (18, 20, 24, 40)] == [0, 1, 1, 2]  # of half of them
+    assert held_out(40) == held_out(40, seed=5) != held_out(40, data_seed=5)
+    assert held_out(40, method="sft") != {example.problem.id for example in examples[:4]}  # not the first ones
 
 
 def test_sft_goes_without_rows_that_are_too_long_and_says_so(tmp_path, worker):
@@ -2703,7 +2812,33 @@ def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
     assert line("sgpo") == f"at most {group} and 1,048,576 an evaluation"
     assert "14,680,064 tokens sampled a step (128 problems x (7 + 0) responses x 16,384)" in line("luffy")
     assert "(8 + 0) responses x 32,768)" in line("grpo", max_new_tokens=99_999)  # cut to the context
+    assert "(128 problems x (8 + 4) responses x 16,384)" in line("hinted")
     assert line("sft", eval_max_new_tokens=10) == "at most 5,120 tokens an evaluation"
+    assert line("sft", eval_max_new_tokens=99_999) == "at most 16,777,216 tokens an evaluation"
+
+
+def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
+    flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9]
+    run, seen = make_run(tmp_path, worker, *flags)[0], []
+    for name in ("evaluate", "show_responses"):
+        monkeypatch.setattr(train, name, lambda *_, **settings: seen.append(settings) or {})
+    train.measure(run, [], guided=False)
+    train.show(run, None, "before")
+    assert seen[0]["n"] == 2
+    for settings in seen:
+        assert (settings["max_new_tokens"], settings["temperature"], settings["top_p"]) == (3, 0.5, 0.9)
+
+
+def test_settings_of_an_update_reach_both_stages(tmp_path, worker, monkeypatch):
+    flags = ["--max_grad_norm", 0.5, "--weight_decay", 0.2, "--sft_fraction", 0.5, "--data_seed", 5]
+    run, examples = make_run(tmp_path, worker, *flags)
+    norms, seeds, order = [], [], train.data_order
+    for module in (sgpo, train):
+        monkeypatch.setattr(module, "apply_gradients", lambda *given: norms.append(given[4]) or 0.0)
+    monkeypatch.setattr(train, "data_order", lambda *given: seeds.append(given[3]) or order(*given))
+    update(run, fake_samples(run, examples), 0.0)
+    train.sft_stage(run, examples[:4], [])
+    assert norms == [0.5, 0.5] and seeds == [5] and run.optimizer.defaults["weight_decay"] == 0.2
 
 
 def test_the_preset_of_a_first_run_gives_way_to_flags_and_to_a_run_that_is_resumed(tmp_path):
@@ -2864,6 +2999,7 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--sft_validation", "0.6"], "--sft_validation 0.6: must be within 0 and 0.5"),
         (["--sft_warmup_ratio", "1.1"], "--sft_warmup_ratio 1.1: must be within 0 and 1"),
         (["--sft_max_tokens", "0"], "--sft_max_tokens 0: must be at least 1"),
+        (["--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0: must be at least 1"),
         (["--preset", "last_run"], "invalid choice: 'last_run'"),
         (["--minibatches", "99"], "more than the 16 problems"),
         (["--delta", "nan"], "--delta nan: must be positive"),
@@ -2883,10 +3019,13 @@ def test_fifteen_steps_of_sgpo_beat_the_base_and_grpo(tmp_path, worker):
         (["--resume", "--out", "no/such/run"], "--resume: no/such/run holds no run to go on with, and no settings are given"),
         (["--method", "grpo", "--target", "random"], "--target random: it does nothing to grpo"),
         (["--method", "luffy", "--no-autonomous"], "it does nothing to luffy"),
+        (["--method", "grpo", "--weight", "fixed"], "--weight fixed: it does nothing to grpo"),
+        (["--method", "hinted", "--distill", "none"], "--distill none: it does nothing to hinted"),
         (["--method", "hpt", "--aggregate", "token"], "--aggregate token: it does nothing to hpt"),
         (["--method", "luffy", "--aggregate", "sequence"], "--aggregate sequence: it does nothing to luffy"),
         (["--weight", "fixed", "--alpha_0", "0.1"], "--alpha_0 0.1: it does nothing to sgpo with --weight fixed"),
         (["--method", "hinted", "--group_guided", "1"], "--group_guided 1: a group's advantage needs at least 2"),
+        (["--method", "sft", "--aggregate", "token"], "--aggregate token: it does nothing to sft"),
         (["--method", "grpo", "--shuffle_strategies"], "--shuffle_strategies True: it does nothing to grpo"),
     ],
 )
@@ -2906,6 +3045,8 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
     starter = train.parse_config(["--model", "x"])
     assert starter.data.endswith("data/starter/train.jsonl") and starter.learning_rate == 1e-6
     tiny = train.parse_config(["--learning_rate", "0.5", "--no-eval_guided"])
+    assert tiny.eval_max_new_tokens == tiny.max_new_tokens == 32
+    assert train.parse_config(["--data", "y"]).eval_data == ""  # not the tiny world's
     assert tiny.learning_rate == 0.5 and tiny.steps == 60 and not tiny.eval_guided and tiny.model.endswith("data/tiny/base")
 
 
@@ -3032,6 +3173,12 @@ def test_work_is_dealt_evenly_by_cost():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1 and (not count or 0 in shares[0])
         sums = [sum(costs[i] for i in share) for share in shares]
         assert not count or max(sums) <= sum(costs) / ranks + max(costs)
+
+
+def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
+    code = "import atexit, sys, parallel; atexit.register(print, 'torn down'); print('a'); sys.stderr.write('b')"
+    done = run_script("-c", code + "; parallel.leave(3)", PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "a\n", "b")
 
 
 METHOD_FLAGS = {
@@ -3419,6 +3566,8 @@ def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_pa
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(checkpoint.CheckpointError, match="best/step-000006/.* does not have the digest"):
         run.folder.load_best(run.model, 6)
+    with pytest.raises(checkpoint.CheckpointError, match="step-000004"):  # never kept: the newest will not do
+        run.folder.load_best(run.model, 4)
     (folder / "model").mkdir()  # as a kill right after the model was there would have left it
     train.train(replace(run.cfg, resume=True), CPU)
     assert not (folder / "best").exists()
@@ -3777,6 +3926,8 @@ def test_strategy_random_ones_round_trip():
         "**Problem type:** sum of two\n**Strategy:** Join the parts.\n**Steps:**\n1. Find\n   1. both\n   - parts.\n"
         "2. Add them.",
         "type: 'sum of two'\nstrategy: \"Join the parts.\"\nsteps:\n  - Find both parts.\n  - Add them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\n(a) Find\n- both\n- parts.\n(b) Add\n\n- them.",
+        "Problem type: sum of two\nStrategy: Join the parts.\nSteps:\n1. Find both parts.\n 2. Add\n\n   them.",
         "the thoughts began in the prompt\n</think>\n\n" + STRATEGY_EXAMPLE_TEXT,
     ],
 )
@@ -3907,6 +4058,7 @@ def test_strategy_pipeline_prompts_hold_their_inputs_unchanged(problem):
     # The form asked for is the one that the reader takes: the prompt's own pattern parses.
     form = extraction[0]["content"].rpartition("Problem type: ")
     assert parse_strategy("".join(form[1:])).steps == ("...", "...", "...")
+    assert f"At most {strategy_module.LEAK_SCORE} if the answer can be read" in scoring[0]["content"]
     asked = "\n".join(scoring[0]["content"].splitlines()[-2:])
     for i, name in enumerate(CRITERIA):
         asked = asked.replace(f" {name}", f" 0.{i}")
@@ -3942,7 +4094,7 @@ STRATEGY_SCORES = [
     "reply",
     [
         "1: 0.9 1.0 0.0 0.25\n2: 1.0 0.5 0.7 1.0",
-        "<think>1: 0 0 0 0</think>\nScores of both 2:\n\n- **2:** 1, .5, 0.7, 1\n- **1:** 0.90, 1, 0, .25\n\nDone, 2 of 2.",
+        "<think>\n1: 0 0 0 0\n</think>\nScores of both 2:\n\n- **2:** 1, .5, 0.7, 1\n- **1:** 0.90, 1, 0, .25\n\nDone, 2 of 2.",
         "| # | type | strategy | steps | no leak |\n|---|---|---|---|---|\n"
         "| 1 | 0.9 | 1 | 0 | 0.25 |\n| 2 | 1 | 0.5 | 0.7 | 1 |",
         "Candidate 1: Type 0.9, Strategy 1.0, Steps 0.0, No-leak 0.25\r\n"
@@ -4318,6 +4470,7 @@ def test_extraction_end_to_end(tmp_path, capsys, key):
     # The scorer sees the three that are left, and neither the one that leaks nor the one that is none.
     seen = [re.findall(r"way (\w)", text) for text in (b["messages"][0]["content"] for b in bodies) if "Score the" in text]
     assert seen == [["a", "d", "e"]] * 3
+    assert {b["temperature"] for b in bodies if "Score the" in b["messages"][0]["content"]} == {0.0}
     # 21 answers of 100 + 10 tokens: 2,100 * 2 + 210 * 30 millionths
     assert "21 requests, 2,100 + 210 tokens, cost 0.01" in printed.out
     problems = load_problems(out)  # what train.py reads, unknown fields and all
@@ -4358,6 +4511,20 @@ def test_extraction_end_to_end(tmp_path, capsys, key):
     printed = capsys.readouterr().out
     assert "by an earlier version, on faithful, reusable, no_leak, actionable" in printed
     assert "quality:" not in printed and "types: 1 different" in printed
+
+
+def test_extraction_rejects_a_value_that_only_the_solution_holds():
+    reply = SimpleNamespace(finish="stop", text="Problem type: t\nStrategy: s\nSteps:\n(a) This gives 37.\n(b) Go on.")
+    candidate = extract.judge_candidate(0, reply, "What is 30 + 12 - 5?", "It is 42 - 5 = 37, so \\boxed{yes}.", "yes", [])
+    assert candidate["rejected"][0] == "leak" and "the computed value 37" in candidate["rejected"][1]
+
+
+def test_extraction_prompts_hash_is_of_all_three_wordings(monkeypatch):
+    before = extract.prompts_hash()
+    for name in ("solution_prompt", "extraction_prompt", "scoring_prompt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(extract, name, lambda *_: "another wording")
+            assert extract.prompts_hash() != before, name
 
 
 def drip(handler, body, number):
@@ -6479,6 +6646,8 @@ def test_table_layout():
 def test_the_papers_rows():
     """Copied right: each average is that of its row, up to its rounding, but for the one that a note names."""
     assert [len(rows) for rows in stats.PAPER_ROWS.values()] == [6, 6, 6]
+    printed = [row for rows in stats.PAPER_ROWS.values() for row in rows.values()]
+    assert len(set(printed)) == 18 and all(a > b > c > d for a, b, c, d, _ in printed)  # the same order in each, easy to hard
     odd = [
         (model, method, average)
         for model, rows in stats.PAPER_ROWS.items()
@@ -8610,6 +8779,34 @@ def test_plan_of_the_largest_terms_by_hand():
         assert kept == longest * L * D * 2, settings
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.95), (0.7, 0.95)])
+def test_plan_of_a_draw_is_what_it_takes(temperature, top_p, dtype, monkeypatch):
+    """The logits, and all that is made of them on the way to a token, as on a GPU."""
+    monkeypatch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+    logits = torch.randn(16, 8192, dtype=getattr(torch, dtype))
+    uniform = torch.rand(16, dtype=torch.float64)
+    measured = logits.nbytes + live_bytes(lambda: rollout.sample(logits, uniform, temperature, top_p))
+    settings = plan.Settings(temperature=temperature, top_p=top_p, dtype=dtype)
+    config = ModelConfig.from_dict(dict(model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=64) | SMALL_HEAD)
+    job = replace(plan.job_of(plan.shape_of(config), settings, gpus=1), cuda=False)  # without captured steps
+    moments = plan.sampling_moments(job, pages=0, rows=16, prefill_tokens=0, prompts=0, scored_tokens=0)
+    assert moments["decoding"]["logits"] == pytest.approx(measured, rel=0.06)
+
+
+def test_plan_of_each_method_samples_what_it_samples():
+    def groups(method):
+        return plan.groups_of(plan.Settings(method=method, problems_per_step=3), plan.Workload(), gpus=3)
+
+    assert groups("sgpo") == groups("hinted") == [(200, 8), (500, 4)]
+    assert groups("grpo") == groups("hpt") == [(200, 8)] and groups("luffy") == [(200, 7)]
+    shape, long = plan.shape_of(known_config("Qwen2.5-7B-Instruct")), plan.Workload(solution_tokens=30_000)
+    for method, tokens in (("luffy", 30_200), ("hpt", 30_200), ("sgpo", 16_584)):  # their updates have the solutions
+        assert plan.passes_of(shape, plan.Settings(method=method), long)[0].tokens == tokens
+    made = plan.make_plan(shape.config, plan.Settings(method="hinted"), gpus=8, gpu_memory=80)  # it has no target to find
+    assert made.memory.sampling["scoring the guided trajectories"]["activations"] == 0
+
+
 def test_plan_of_the_warm_up_by_hand():
     """8,500 problems, a third for SFT: 2,833, of which 283 are held out: 10 x 2,550 / 64 updates, 10 x 283 passes forward."""
     config = known_config("Qwen2.5-7B-Instruct")
@@ -8813,6 +9010,7 @@ def test_plan_command_line_says_all(name, gpus, tmp_path, capsys):
         (["--gpus", "0"], "--gpus 0: must be positive"),
         (["--gpus", "12"], "--gpus 12: nodes of 8 GPUs are taken whole"),
         (["--micro_tokens", "0"], "--micro_tokens 0: must be positive"),
+        (["--group_guided", "0"], "--group_guided 0: must be positive"),
         (["--method", "sft"], "--method sft: only methods that sample"),
         (["--dtype", "half"], "--dtype half"),
         (["--reserve_gb", "90"], "--reserve_gb 90"),

@@ -265,7 +265,9 @@ SWITCHES = {
     "no autonomous group": dict(autonomous=False),
     "fixed weight": dict(weight="fixed"),
     "group-advantage weight": dict(weight="group_advantage"),
+    "other clip bounds": dict(clip_low=0.1, clip_high=0.5),
     "truncated responses masked": dict(mask_truncated=True),
+    "GRPO": dict(method="grpo"),
     "hinted": dict(method="hinted"),
     "hinted, truncated masked": dict(method="hinted", mask_truncated=True),
 }
