@@ -339,11 +339,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     whole = log_total = scaled.logsumexp(-1, keepdim=True)  # (B, 1)
     if top_p < 1:
         if logits.device.type == "cpu":
-            smallest, compared = threshold_by_sorting(scaled, whole, top_p), scaled
+            scaled = scaled.masked_fill(scaled < threshold_by_sorting(scaled, whole, top_p), -math.inf)
         else:
-            smallest, compared = threshold_by_bisection(logits, torch.exp(scaled - whole), top_p), logits
-        scaled = scaled.masked_fill(compared < smallest, -math.inf)
-        compared = None  # or the tempered logits would still be alive below
+            smallest = threshold_by_bisection(logits, torch.exp(scaled - whole), top_p)
+            scaled = scaled.masked_fill(logits < smallest, -math.inf)
         log_total = scaled.logsumexp(-1, keepdim=True)
     B, V = scaled.shape
     block = math.gcd(V, 512)

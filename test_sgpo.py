@@ -3189,6 +3189,7 @@ METHOD_FLAGS = {
     "hpt": "--hpt_gate 4",  # half of the group, so that some problems are rollouts and others solutions
     "sft": "--data FEW --sft_epochs 3 --sft_validation 0.25 --sft_learning_rate 3e-4",
 }
+ON_FOUR = ("sgpo", "hinted", "hpt")  # ranks without a response, without a guided group, without a solution
 RANK_SCRIPT = """
 import sys
 from pathlib import Path
@@ -3198,7 +3199,8 @@ import parallel, train
 out, more = Path(sys.argv[1]), sys.argv[2:]
 parallel.start_ranks("cpu", 3)
 for method, flags in {flags!r}.items():
-    train.main([*{common!r}.split(), *flags.split(), "--method", method, "--out", str(out / method)])
+    if method in {on_four!r} or torch.distributed.get_world_size() < 4:
+        train.main([*{common!r}.split(), *flags.split(), "--method", method, "--out", str(out / method)])
 if more:
     train.main([*{common!r}.split(), "--method", "sgpo", *more])
 torch.distributed.destroy_process_group()
@@ -3228,7 +3230,7 @@ def rank_runs(tmp_path_factory):
         rows[i]["solution"] = "9 " * 20  # learning that makes the loss of the other three rise: the first epoch's weights count
     few = str(write_rows(folder / "few.jsonl", rows))
     flags = {method: flags.replace("FEW", few) for method, flags in METHOD_FLAGS.items()}
-    script.write_text(RANK_SCRIPT.format(flags=flags, common=COMMON))
+    script.write_text(RANK_SCRIPT.format(flags=flags, common=COMMON, on_four=ON_FOUR))
     on_ranks(1, script, folder / "1")
     # One start for two kinds of run: starting is what takes long.
     on_ranks(2, script, folder / "2", "--out", folder / "2, offloaded/sgpo", "--offload")
@@ -3237,7 +3239,8 @@ def rank_runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "method, name", [*itertools.product(METHOD_FLAGS, ["2", "4"]), ("sgpo", "4, two replicas"), ("sgpo", "2, offloaded")]
+    "method, name",
+    [(m, "2") for m in METHOD_FLAGS] + [(m, "4") for m in ON_FOUR] + [("sgpo", "4, two replicas"), ("sgpo", "2, offloaded")],
 )
 def test_ranks_equal_one(method, name, rank_runs):
     """Loss, clipped gradient norm, every other metric, and the weights after the run; `--sft_fraction` adds SFT to all."""
@@ -8671,13 +8674,13 @@ def planned_sampling(run, samples):
     counts = [run.cfg.group_auto] * len(samples) + [run.cfg.group_guided] * len(samples)
 
     def sampling():
-        settings = dict(temperature=1.0, top_p=1.0, eos_ids=[-1], seed=prompt_seeds(0, prompts), max_rows=run.cfg.max_rows)
+        settings = dict(temperature=1.0, top_p=1.0, eos_ids=[-1], seed=prompt_seeds(0, prompts))
         with parallel.whole_model(run.model) as policy:
-            generate(policy, prompts, n=counts, max_new_tokens=6, **settings)
+            generate(policy, prompts, n=counts, max_new_tokens=6, max_rows=run.cfg.max_rows, **settings)
             sgpo.unguided_logprobs(run.cfg, policy, samples)
 
     pages = sum(kv_cache.pages_for(len(prompt)) + 2 for prompt in prompts) + min(run.cfg.max_rows, sum(counts))
-    job = planned_job(run)
+    job = replace(planned_job(run), top_p=1.0)  # a CPU finds the nucleus by another way than a GPU
     name, total = gpu_step.predicted_sampling(job, samples, run.cfg, pages)
     return total - sum(plan.resident(job).values()), live_bytes(sampling), name
 
@@ -8791,7 +8794,7 @@ def test_plan_of_a_draw_is_what_it_takes(temperature, top_p, dtype, monkeypatch)
     config = ModelConfig.from_dict(dict(model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=64) | SMALL_HEAD)
     job = replace(plan.job_of(plan.shape_of(config), settings, gpus=1), cuda=False)  # without captured steps
     moments = plan.sampling_moments(job, pages=0, rows=16, prefill_tokens=0, prompts=0, scored_tokens=0)
-    assert moments["decoding"]["logits"] == pytest.approx(measured, rel=0.06)
+    assert moments["decoding"]["logits"] == pytest.approx(measured, rel=0.01)
 
 
 def test_plan_of_each_method_samples_what_it_samples():
