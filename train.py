@@ -125,7 +125,7 @@ MAY_CHANGE = (
 ).split()
 TINY = dict(
     model=str(HERE / "data/tiny/base"), data=str(HERE / "data/tiny/train.jsonl"), eval_data=str(HERE / "data/tiny/test.jsonl"),
-    problems_per_step=16, steps=60, max_new_tokens=32, max_rows=1024, learning_rate=1e-4, lr_warmup_steps=5, lr_decay="linear",
+    problems_per_step=16, steps=60, max_new_tokens=32, max_rows=1024, learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear",
     weight_decay=0.0, sft_fraction=0.0, sft_learning_rate=3e-4, eval_guided=True, recompute=False, eval_max_new_tokens=32,
 )  # fmt: skip
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
