@@ -3704,7 +3704,7 @@ def test_resuming_with_other_settings_or_data_is_an_error_that_shows_them(stoppe
     with pytest.raises(SystemExit):
         train.main(["--out", str(stopped), "--resume", "--learning_rate", "0.5", "--micro_tokens", "999"])
     said = capsys.readouterr().err
-    assert "--learning_rate: 0.0001 there, 0.5 here" in said and "--micro_tokens:" not in said
+    assert "--learning_rate: 0.0002 there, 0.5 here" in said and "--micro_tokens:" not in said
     path = sorted((stopped / "checkpoints").iterdir())[-1] / "state.json"
     content = json.loads(path.read_text())
     del content["digest"]
@@ -5166,12 +5166,13 @@ def test_extraction_has_no_flag_for_the_key_and_knows_its_servers(monkeypatch, c
 
 def test_extraction_body_adds_and_removes_fields_and_keys_name_the_exact_request():
     settings = extract.Settings("m", 0.6, 0.0, 0.95, 100, 7, {"max_tokens": None, "max_completion_tokens": 9, "seed": None})
-    body = extract.request_body(settings, "score", 2, auto_messages("p"))
+    assert extract.request_body(settings, "score", 2, auto_messages("p"))["temperature"] == 0.6  # greedy, it would be the same
+    body = extract.request_body(settings, "score", 0, auto_messages("p"))
     assert body == {"model": "m", "messages": auto_messages("p"), "temperature": 0.0, "top_p": 0.95, "max_completion_tokens": 9}
     keys = {extract.request_key(body | change, step, index) for change in ({}, {"top_p": 0.9}, {"model": "n"}, {"messages": []})
             for step in ("score", "candidate") for index in (0, 1)}  # fmt: skip
     assert len(keys) == 16
-    assert extract.request_key(dict(reversed(body.items())), "score", 2) == extract.request_key(body, "score", 2)
+    assert extract.request_key(dict(reversed(body.items())), "score", 0) == extract.request_key(body, "score", 0)
 
 
 def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
