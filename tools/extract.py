@@ -1074,7 +1074,7 @@ def build_parser() -> argparse.ArgumentParser:
         cannot be read is followed by one that asks for the scores again""")
     add("--solution_tries", type=int, default=3, help="solutions asked for while none is right, where the data has none")
     add("--temperature", type=float, default=0.6, help="of solutions and candidates; 0.6 is DeepSeek-R1's advice")
-    add("--score_temperature", type=float, default=0.0, help="of the scores; asked for again, if they could not be read, at --temperature")
+    add("--score_temperature", type=float, default=0.0, help="of the first try at the scores")
     add("--top_p", type=float, default=0.95)
     add("--max_tokens", type=int, default=8192, help="of one answer, thoughts included; what is cut off is not used")
     add("--seed", type=int, default=0, help="candidate i is asked for with the seed + i; also draws the report's samples")
