@@ -5064,12 +5064,15 @@ def test_extraction_gives_up_on_candidates_only_after_all_rounds(tmp_path, capsy
     assert "row-3: no candidate is left of 3: 2 not scored, 1 cut off" in errors
 
 
-def test_extraction_takes_thoughts_as_a_source_of_strategies_and_of_nothing_else(tmp_path):
+def test_extraction_takes_thoughts_as_a_source_of_strategies_and_of_nothing_else(tmp_path, capsys):
     """They hold every number that was tried: with them each candidate would leak, and the scorer judge what nobody wrote."""
     tried = "Is it 3? No. 7 times 9 is 63, no."
     data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
     row = json.loads(data.read_text())
-    data.write_text(json.dumps(row | {"solution": f"<think>{tried}</think> {row['solution']}"}) + "\n")
+    whole = {"solution": f"<think>{tried}</think> {row['solution']}"}
+    only = [row | {"id": f"only-{i}", "problem": f"What is {i}?", "solution": "<think>It is 60." + end}
+            for i, end in enumerate(("", "</think> "))]  # fmt: skip
+    data.write_text("".join(json.dumps(one) + "\n" for one in (row | whole, *only)))
 
     def script(handler, body, number):
         text = body["messages"][0]["content"]
@@ -5078,10 +5081,15 @@ def test_extraction_takes_thoughts_as_a_source_of_strategies_and_of_nothing_else
         return "Problem type: sum\nStrategy: Join the 3 parts.\nSteps:\n(a) Add them in 7 or 9 moves."
 
     with ChatServer(script) as server:
-        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1")) == 0
+        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1")) == extract.ROWS_FAILED
         asked = [json.loads(raw)["messages"][0]["content"] for raw, _, _ in server.requests]
     assert [tried in text for text in asked] == [True, False]
-    assert load_problems(out)[0].strategy.strategy == "Join the 3 parts."
+    assert [problem.strategy.strategy for problem in load_problems(out)] == ["Join the 3 parts."]
+    errors = capsys.readouterr().err
+    assert all(f"only-{i}: its solution is nothing but thoughts" in errors for i in (0, 1))
+    extract.main(["--data", str(data), "--dry_run", "--show", "9", "--candidates", "1", "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert shown.count(tried) == 1 and "only-0: its solution is nothing but thoughts" in shown  # as they are sent
 
 
 def test_extraction_dry_run_sends_nothing(tmp_path, capsys, key):

@@ -680,12 +680,9 @@ def chosen_strategy(
 
     A round asks for what is missing: for k candidates (k more where none of those before survives), then for the scores of
     all that survive, in one call. There are up to --rounds of them. The strategy is extracted from the whole response
-    [tab 4]; the thoughts in it hold every number that was tried, so the leak filter and the scores go without them [ours].
+    [tab 4]; the leak filter and the scores go without the thoughts in it.
     """
-    try:
-        written = drop_thoughts(solution)
-    except ValueError as error:
-        raise RowFailed(f"its solution: {error}") from error
+    written = without_thoughts(solution)
     candidates, unread = record["candidates"], None
     for number in range(args.rounds):
         if all(candidate["rejected"] for candidate in candidates):
@@ -702,6 +699,17 @@ def chosen_strategy(
         candidate["rejected"] = candidate["rejected"] or ["not scored", unread]
     why = Counter(candidate["rejected"][0] for candidate in candidates)
     raise RowFailed(f"no candidate is left of {len(candidates)}: " + ", ".join(f"{n} {kind}" for kind, n in why.most_common()))
+
+
+def without_thoughts(solution: str) -> str:
+    """What the filter and the scorer get of a solution [ours]: thoughts hold every number that was tried. RowFailed if it is
+    nothing but thoughts."""
+    try:
+        if written := drop_thoughts(solution).strip():
+            return written
+    except ValueError:  # they never end
+        pass
+    raise RowFailed("its solution is nothing but thoughts")
 
 
 def judge_candidate(
@@ -932,9 +940,14 @@ def dry_run(args: argparse.Namespace) -> int:
         solution = row.solution or "(the model's solution)"
         asked = [("solution", solution_prompt(row.problem), 1, args.solution_tries)] if row.solution is None else []
         if row.strategy is None:
+            try:
+                written = without_thoughts(solution)
+            except RowFailed as error:
+                print(f"{row.id}: {error}")
+                continue
             most = args.candidates * args.rounds
             asked.append(("candidate", extraction_prompt(row.problem, solution), args.candidates, most))
-            asked.append(("score", scoring_prompt(row.problem, solution, [example] * args.candidates), 1, args.rounds))
+            asked.append(("score", scoring_prompt(row.problem, written, [example] * args.candidates), 1, args.rounds))
         for step, messages, times, most in asked:
             characters, scored = len(messages[0]["content"]), args.candidates if step == "score" else 1
             if step != "solution" and row.solution is None:
