@@ -1,11 +1,10 @@
 """A paged KV cache, and decode steps over it.
 
-`PagedCache` keeps keys and values in pages, and knows which prompt or response owns each. A prompt is stored once and read by
-its whole group. `Decoder` runs a decode step in one of two ways. `CacheView` needs torch alone and runs on any device. On CUDA
-with Triton, `FixedStep` does the same in tensors that never move, so that the whole step is one CUDA graph; its attention is
-the kernel `paged_attention`.
+`PagedCache` keeps keys and values in pages. A prompt is stored once and read by its whole group. `Decoder` runs a decode step
+in one of two ways. `CacheView` needs torch alone and runs on any device. On CUDA with Triton, `FixedStep` does the same in
+tensors that never move, so that the whole step is one CUDA graph; its attention is the kernel `paged_attention`.
 
-What it is not: attention for training. There is no backward pass, and a query of a decode step is always the newest token.
+What it is not: attention for training. There is no backward pass, and a decode step has one query a row, its newest token.
 
 The model is any callable with model.py's forward (ids, positions, cache=) and its `config` and `device`. Its layers call the
 cache's `write` with new keys and values and, in a decode step, `attend` with the queries. Imports no sibling: copy this file
@@ -29,12 +28,12 @@ try:  # torch's CUDA builds bring it
 except ImportError:
     triton = None
 
-PAGE = 64  # S. Half a page is lost per response; a smaller one means more pages, and each costs a little beyond its tokens
+PAGE = 64  # S. Each response leaves half a page unused on average; smaller pages are more pages, and each has its overhead
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt in the cache. Its pages are read by every running row of its group."""
+    """A prompt in the cache."""
 
     length: int
     pages: list[int] = field(default_factory=list)
@@ -43,51 +42,51 @@ class Prompt:
 
 @dataclass(eq=False, kw_only=True)
 class Response:
-    """A response in the cache. `written` of its tokens after `prompt` are in `pages`."""
+    """A response in the cache, also called a row."""
 
     prompt: Prompt | None = None
     pages: list[int] = field(default_factory=list)
-    written: int = 0
+    written: int = 0  # its tokens in `pages`
 
     @property
     def needs_page(self) -> bool:
-        """Whether its pages are full, so that its next token needs another one."""
+        """Whether its pages are full: its next token needs another one."""
         return self.written % PAGE == 0
 
 
 def pages_for(tokens: int) -> int:
-    """The number of pages that hold this many tokens."""
+    """How many pages this many tokens need."""
     return math.ceil(tokens / PAGE)
 
 
 def smallest_cache(prompt: int, response: int) -> int:
     """The size in tokens of the smallest cache that can finish a response of this length to a prompt of this length."""
-    # a preempted row starts again with a prompt that holds part of its response: one page more than the two by themselves
+    # one page more than the two need: a preempted row starts again with part of its response in its prompt
     return PAGE * (pages_for(prompt) + pages_for(response) + 1)
 
 
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the host's numbers."""
+    """A tensor of these numbers."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    # pinned memory, because a plain copy to CUDA would wait for all work so far
+    # from pinned memory, because a plain copy to CUDA would wait for all work so far
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class PagedCache:
     """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes.
 
-    A page holds S tokens of one prompt or of one response. Responses fill the block from its start, prompts from its end, and
-    a freed page is filled by moving the innermost page of its side. So the pages of either kind are always contiguous, and
-    attention reads them in place: see CacheView.attend.
+    A page holds tokens of one prompt or of one response. Responses fill the block from its start, prompts from its end. When a
+    page is freed, the last page of its kind moves there. So the pages of each kind stay contiguous, and CacheView.attend can
+    read them in place.
     """
 
     def __init__(self, config: Any, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, config.head_dim)
         self.pages = pages
-        self.store = torch.empty(shape, dtype=dtype, device=device)  # a page is zeroed when it is taken
+        self.store = torch.empty(shape, dtype=dtype, device=device)  # a page is zeroed when it is allocated
         self.response_owners: list[Response] = []  # of page 0, 1, 2, ...
         self.prompt_owners: list[Prompt] = []  # of page N - 1, N - 2, ...
-        self.version = 0  # counts changes of the pages: a page table made at another version is out of date
+        self.version = 0  # counts changes of the pages: a page table of another version is out of date
 
     @property
     def free_pages(self) -> int:
@@ -97,38 +96,38 @@ class PagedCache:
         """Allocate the pages of a prompt of `length` tokens, for `prefill` to write. RuntimeError if the cache is full."""
         prompt = Prompt(length)
         for _ in range(pages_for(length)):
-            prompt.pages.append(self._take(self.pages - 1 - len(self.prompt_owners)))
+            prompt.pages.append(self._clear(self.pages - 1 - len(self.prompt_owners)))
             self.prompt_owners.append(prompt)
         return prompt
 
     def add_row(self, row: Response, prompt: Prompt) -> None:
-        """Let a response read a prompt. It has no page yet."""
+        """Let a new response read a prompt."""
         row.prompt, row.written = prompt, 0
         prompt.ref_count += 1
 
     def allocate(self, row: Response) -> None:
         """Allocate the next page of a response. RuntimeError if the cache is full."""
-        row.pages.append(self._take(len(self.response_owners)))
+        row.pages.append(self._clear(len(self.response_owners)))
         self.response_owners.append(row)
 
-    def _take(self, page: int) -> int:
+    def _clear(self, page: int) -> int:
         if not self.free_pages:
-            raise RuntimeError(f"all {self.pages} pages of the KV cache are taken")
-        self.store[:, :, page] = 0  # slots that hold no token are masked, but 0 * nan would still be nan
+            raise RuntimeError(f"all {self.pages} pages of the KV cache are in use")
+        self.store[:, :, page] = 0  # slots without a token are masked, but 0 * nan would still be nan
         self.version += 1
         return page
 
     def free(self, row: Response) -> None:
         """Free the pages of a response, and those of its prompt if no other response reads it."""
         while row.pages:
-            page, innermost = row.pages.pop(), len(self.response_owners) - 1
-            self.response_owners[page] = self._move(innermost, page, self.response_owners[innermost])
+            page, last = row.pages.pop(), len(self.response_owners) - 1
+            self.response_owners[page] = self._move(last, page, self.response_owners[last])
             self.response_owners.pop()
         self.version += 1
         row.prompt.ref_count -= 1
         while row.prompt.pages and not row.prompt.ref_count:
-            page, innermost = row.prompt.pages.pop(), self.pages - len(self.prompt_owners)
-            self.prompt_owners[self.pages - 1 - page] = self._move(innermost, page, self.prompt_owners[-1])
+            page, last = row.prompt.pages.pop(), self.pages - len(self.prompt_owners)
+            self.prompt_owners[self.pages - 1 - page] = self._move(last, page, self.prompt_owners[-1])
             self.prompt_owners.pop()
         row.prompt = None
 
@@ -139,16 +138,16 @@ class PagedCache:
         return owner
 
     def prefill(self, prompts: Sequence[Prompt]) -> "CacheView":
-        """For a packed forward over new prompts: their tokens are written. They attend to each other without the cache."""
+        """For a packed forward over new prompts, which writes their tokens. Their attention does not read the cache."""
         slots = [(prompt.pages[t // PAGE], t % PAGE) for prompt in prompts for t in range(prompt.length)]
         return CacheView(self.store, slots)
 
     def decode(self, rows: Sequence[Response]) -> "CacheView":
-        """For a forward over the next token of each row: it is written, and attends to itself and all before it."""
+        """For a forward over the next token of each row, which is written and attends to itself and to all before it."""
         view = CacheView(self.store, [(row.pages[-1], row.written % PAGE) for row in rows])
         batch = {row: b for b, row in enumerate(rows)}
         readers: dict[Prompt, list[int]] = {}
-        filled = [PAGE] * self.pages  # how many slots of each page hold a token: only the last of an owner has empty ones
+        filled = [PAGE] * self.pages  # how many slots of each page hold a token: only an owner's last page has empty ones
         for b, row in enumerate(rows):
             filled[row.pages[-1]] = row.written % PAGE + 1
             readers.setdefault(row.prompt, []).append(b)
@@ -160,48 +159,44 @@ class PagedCache:
 
 
 class CacheView:
-    """What the layers of one forward call. slots: for each of the T new tokens, its page and its slot in the page."""
+    """What the layers of one forward call. slots: the page of each of the T new tokens, and its slot in the page."""
 
     def __init__(self, store: Tensor, slots: Sequence[tuple[int, int]]) -> None:
         self.store = store
         self.page, self.offset = on_device(slots, torch.int64, store.device).unbind(1)  # (T,) each
 
-    def _mask(self, filled: Sequence[int]) -> Tensor:
-        """(pages, 1, 1, S), to add to the scores: 0 if a slot holds a token, else -inf."""
-        slots = torch.arange(PAGE, device=self.store.device)
-        empty = slots >= on_device(filled, torch.int64, slots.device)[:, None]
-        return self.store.new_zeros(empty.shape).masked_fill_(empty, -math.inf)[:, None, None]
-
     def set_pages(self, rows: Sequence[int], readers: Sequence[Sequence[int]], filled: Sequence[int]) -> None:
-        """For a decode step: the batch row of each page of a response, the batch rows that read each page of a prompt, and how
-        many slots of each page in the cache hold a token."""
+        """For a decode step: the row of each page of a response, the rows that read each page of a prompt, and how many slots
+        of each page in the cache hold a token."""
+        device = self.store.device
         B, M = len(self.page), max(map(len, readers))
-        # smaller groups are padded with row B, which does not exist: `attend` throws its result away
+        # smaller groups are padded with row B, which does not exist: `attend` drops its result
         padded = [[*group, *[B] * (M - len(group))] for group in readers]
-        self.response_row = on_device(rows, torch.int64, self.store.device)  # (n_response,)
-        self.response_mask = self._mask(filled[: len(rows)])
-        self.readers = on_device(padded, torch.int64, self.store.device)  # (n_prompt, M)
-        self.prompt_mask = self._mask(filled[-len(readers) :])
+        self.response_row = on_device(rows, torch.int64, device)  # (n_response,)
+        self.readers = on_device(padded, torch.int64, device)  # (n_prompt, M)
         self.result_row = torch.cat([self.response_row, self.readers.flatten()])  # (n_response + n_prompt M,)
+        empty = torch.arange(PAGE, device=device) >= on_device(filled, torch.int64, device)[:, None]  # (N, S)
+        mask = self.store.new_zeros(empty.shape).masked_fill_(empty, -math.inf)[:, None, None]  # added to the scores
+        self.response_mask = mask[: len(rows)]
+        self.prompt_mask = mask[-len(readers) :]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put the new tokens' keys and values k, v (T, K, E) into their slots."""
+        """Write the keys and values of the new tokens, k and v (T, K, E)."""
         write_slots(self.store[layer], self.page, self.offset, k, v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E).
 
         The softmax is taken within each page first, and then over the row's pages, with the page's softmax denominator
-        exp(lse) as its weight. No key is copied or repeated: a page is a batch element of one attention call, and the queries
-        of all rows that read it are brought to it.
+        exp(lse) as its weight. No key is copied: a page is a batch element of one attention call, with the queries of all rows
+        that read it.
         """
         B, H, E = q.shape
         keys, values = self.store[layer]  # (N, K, S, E)
         n_response, (n_prompt, M), K = len(self.response_row), self.readers.shape, keys.shape[1]
         q = q.reshape(B, K, H // K, E).to(keys.dtype)
-        out, lse = page_attention(
-            q[self.response_row], keys[:n_response], values[:n_response], self.response_mask
-        )  # (n_response, K, G, E)
+        own = q[self.response_row]  # (n_response, K, G, E)
+        out, lse = page_attention(own, keys[:n_response], values[:n_response], self.response_mask)
         group = q[self.readers.clamp(max=B - 1)].transpose(1, 2).reshape(n_prompt, K, -1, E)  # (n_prompt, K, M G, E)
         group_out, group_lse = page_attention(group, keys[-n_prompt:], values[-n_prompt:], self.prompt_mask)
         group_out = group_out.view(n_prompt, K, M, -1, E).transpose(1, 2).flatten(0, 1)  # (n_prompt M, K, G, E)
@@ -216,7 +211,7 @@ class CacheView:
 
 
 def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
-    """Put k and v (T, K, E) into slots `offset` of pages `page`, both (T,), of one layer's kv (2, N, K, S, E)."""
+    """Write k and v (T, K, E) to the slots `offset` of the pages `page`, (T,) each, of one layer's kv (2, N, K, S, E)."""
     kv[0][page, :, offset] = k.to(kv.dtype)
     kv[1][page, :, offset] = v.to(kv.dtype)
 
@@ -226,7 +221,7 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tenso
 
     q (N, K, Q, E), k and v (N, K, S, E), mask (N, 1, 1, S) of q's dtype -> (N, K, Q, E), lse (N, K, Q) in fp32.
     """
-    if q.device.type == "cpu":  # the kernel of scaled_dot_product_attention, which does not return the denominator
+    if q.device.type == "cpu":  # the kernel under scaled_dot_product_attention, which does not return the denominator
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + mask  # (N, K, Q, S)
     lse = scores.logsumexp(-1)
@@ -234,10 +229,7 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tenso
 
 
 class Decoder:
-    """Runs decode steps: as CUDA graphs if `decode_kernel` finds a kernel, else with torch alone.
-
-    width: W, the most pages that a row can have, those of its prompt included.
-    """
+    """Runs decode steps: as CUDA graphs if `decode_kernel` finds a kernel, else with torch alone. width: W."""
 
     def __init__(self, model: Any, cache: PagedCache, width: int) -> None:
         self.model, self.cache, self.width = model, cache, width
@@ -248,7 +240,7 @@ class Decoder:
     def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
         """tokens (B,), the newest of each row -> logits (B, V), which the next step overwrites.
 
-        Every row must have a page for its token, see `needs_page`. The caller then counts the token in `written`.
+        Every row must have a page for its token (see `needs_page`), and afterwards the caller counts the token in `written`.
         """
         if self.kernel is None:
             positions = [[row.prompt.length + row.written] for row in rows]
@@ -261,11 +253,11 @@ class Decoder:
 
 
 class FixedStep:
-    """A decode step of up to `batch_size` rows whose tensors never move, so that a CUDA graph can hold it.
+    """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph.
 
-    A step is hundreds of small kernels, and to launch them one by one takes longer than to run them. A graph is one launch. It
-    reads the parameters in place and ends with the call of `generate` that captured it, so it cannot be stale. The model takes
-    this object for its cache. A smaller batch is padded with its last row, whose work is then done more than once.
+    A step is hundreds of small kernels, and launching them one by one takes longer than running them. A graph is one launch. It
+    reads the parameters in place, so it cannot be stale. The model takes this object for its cache. A smaller batch is padded
+    with its last row, whose work is then done more than once.
     """
 
     def __init__(self, model: Any, cache: PagedCache, batch_size: int, width: int, attention: Callable, pool: Any) -> None:
@@ -278,7 +270,7 @@ class FixedStep:
         self.version, self.graph = -1, None
 
     def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
-        """tokens (B,), the newest of each row -> logits (B, V), which the next step of any FixedStep overwrites."""
+        """As Decoder: tokens (B,) -> logits (B, V), which the next step of any FixedStep overwrites."""
         B, device = len(rows), self.tokens.device
         padded = [*rows, *[rows[-1]] * (self.batch_size - B)]
         state = [
@@ -304,7 +296,7 @@ class FixedStep:
         return self.model(self.tokens, self.position[:, None], cache=self)[:, 0]  # (batch_size, V)
 
     def capture(self) -> None:
-        """Record `forward` as a graph. A run before it loads the kernels; the replay writes the same slots again."""
+        """Record `forward` as a graph. It is run once before, to load the kernels; the replay writes the same slots again."""
         stream = capture_stream(self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -324,19 +316,19 @@ class FixedStep:
 
 
 def padded_batch_size(rows: int) -> int:
-    """The batch size of the step for this many rows: 8, 16, 24, 32, 48, 64, 96, ...: few graphs, little padding."""
+    """The batch size of the step for this many rows, of 8, 16, 24, 32, 48, 64, 96, ...: few graphs, little padding."""
     size = max(8, 1 << (rows - 1).bit_length())
     return size * 3 // 4 if size > 16 and rows <= size * 3 // 4 else size
 
 
 @cache
 def capture_stream(device: torch.device) -> Any:
-    """The stream on which all graphs are recorded. Kept, because cuBLAS holds 32 MB for every stream that it has seen."""
+    """The stream that all graphs are recorded on. One for all, because cuBLAS keeps 32 MB for every stream it has seen."""
     return torch.cuda.Stream(device)
 
 
 def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
-    """`paged_attention`, for FixedStep, if it can run: on CUDA with Triton, with a head width it has. Else None."""
+    """`paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
     can_run = triton is not None and device.type == "cuda" and head_dim in (16, 32, 64, 128, 256)
     return paged_attention if can_run else None
 
@@ -376,7 +368,7 @@ if triton is not None:
             mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
             top = new_top
         entry = ((b * heads + k) * SPLITS + split) * G + g
-        # a split without a page has weight exp(-inf) = 0, and its sum is 0 and not 0 / 0
+        # a split without a page has the weight exp(-inf) = 0, and its result must be 0 and not 0 / 0
         tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=in_group[:, None])
         tl.store(lse + entry, top + tl.log(total), mask=in_group)
 
@@ -384,23 +376,20 @@ if triton is not None:
 def paged_attention(
     q: Tensor, kv: Tensor, page_table: Tensor, prompt_length: Tensor, response_length: Tensor, splits: int | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype.
+    """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype. Needs Triton.
 
-    kv               (2, N, K, S, E): keys and values of the cache's pages, contiguous, of q's dtype
+    kv               (2, N, K, S, E): keys and values of the cache's pages, contiguous, of q's dtype. E and S: powers of two, at
+                     least 16
     page_table       (B, W) int32: a row's pages, those of its prompt first
-    prompt_length    (B,) int: tokens in the prompt's pages; only its last page may be partly filled
-    response_length  (B,) int: tokens in the pages after those; again only the last may be partly filled. Prompt and response
-                     together have at least 1 token
-    splits           programs that share the pages of a row, so that a few rows keep the whole GPU busy. None: two programs
-                     for every multiprocessor, but at most 16 a row and head
-
-    Slots that hold no token are never read. E and S must be powers of two, at least 16. Needs Triton.
+    prompt_length    (B,) int: tokens in the prompt's pages; only the last page may be partly filled
+    response_length  (B,) int: tokens in the response's pages; again only the last may be partly filled
+    splits           programs that share the pages of a row. None: two programs for every multiprocessor of the GPU, but at most
+                     16 a row and head
 
     The kernel is "flash decoding". One program takes one row, one key/value head with all query heads that share it, and every
-    splits-th page of the row. It goes over its pages with an online softmax (a running maximum and denominator), and the
-    partial results of a row's programs are combined afterwards by their denominators. Only pages that hold tokens are read,
-    each once. Every shape is fixed by the arguments' shapes, and the lengths are read on the device, so a call can be part of
-    a CUDA graph.
+    splits-th page of the row. It goes over its pages with an online softmax (a running maximum and denominator). The results of
+    a row's programs are then combined by their denominators. The shapes follow from the arguments' shapes and the lengths are
+    read on the device, so a call can be part of a CUDA graph.
     """
     B, H, E = q.shape
     _, N, K, S, _ = kv.shape
@@ -414,5 +403,5 @@ def paged_attention(
         q.contiguous(), kv, page_table, prompt_length, response_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1],
         G=G, G_PADDED=max(16, triton.next_power_of_2(G)), E=E, S=S, SPLITS=splits,
     )  # fmt: skip
-    weight = torch.softmax(lse, 2)  # exp(lse) is each split's part of the whole softmax's denominator
+    weight = torch.softmax(lse, 2)  # exp(lse) is a split's part of the whole softmax's denominator
     return (weight[..., None] * out).sum(2).to(q.dtype).view(B, H, E)

@@ -1,11 +1,11 @@
 """Sampling from the policy, and packing the samples for training.
 
-`generate` is a sampler with continuous batching over a paged KV cache. It uses the trainer's own parameters, so it can never be
-stale. A prompt is computed once and read by all members of its group. A row that ends leaves at once and a waiting one takes
-its place, so one long response does not hold up the others. `pack` is the one place that puts a prompt and a response together
-for a forward pass, and that lays guided and unguided contexts over the same response tokens.
+`generate` is a sampler with continuous batching over a paged KV cache. It uses the trainer's own parameters, so they are never
+out of date. A prompt is computed once and read by all members of its group. A row that ends leaves at once and a waiting one
+takes its place, so one long response does not hold up the others. `pack` puts prompts and responses together for a forward
+pass of training; given guided and unguided contexts, it lays them over the same response tokens.
 
-What it is not: a server. One call samples one list of prompts; nothing is kept from one call to the next.
+What it is not: a server. One call samples one list of prompts, and nothing is kept for the next.
 
 The model is any callable with model.py's forward (ids, positions, lengths=, cache=, head=) and its `config`, `device` and
 `compute_dtype`. Imports kv_cache.py and no other sibling: copy the two files. Axes: P prompts, n responses a prompt, B rows
@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,10 +37,10 @@ PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, 
 class Trajectory:
     """One sampled response.
 
-    response_ids includes the end-of-sequence token where one was sampled. logprobs holds, for every response token, its
-    log-probability (natural log) under the whole softmax at the sampling temperature (at 0: at temperature 1), before top_p
-    cuts anything off: what a trainer computes for the same token, so that the ratio of a first update is 1 [ours]. `finished`
-    is False if the length limit cut the response. `group` is the index of the prompt in the call.
+    response_ids ends with the end-of-sequence token, unless the limit came first (`finished` is False). logprobs has each of
+    its tokens' log-probability (natural log) under the whole softmax at the sampling temperature, before top_p cuts anything
+    off: what a trainer computes for the same token, so that the ratio of a first update is 1 [ours]. `group`: the prompt's
+    index.
     """
 
     prompt_ids: list[int]
@@ -63,11 +62,11 @@ class Row(Response):
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
-    drawn: int = 0  # tokens sampled, those that are still on the device and not in response_ids included
+    drawn: int = 0  # tokens sampled; the newest may still be on the device and not in response_ids
     uniforms: list[float] = field(default_factory=list)
 
     def uniform(self) -> float:
-        """The random number for its next token, from a stream of its own: it does not depend on any other row."""
+        """The random number for its next token. It does not depend on any other row."""
         if self.drawn % PAGE == 0:  # many at once, because a call for each is slow
             self.uniforms = self.generator.random(PAGE).tolist()
         return self.uniforms[self.drawn % PAGE]
@@ -97,34 +96,30 @@ def generate(
     """Sample n responses to each prompt: a list of P groups of n trajectories, in the order of the prompts.
 
     n               the same for all prompts, or one per prompt
-    max_new_tokens  the longest response: the same for all, or P lists of n, one per response. The end of the model's context
-                    cuts a response too
-    temperature     0 is greedy (log-probs are then those of the untempered distribution)
-    top_p           1.0 samples from the whole distribution; below 1 see `sample`. The log-probs are those of the whole
-                    distribution either way
+    max_new_tokens  the longest response: the same for all, or P lists of n. The model's context is a limit too
+    temperature     0 is greedy, with the log-probs of temperature 1
+    top_p           1.0 samples from the whole distribution; below 1 see `sample`
     eos_ids         every id that ends a response
     seed            one per prompt. A row's random numbers depend only on its prompt's seed and its index in the group, so they
                     do not change with the other prompts, with max_rows or with the number of ranks. Its logits do, by the
                     rounding of matrix products of another size (1e-6 in fp32, 1e-2 in bf16), and so, rarely, may a token.
-                    max_rows=1 avoids that too: every row is then computed by itself, bit for bit
+                    max_rows=1 avoids that too
     max_rows        how many rows are decoded at once; others wait. A group is split only if it is larger than this
-    cache_tokens    the size of the KV cache in tokens. None: as many as the call can need, on CUDA at most 90 % of the free
-                    memory. Rows wait while the cache is full. If the running rows outgrow it, the youngest are preempted and
-                    continued later
+    cache_tokens    the size of the KV cache in tokens. None: what the call can need, but on CUDA at most 90 % of the free
+                    memory. Rows wait while the cache is full. If the running rows need more than there is, the youngest are
+                    preempted and continued later
     on_row          called with a trajectory and its index in its group as soon as it has ended, while others go on
 
-    Raises ValueError, before anything is sampled, for bad settings, an empty prompt, one that fills the context, and one that
-    the cache cannot hold together with its longest response.
+    Raises ValueError, before anything is sampled, for settings out of range, and for a prompt that is empty, fills the context
+    or does not fit into the cache with its longest response.
     """
-    counts = [n] * len(prompts) if isinstance(n, int) else n
-    limits = [[max_new_tokens] * count for count in counts] if isinstance(max_new_tokens, int) else max_new_tokens
-    context = model.config.max_position_embeddings
-    _check(prompts, counts, limits, temperature, top_p, eos_ids, seed, context, max_rows)
-    groups = [
-        [Row(p, i, list(prompt), min(limit, context - len(prompt)), _stream(seed[p], i)) for i, limit in enumerate(limits[p])]
-        for p, prompt in enumerate(prompts)
-    ]
-    needed = [smallest_cache(len(group[0].prompt_ids), max(row.limit for row in group)) // PAGE for group in groups]
+    if not (max_rows >= 1 and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"max_rows={max_rows}, temperature={temperature} or top_p={top_p} is out of range")
+    groups = _rows(prompts, n, max_new_tokens, seed, model.config.max_position_embeddings)
+    needed = []  # pages, of each prompt with its longest response
+    for group in groups:
+        longest = max(row.limit for row in group)
+        needed.append(smallest_cache(len(group[0].prompt_ids), longest) // PAGE)
     pages = _cache_pages(model, groups, needed, max_rows, cache_tokens)
     draw = partial(sample, temperature=temperature, top_p=top_p)
     was_training = model.training
@@ -136,60 +131,55 @@ def generate(
         model.train(was_training)
         del sampler
         if model.device.type == "cuda":
-            # give the cache back to the device: what training allocates next would settle in the middle of its memory, and
+            # give the cache's memory back to the device. What training allocates next would settle in the middle of it, and
             # the next call would find only small pieces free
             torch.cuda.empty_cache()
     return [[row.trajectory() for row in group] for group in groups]
 
 
-def _check(prompts, counts, limits, temperature, top_p, eos_ids, seed, context, max_rows) -> None:
-    if isinstance(seed, int):
-        raise ValueError(f"seed={seed}: give a list, one for each of the {len(prompts)} prompts")
-    for name, values in (("n", counts), ("max_new_tokens", limits), ("seed", seed)):
-        if len(values) != len(prompts):
-            raise ValueError(f"{len(values)} values of {name} for {len(prompts)} prompts")
-    for name, values in (("n", counts), ("max_new_tokens", chain(*limits)), ("max_rows", [max_rows])):
-        if (least := min(values, default=1)) < 1:
-            raise ValueError(f"{name}={least} must be at least 1")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
-    if not eos_ids:
-        raise ValueError("eos_ids is empty: no response could ever end")
-    for index, (prompt, count, longest) in enumerate(zip(prompts, counts, limits, strict=True)):
-        if len(longest) != count:
-            raise ValueError(f"prompt {index}: {len(longest)} values of max_new_tokens for {count} responses")
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty")
-        if len(prompt) >= context:
-            raise ValueError(f"prompt {index} has {len(prompt)} tokens and leaves no room in a context of {context}")
+def _rows(prompts, n, max_new_tokens, seed, context: int) -> list[list[Row]]:
+    """The rows of each prompt, from the arguments of `generate`."""
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    limits = [[max_new_tokens] * count for count in counts] if isinstance(max_new_tokens, int) else max_new_tokens
+    groups = []
+    for p, (prompt, count, most, key) in enumerate(zip(prompts, counts, limits, seed, strict=True)):
+        room = context - len(prompt)
+        if not len(prompt) or room < 1:
+            raise ValueError(f"prompt {p} has {len(prompt)} tokens: it must have 1 to {context - 1}")
+        if count < 1 or min(most) < 1:
+            raise ValueError(f"prompt {p}: n={count} and max_new_tokens={most} must be at least 1")
+        group = []
+        for i, limit in zip(range(count), most, strict=True):
+            group.append(Row(p, i, list(prompt), min(limit, room), _stream(key, i)))
+        groups.append(group)
+    return groups
 
 
 def _stream(seed: int, member: int) -> np.random.Generator:
-    """A row's own random numbers: one a token is enough, because sampling inverts the cumulative distribution."""
+    """A row's random numbers. One a token is enough, because `sample` inverts the cumulative distribution."""
     # drawn on the CPU, so that they are the same for every device. Philox takes all 128 bits of its key; torch's CPU generator
-    # would use the lowest 32 bits of a seed and drop the rest
+    # takes only the lowest 32 bits of a seed
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, member], dtype=np.uint64)))
 
 
 def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], needed: Sequence[int], max_rows: int, tokens: int | None) -> int:
-    """The number of pages of the cache. ValueError for a prompt that needs more of them (`needed`, one per prompt)."""
+    """The number of pages of the cache. ValueError if a prompt needs more (`needed`, one per prompt)."""
     if tokens is None:
         longest = max((pages_for(row.limit) for group in groups for row in group), default=0)
         pages = sum(needed) + longest * min(max_rows, sum(map(len, groups)))
         if model.device.type == "cuda":
             config = model.config
             numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
-            torch.cuda.empty_cache()  # memory that training has freed is free only after this
+            torch.cuda.empty_cache()  # what training has freed goes back to the device
             free = torch.cuda.mem_get_info(model.device)[0]
             pages = min(pages, int(0.9 * free / (numbers * model.compute_dtype.itemsize)))
     else:
         pages = tokens // PAGE
-    for index, group in enumerate(groups):
-        if needed[index] > pages:
-            longest = max(row.limit for row in group)
+    for p, least in enumerate(needed):
+        if least > pages:
             raise ValueError(
-                f"prompt {index} ({len(group[0].prompt_ids)} tokens and a response of up to {longest}) needs a KV cache of "
-                f"{needed[index] * PAGE} tokens, this one has {pages * PAGE}: raise cache_tokens or lower max_new_tokens"
+                f"prompt {p} and its longest response need a KV cache of {least * PAGE} tokens, this one has {pages * PAGE}: "
+                "raise cache_tokens or lower max_new_tokens"
             )
     return pages
 
@@ -200,14 +190,14 @@ class _Sampler:
     def __init__(self, model, groups, pages, width, max_rows, draw, eos_ids, on_row) -> None:
         self.model, self.max_rows, self.sample, self.on_row = model, max_rows, draw, on_row
         self.cache = PagedCache(model.config, pages, dtype=model.compute_dtype, device=model.device)
-        self.waiting: deque[list[Row]] = deque(list(group) for group in groups)  # rows of one list share all their tokens
+        self.waiting: deque[list[Row]] = deque(list(group) for group in groups)  # rows of a list have equal tokens so far
         self.running: list[Row] = []
         self.tokens = torch.zeros(0, dtype=torch.int64, device=model.device)  # (B,) the newest of each running row
         self.pending: list[tuple[list[Row], Tensor, Tensor]] = []  # sampled, still on the device: rows, tokens, log-probs
         self.eos_ids = set(eos_ids)
         self.decode = Decoder(model, self.cache, width)
-        # reading tokens waits for a GPU, so there it is done only every eighth step. A row that ended in between was decoded a
-        # few tokens too far, and those are thrown away
+        # reading tokens waits for the GPU, so there it is done only every eighth step. A row that ended in between was decoded
+        # a few tokens too far, and those are dropped
         self.sync_every = 8 if model.device.type == "cuda" else 1
 
     def run(self) -> None:
@@ -228,9 +218,8 @@ class _Sampler:
             # every row, running or new, may need a page for its next token
             pages = self.cache.free_pages - len(self.running) - len(rows) - pages_for(len(known))
             count = min(len(group), free_rows, pages)
-            nothing_runs = not self.running and not rows
-            if count < (1 if nothing_runs else min(len(group), self.max_rows)):
-                break
+            if count < (min(len(group), self.max_rows) if self.running or rows else 1):
+                break  # a group waits until it fits as a whole, unless nothing else runs
             if ids and len(ids) + len(known) > PREFILL_TOKENS:
                 break
             prompt = self.cache.allocate_prompt(len(known))
@@ -248,7 +237,7 @@ class _Sampler:
     def prefill(self, prompts: list[tuple[Prompt, int]], rows: list[Row], ids: list[int]) -> None:
         device = self.model.device
         lengths = [prompt.length for prompt, _ in prompts]
-        last = on_device(lengths, torch.int64, device).cumsum(0) - 1  # (P',) where each prompt ends
+        last = on_device(lengths, torch.int64, device).cumsum(0) - 1  # (P',) the last position of each prompt
         logits = self.model(
             on_device([ids], torch.int64, device),
             lengths=lengths,
@@ -261,7 +250,7 @@ class _Sampler:
         self.tokens = torch.cat([self.tokens, token])
 
     def step(self) -> None:
-        """One token for every running row."""
+        """Decode one token for every running row."""
         if self.pages_needed() > self.cache.free_pages:
             self.sync(now=True)
             while self.pages_needed() > self.cache.free_pages:
@@ -280,7 +269,7 @@ class _Sampler:
         return sum(row.needs_page for row in self.running)
 
     def preempt(self) -> None:
-        """Free the pages of the youngest row. It waits, and starts again with what it has sampled as part of its prompt."""
+        """Free the pages of the youngest row. It starts again later, with what it has sampled as part of its prompt."""
         row = self.running.pop()
         self.tokens = self.tokens[:-1]
         self.cache.free(row)
@@ -309,27 +298,27 @@ class _Sampler:
                     row.logprobs.append(logprob)
                     row.finished = token in self.eos_ids
         self.pending.clear()
-        stays = [not row.finished and row.drawn < row.limit for row in self.running]
-        if not all(stays):
-            for row, stay in zip(self.running, stays, strict=True):
-                if not stay:
-                    self.cache.free(row)
-                    if self.on_row is not None:
-                        self.on_row(row.trajectory(), row.member)
-            self.running = [row for row, stay in zip(self.running, stays, strict=True) if stay]
-            self.tokens = self.tokens[on_device(stays, torch.bool, self.tokens.device)]
+        goes_on = [not row.finished and row.drawn < row.limit for row in self.running]
+        if all(goes_on):
+            return
+        for row, on in zip(self.running, goes_on, strict=True):
+            if not on:
+                self.cache.free(row)
+                if self.on_row is not None:
+                    self.on_row(row.trajectory(), row.member)
+        self.running = [row for row, on in zip(self.running, goes_on, strict=True) if on]
+        self.tokens = self.tokens[on_device(goes_on, torch.bool, self.tokens.device)]
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> tokens, log-probs (B,).
 
     With top_p < 1 the draw is from the nucleus, renormalised: the smallest set of most probable tokens whose mass reaches
-    top_p, with those that are exactly as probable as its last one. The log-probability is that of the whole distribution at
-    this temperature (at 0: at temperature 1), before the nucleus is cut out of it [ours].
-
-    The cumulative sum is taken in two levels, over blocks of the vocabulary and then within one block, and in float64: in
-    float32 its rounding, about 1e-6 at V = 152,064, would be larger than many tokens' whole probability.
+    top_p, and any others exactly as probable as the last of them. The log-probability is that of the whole distribution at
+    this temperature (at 0: at temperature 1) [ours].
     """
+    # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
+    # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
     scaled = logits.float()
     if temperature == 0:
         best, token = scaled.max(-1)
@@ -349,11 +338,11 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     p = torch.exp(scaled - log_total).view(B, V // block, block)  # (B, blocks, block)
     mass = p.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
     total = mass[:, -1:]
-    # below the total even if the product rounds up to it, so that a block, and in it a token, is always found
+    # below the total even if the product rounds up to it, so that a block and a token in it are always found
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first index whose sum EXCEEDS the target, so a token of probability 0 can never be drawn
     which = torch.searchsorted(mass, target, right=True)  # (B, 1)
-    which = which.clamp(max=V // block - 1)  # only if a logit was nan or inf: then the log-prob is too, and CUDA lives on
+    which = which.clamp(max=V // block - 1)  # for a logit that is nan or inf: an index out of range would end a CUDA process
     before = torch.where(which > 0, mass.gather(-1, (which - 1).clamp(min=0)), 0.0)
     inside = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # (B, block)
     rest = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(total)))
@@ -362,20 +351,20 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 
 
 def threshold_by_sorting(logits: Tensor, log_total: Tensor, top_p: float) -> Tensor:
-    """The smallest logit within the nucleus: logits (B, V), their logsumexp (B, 1) -> (B, 1). The faster way on a CPU."""
-    best = logits.topk(min(1024, logits.shape[-1])).values  # a nucleus rarely has more tokens, and sorting all costs more
+    """The smallest logit in the nucleus: logits (B, V), their logsumexp (B, 1) -> (B, 1). The faster way on a CPU."""
+    best = logits.topk(min(1024, logits.shape[-1])).values  # a nucleus rarely has more tokens, and sorting all is slower
     if (torch.exp(best - log_total).double().sum(-1) < top_p).any():
         best = logits.sort(-1, descending=True).values
     p = torch.exp(best - log_total).double()
-    inside = p.cumsum(-1) - p < top_p  # the most probable token has 0 before it, so there is one, unless a logit was nan
+    inside = p.cumsum(-1) - p < top_p  # at least the most probable token, unless a logit is nan
     return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
-    """The same for a GPU, which is never waited for: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1).
+    """The same without waiting for the GPU: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1).
 
-    It is the smallest number of that data type above which there is less than top_p. Halving the range of the numbers' ranks
-    among all numbers of the type finds it exactly, in one step a bit: bf16 logits need 16 steps, fp32 32.
+    It is the smallest number above which the mass is less than top_p. Bisection over all numbers of the logits' data type, in
+    their order, finds it exactly, in a step a bit: 16 for bf16 logits, 32 for fp32.
     """
     bits, (B, V) = 8 * logits.element_size(), logits.shape
     integer = {16: torch.int16, 32: torch.int32}[bits]
@@ -384,12 +373,14 @@ def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
     def flip(i: Tensor) -> Tensor:  # its own inverse. A negative float's bits, read as an integer, grow with its magnitude
         return i ^ ((i >> 63) & (2 ** (bits - 1) - 1))
 
+    def rank(x: Tensor) -> Tensor:  # among all numbers of the type
+        return flip(x.view(integer).long())
+
     def number(rank: Tensor) -> Tensor:
         return flip(rank).to(integer).view(logits.dtype)
 
-    low, high = (  # (B, 1) each, the ranks of -inf and of the largest logit
-        flip(x.view(integer).long()) for x in (torch.full_like(logits[:, :1], -math.inf), logits.amax(-1, keepdim=True))
-    )
+    low = rank(torch.full_like(logits[:, :1], -math.inf))  # (B, 1)
+    high = rank(logits.amax(-1, keepdim=True))  # (B, 1)
     for _ in range(bits):
         middle = (low + high) >> 1
         above = torch.where(logits > number(middle), p, 0.0).view(B, V // block, block).sum(-1)  # (B, blocks)
@@ -399,11 +390,8 @@ def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
 
 
 def stream_seed(*names: Any) -> int:
-    """The seed of a named stream of random numbers: equal names, equal seed, on every machine and rank. 63 bits.
-
-    ("evaluation", seed, id) has a formula of its own, which recorded evaluations were made with: it stays what it is.
-    """
-    if names[0] == "evaluation":
+    """The seed of a named stream of random numbers, of 63 bits: equal names, equal seed, on every machine and rank."""
+    if names[0] == "evaluation":  # ("evaluation", seed, id) has its own formula, because recorded evaluations were made with it
         return names[1] * 2**32 + zlib.crc32(names[2].encode())
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
 
@@ -418,11 +406,12 @@ def sample_and_grade(
     progress: str | None = None,
     **settings: Any,
 ) -> tuple[list[list[Trajectory]], list[list[Any]]]:
-    """`generate` with n and these settings, and what `grade` says of every response: two (P, n) nested lists.
+    """`generate`, and what `grade` says of every response: two nested lists (P, n).
 
-    grade     (trajectory, its place in its group, text) -> anything. Called in one thread of its own, a response at a time,
-              while others are still being sampled; an error in it ends the sampling
+    grade     (trajectory, its index in its group, text) -> anything. Called in a thread, for one response at a time, while
+              others are still being sampled; an error in it ends the sampling
     progress  the name of a progress bar that counts responses; None: no bar
+    settings  of `generate`
     """
     graded: dict[tuple[int, int], Any] = {}
 
@@ -436,7 +425,7 @@ def sample_and_grade(
 
         def on_row(row: Trajectory, member: int) -> None:
             while pending and pending[0].done():
-                pending.popleft().result()  # an error in the grader, or a full disk, ends the sampling now, not hours later
+                pending.popleft().result()  # an error in `grade` ends the sampling now, not hours later
             pending.append(pool.submit(grade_row, row, member))
             bar.update()
 
@@ -451,45 +440,34 @@ def sample_and_grade(
 
 @dataclass(frozen=True)
 class Packed:
-    """Several (context, response) sequences end to end in one row, ready for one forward without padding.
+    """Several (context, response) sequences end to end in one row, for one forward without padding.
 
-    Responses to the same context that stand next to each other share it: the context is one segment, computed once, and each
-    response a segment that continues it. A context with a single response is one segment together with it. A response's last
-    token is left out of the row, because it predicts nothing.
+    Neighbouring responses to the same context share it: the context is one segment, computed once, and each response a segment
+    that continues it. A context with a single response is one segment with it. A response's last token is left out of the row,
+    because it predicts nothing.
 
-    input_ids  (1, T)
-    lengths    per segment, summing to T
-    prefixes   per segment the index of the segment it continues, or None
-    predict    (M,) the positions in the row whose logits predict response tokens: M = all response tokens. The first tokens of
-               responses that share a context are predicted from the same position
-    targets    (M,) the response tokens, EOS included
-    sequence   (M,) which of the responses each target belongs to
-
-    The masks are these index tensors: they come from lengths alone, so pad == EOS, or a strategy that quotes the response,
-    cannot confuse them.
+    The masks are the last three: positions that come from lengths alone, so that a token's value can never confuse them.
     """
 
-    input_ids: Tensor
-    lengths: list[int]
-    prefixes: list[int | None]
-    predict: Tensor
-    targets: Tensor
-    sequence: Tensor
+    input_ids: Tensor  # (1, T)
+    lengths: list[int]  # of each segment, summing to T
+    prefixes: list[int | None]  # of each segment: the index of the segment it continues
+    predict: Tensor  # (M,) the position in the row whose logits predict each response token; M = all response tokens
+    targets: Tensor  # (M,) the response tokens, EOS included
+    sequence: Tensor  # (M,) the index of the response each belongs to
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What the model's forward takes: model(**packed.layout, head=...)."""
+        """The model's arguments: model(**packed.layout, head=...)."""
         return {"input_ids": self.input_ids, "lengths": self.lengths, "prefixes": self.prefixes}
 
 
 def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device) -> Packed:
-    """Lay each response after its context. ValueError for an empty context or response, or unequal counts.
+    """Lay each response after its context. ValueError if one is empty.
 
-    Packing the same responses after guided and after unguided contexts gives equal `targets` and `sequence`, so that row m of
-    one pass's `predict` and row m of the other's predict the same token: the distillation term needs this alignment.
+    The same responses after guided and after unguided contexts give equal `targets` and `sequence`: entry m of both packs'
+    `predict` predicts the same token. The distillation term needs this.
     """
-    if len(contexts) != len(responses):
-        raise ValueError(f"{len(contexts)} contexts for {len(responses)} responses")
     ids, lengths, prefixes, predict, targets, sequence = [], [], [], [], [], []
     continues = [index > 0 and contexts[index] == contexts[index - 1] for index in range(len(contexts))] + [False]
     for index, (context, response) in enumerate(zip(contexts, responses, strict=True)):
@@ -517,14 +495,14 @@ def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], 
 
 
 def shared_tokens(contexts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that `pack` saves on each item if it comes after the one before it: those of a context that both share."""
+    """The tokens that `pack` saves on each item if the one before it is in the same pack: those of a context they share."""
     return [len(c) if i > 0 and c == contexts[i - 1] else 0 for i, c in enumerate(contexts)]
 
 
 def micro_batches(costs: Sequence[int], max_tokens: int, saved: Sequence[int] | None = None) -> list[list[int]]:
-    """Cut items 0..len-1, in order, into runs whose costs (tokens) sum to at most max_tokens; a larger item goes alone.
+    """Cut the items, in order, into lists of indices whose costs (tokens) sum to at most max_tokens. A larger item is alone.
 
-    saved: what an item costs less if it is not the first of its run, see `shared_tokens`.
+    saved: what each item costs less if it is not the first of its list, see `shared_tokens`.
     """
     batches: list[list[int]] = []
     room = 0

@@ -1,8 +1,8 @@
-"""The decisions taken per problem: advantages, which guided trajectory to learn from, and how much; and the baselines' own.
+"""What is decided for each problem: advantages, which guided trajectory to learn from, and how much.
 
-Pure functions of rewards and log-probabilities; no model, no text. Imports no sibling and needs torch only: copy this file
-alone. Symbols as in the paper (arXiv 2606.24064). [eq N]: there; [code]: in the public code of a baseline; [ours]: both are
-silent. Axes: P problems, G autonomous group (8), J guided group (4).
+Pure functions of rewards and log-probabilities. Imports no sibling and needs torch only: copy this file alone. Symbols as in
+the paper (arXiv 2606.24064). [eq N]: there; [code]: in the public code of a baseline; [ours]: both are silent.
+Axes: P problems, G autonomous group (8), J guided group (4).
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,9 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """GRPO's group-relative advantage A_i of [eq 1]: (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G).
 
-    The standard deviation is the unbiased one (divisor G - 1) and eps is 1e-6 [ours], as in veRL, which the paper trained
-    with. A group of equal rewards, all right or all wrong, gets exactly zero. Truncated responses are in the mean like
-    any other: dropping them first would favour problems whose failures run long. ValueError if G < 2.
-
-    scale_by_std=False gives r_i - mean, the form of LUFFY (whose group is 7 rollouts and the demonstration) and HPT [code].
+    The standard deviation has the divisor G - 1, and eps is 1e-6 [ours], as in veRL, which the paper trained with. A group of
+    equal rewards gets exactly zero. ValueError if G < 2. scale_by_std=False gives r_i - mean, the form of LUFFY (with a group
+    of 7 rollouts and the demonstration) and HPT [code].
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (problems, group of at least 2), got shape {tuple(rewards.shape)}")
@@ -32,36 +30,32 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float =
 def instance_weight(
     p_auto: Tensor, p_guide: Tensor, alpha_0: float = 0.5, gamma: float = 0.1, alpha_max: float = 0.8
 ) -> Tensor:
-    """The adaptive weight of the distillation term, one per problem [eq 6]:
+    """The adaptive weight of the distillation term of each problem [eq 6]:
 
         alpha(q) = clip( alpha_0 * (p_guide - p_auto + gamma) / (p_auto + gamma), 0, alpha_max )
 
-    p_auto, p_guide: pass rates in [0, 1] of the autonomous and of the guided group, any shape. The relative gain from
-    guidance: large where the policy fails alone and succeeds guided, zero where guidance hurts by gamma or more. gamma keeps
-    the division finite at p_auto = 0 and lets a problem with no measured gain keep a little weight (0.0455 at 1 and 1).
+    p_auto, p_guide: pass rates in [0, 1] of the autonomous and of the guided group, any shape. Large if the policy fails alone
+    and succeeds guided, zero if guidance hurts by gamma or more. gamma keeps the division finite at p_auto = 0 and leaves a
+    little weight without any gain (0.0455 at 1 and 1).
     """
-    p_auto, p_guide = torch.as_tensor(p_auto).float(), torch.as_tensor(p_guide).float()
     alpha = alpha_0 * (p_guide - p_auto + gamma) / (p_auto + gamma)
     return alpha.clamp(0.0, alpha_max)  # [eq 6]
 
 
 def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
-    """The index of o+: of the correct guided trajectories the one the UNGUIDED policy finds most probable [eq 4].
+    """The index of o+: of the correct guided trajectories the one that the UNGUIDED policy finds most probable [eq 4].
 
-    logprobs (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the context, summed over its
-    tokens [eq 4], or the mean per token if the caller passes that [ours]. correct (J,) bool. None if no guided trajectory is
-    correct: that problem then has no distillation term [alg 1, lines 14-15]. Ties go to the first [ours].
+    logprobs (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the prompt, summed over its
+    tokens [eq 4] or their mean [ours]. correct (J,) bool. None if no guided trajectory is correct: then there is no
+    distillation term [alg 1, lines 14-15]. Ties go to the first [ours].
     """
-    if logprobs.shape != correct.shape or logprobs.dim() != 1:
-        raise ValueError(f"logprobs {tuple(logprobs.shape)} and correct {tuple(correct.shape)} must both be (J,)")
-    if not bool(correct.any()):
+    if not correct.any():
         return None
-    return int(logprobs.masked_fill(~correct.bool(), float("-inf")).argmax())  # o+ [eq 4]
+    return int(logprobs.masked_fill(~correct, float("-inf")).argmax())  # o+ [eq 4]
 
 
 def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], targets: Sequence[int]) -> float:
-    """Nats by which the targets are more reachable than the correct guided trajectories are on average; 0 without one. A
-    diagnostic."""
+    """By how many nats the targets' mean log-probability is above that of all correct ones, a diagnostic; 0 without targets."""
     if not targets:
         return 0.0
     correct = [logprob for logprob, reward in zip(logprobs, rewards, strict=True) if reward > 0]
@@ -77,7 +71,7 @@ def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_ma
 
         alpha(q) = clip( A+, 0, alpha_max ),   A+ = (R(o+) - mean) / (std + eps) in the group { o_1, ..., o_G, o+ }
 
-    It falls as the policy's own success rate rises, but asks nothing about the other guided trajectories.
+    It falls as the policy's own pass rate rises, and does not depend on the other guided trajectories.
     """
     group = torch.cat([auto_rewards, target_reward[:, None]], dim=1)  # (P, G + 1)
     return group_advantages(group, eps=eps)[:, -1].clamp(0.0, alpha_max)  # [eq 8]
@@ -86,18 +80,16 @@ def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_ma
 def guided_advantage_weight(
     auto_rewards: Tensor, guided_rewards: Tensor, alpha_0: float = 0.5, alpha_max: float = 0.8, *, eps: float = 1e-6
 ) -> Tensor:
-    """A weight from the advantage of the whole guided group: rewards (P, G) and (P, J) -> (P,). [ours]
+    """A weight from the advantage of the whole guided group [ours]: rewards (P, G) and (P, J) -> (P,).
 
-        alpha(q) = clip( alpha_0 * mean_j A~_j, 0, alpha_max ),   A~ = the advantages of all G + J rewards taken as one group
-
-    Like [eq 6] it is zero if guidance brings nothing, but it does not grow as the policy's own success rate falls.
+        alpha(q) = clip( alpha_0 * mean_j A~_j, 0, alpha_max ),   A~ = the advantages of all G + J rewards as one group
     """
     together = group_advantages(torch.cat([auto_rewards, guided_rewards], dim=1), eps=eps)  # (P, G + J)
     return (alpha_0 * together[:, auto_rewards.shape[1] :].mean(dim=1)).clamp(0.0, alpha_max)
 
 
 def random_target(correct: Tensor, generator: torch.Generator) -> int | None:
-    """The index of one correct guided trajectory, drawn uniformly; correct (J,) bool. None if there is none. [ours]"""
+    """The index of one correct guided trajectory, drawn uniformly [ours]: correct (J,) bool. None if there is none."""
     indices = correct.nonzero()[:, 0]
     if not len(indices):
         return None
@@ -108,9 +100,9 @@ def random_target(correct: Tensor, generator: torch.Generator) -> int | None:
 
 
 def hpt_gate(rewards: Tensor, gate: int = 0) -> Tensor:
-    """HPT's switch [code]: rewards (P, G) of zeros and ones -> (P,) bool, True where at most `gate` of the G are correct.
+    """HPT's switch [code]: rewards (P, G) of 0 and 1 -> (P,) bool, True if at most `gate` of the G are correct.
 
-    There all G rollouts are dropped and the problem is learnt from its demonstration (loss.hpt_loss). The public code uses
+    Then all G rollouts are dropped and the problem is learnt from its demonstration (loss.hpt_loss). The public code has
     gate 0 for Qwen and 2 for Llama.
     """
     return rewards.sum(dim=1) <= gate

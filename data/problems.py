@@ -1,6 +1,6 @@
-"""Problem files, the same for training, evaluation and the extraction of strategies. Their format: data/README.md.
+"""Problem files, for training, evaluation and the extraction of strategies. Their format: data/README.md.
 
-What it is not: a converter of other formats (data/prepare.py). It imports the grader and the strategy record, no model.
+What it is not: a converter of other formats (data/prepare.py).
 """
 
 import json
@@ -25,8 +25,7 @@ class Problem:
 
 def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
     """read_problems of a jsonl file; ValueError if there is no such file. worker: None starts one for this call."""
-    path = Path(path)
-    lines = read_lines(path)
+    lines = read_lines(Path(path))
     if worker is not None:
         return read_problems(lines, path, worker)
     with MathWorker() as worker:
@@ -34,19 +33,18 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The lines of a jsonl file, without the blank ones at its end. ValueError if there is no such file."""
+    """The lines of a jsonl file, without blank ones at its end. ValueError if there is no such file."""
     if not path.is_file():
-        raise ValueError(f"{path}: {'a folder, expected a jsonl file' if path.is_dir() else 'no such file'}")
+        raise ValueError(f"{path}: no such file")
     return path.read_bytes().rstrip().splitlines()
 
 
 def read_problems(lines: Sequence[bytes], name: str | Path, worker: MathWorker) -> list[Problem]:
     """The rows in these lines: {"id", "problem", "answer"} as strings, "solution" and "strategy" if there are any.
 
-    Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem
-    with the same answer is dropped, and a line printed: copies of benchmarks repeat their rows. An answer that no
-    prediction could match is an error, because its problem would silently be worth 0 for ever. Raises one ValueError
-    with up to 20 lines "name:line: what, value".
+    Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem with the
+    same answer is dropped, and a line printed. An answer that no response could match is an error. Raises one ValueError with
+    up to 20 lines "name:line: what, value".
     """
     problems, errors, dropped = [], [], 0
     by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
@@ -79,9 +77,9 @@ def read_problems(lines: Sequence[bytes], name: str | Path, worker: MathWorker) 
 def read_row(raw: bytes) -> Problem:
     """One row, from its line of JSON. ValueError "what, value" if it has another format."""
     try:
-        row = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair would fail where the results are written
-    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
+        row = json.loads(raw.decode())
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair would be an error when the results are written
+    except ValueError as error:
         raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, {row!r}")
@@ -97,10 +95,3 @@ def read_row(raw: bytes) -> Problem:
         raise ValueError(f"field 'answer' {reason}, {row['answer'][:200]!r}")
     strategy = Strategy.from_dict(row["strategy"]) if "strategy" in row else None
     return Problem(row["id"], row["problem"], answer, row.get("solution"), strategy)
-
-
-def _unique_keys(pairs: list[tuple]) -> dict:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"a field is given twice, {keys!r}")
-    return dict(pairs)
