@@ -157,18 +157,6 @@ def test_gpu_samples_what_the_cpu_samples(on_both, monkeypatch):
     ]
 
 
-def test_gpu_sampler_sees_a_changed_weight(on_both):
-    _, gpu = on_both
-    settings = dict(n=1, max_new_tokens=8, temperature=0.0, top_p=1.0, eos_ids=STOPS, seed=prompt_seeds(0))
-    before = generate(gpu, PROMPTS, **settings)
-    weight = gpu.model.layers[0].mlp.down_proj.weight.data
-    kept = weight.clone()  # dividing again would not give back the same bits
-    weight.mul_(-3)
-    changed = generate(gpu, PROMPTS, **settings)
-    weight.copy_(kept)
-    assert changed != before and generate(gpu, PROMPTS, **settings) == before
-
-
 def test_gpu_memory_goes_back_to_the_device_after_a_call(on_both):
     """By default the cache takes 90 % of what is free. Moments that settled inside its block would keep that block from the
     device, and the next call would find little."""
@@ -210,21 +198,22 @@ def test_gpu_gradient_of_a_packed_row(on_both):
 
 
 def test_memory_is_flat_over_many_calls():
-    """200 calls of the sampler in a fresh process: nothing is kept from one to the next."""
-    code = (
-        "import torch, bench\n"
-        "from model import ModelConfig, build_model\n"
-        "from rollout import generate\n"
-        "torch.set_num_threads(1)\n"
-        "shape = ModelConfig.from_dict(bench.TOY)\n"
-        "model = build_model(shape, generator=torch.Generator(), dtype=torch.float32, device=torch.device('cpu'))\n"
-        "settings = dict(n=4, max_new_tokens=8, temperature=1.0, top_p=1.0, eos_ids=[1], max_rows=6)\n"
-        "for call in range(220):\n"
-        "    generate(model, [[5] * 40, [6] * 70], seed=[call * 1_000_003, call * 1_000_003 + 1], **settings)\n"
-        "    if call == 19:\n"
-        "        before = bench._status_bytes('VmRSS')\n"
-        "print((bench._status_bytes('VmRSS') - before) / 1e6)\n"
-    )
+    """In a process of its own: nothing is kept from one call of the sampler to the next."""
+    code = """
+import pathlib, torch
+from model import ModelConfig, build_model
+from rollout import generate
+config = ModelConfig.from_folder(pathlib.Path("data/tiny/base"))
+model = build_model(config, generator=torch.Generator(), dtype=torch.float32, device=torch.device("cpu"))
+settings = dict(n=4, max_new_tokens=8, temperature=1.0, top_p=1.0, eos_ids=[1], max_rows=6, seed=[0, 1])
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+for call in range(60):
+    generate(model, [[5] * 40, [6] * 70], **settings)
+    if call == 19:
+        before = megabytes()
+print(megabytes() - before)
+"""
     done = run_script("-c", code)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 5  # megabytes; a leak of the cache alone would be 100
+    assert float(done.stdout) < 5  # a leak of the cache alone would be far more

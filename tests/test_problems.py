@@ -1,7 +1,6 @@
 """Problem files: what is read and what is refused."""
 
 import json
-import time
 
 import pytest
 
@@ -25,26 +24,13 @@ def test_load_problems(tmp_path, eval_worker):
 
 EVAL_BAD_ROWS = [
     ("{", "not a line of JSON"), ("", "not a line of JSON"), ("[1]", "expected an object, [1]"),
-    ('"a"', "expected an object"),
-    ('{"id": "a", "id": "b", "problem": "p", "answer": "1"}', "a field is given twice"),
-    (_eval_row(id=...), "field 'id' is missing"), (_eval_row(problem=...), "field 'problem' is missing"),
+    (_eval_row(problem="\udfff?"), "not a line of JSON"),  # half of a surrogate pair
     (_eval_row(answer=...), "field 'answer' is missing"), (_eval_row(id=7), "field 'id' must be a non-empty string, 7"),
-    (_eval_row(answer=7), "field 'answer' must be a non-empty string, 7"),
-    (_eval_row(problem=" "), "field 'problem' must be"),
-    (_eval_row(answer=""), "field 'answer' must be a non-empty string, ''"),
-    (_eval_row(answer=None), "field 'answer' must be"),
-    (_eval_row(solution=""), "field 'solution' must be"), (_eval_row(solution=None), "field 'solution' must be"),
+    (_eval_row(problem=" "), "field 'problem' must be"), (_eval_row(solution=None), "field 'solution' must be"),
     (_eval_row(level=5), "unknown field 'level', 5"), (_eval_row(strategy="add"), "strategy: expected an object"),
-    (_eval_row(strategy={"type": "t", "strategy": "s", "steps": []}), "steps"),
     (_eval_row(strategy={"type": "t", "strategy": "s"}), "strategy field 'steps': missing"),
-    (_eval_row(strategy=None), "strategy"),
     (_eval_row(answer="\\frac{1}{"), "field 'answer' has unbalanced brackets, '\\\\frac{1}{'"),
-    (_eval_row(answer="$$"), "field 'answer'"),
-    (_eval_row(answer="(1, 2"), "unbalanced"), (_eval_row(answer="\\boxed{}"), "field 'answer'"),
-    (_eval_row(answer="3 +"), "cannot be read"),
-    (_eval_row(answer="see solution above, it follows from the lemma and then so on"), "field 'answer' is prose"),
-    (_eval_row(answer="1" * 1001), "has 1001 characters, more than 1000"),
-    (_eval_row(answer="\\frac{1}{}"), "cannot be read"),
+    (_eval_row(answer="\\boxed{}"), "field 'answer'"), (_eval_row(answer="3 +"), "cannot be read"),
     (_eval_row(3, id="r2"), "duplicate id, line 1 has it too, 'r2'"),
     (_eval_row(3, problem="What is  2 + 0?"), "same problem as line 1 but answer '3', not '2'"),
 ]  # fmt: skip
@@ -78,9 +64,7 @@ def test_load_problems_drops_repeated_rows(tmp_path, eval_worker, capsys):
 
 def test_load_problems_needs_a_file_with_rows(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
-    expected = {"empty.jsonl": "no rows", "": "a folder", "none": "no such file", "latin.jsonl": "not a line of JSON"}
-    for path, message in expected.items():
+    for path, message in {"empty.jsonl": "no rows", "none": "no such file"}.items():
         with pytest.raises(ValueError, match=message):
             load_problems(tmp_path / path)
 
@@ -101,16 +85,3 @@ def test_load_problems_accepts_every_answer_of_the_real_data_sets(real_data, eva
     # two rows of MATH have an empty answer; nothing else is refused
     assert {name: bad for name, bad in rejected.items() if bad} == {("math", "train"): [""]}
     assert len(answers) == 13 and eval_worker.timeouts == 0
-
-
-def test_problem_files_that_attack_the_reader(tmp_path, eval_worker):
-    rows = ["[" * 100_000, '{"id": ' * 50_000, json.dumps(_eval_row(id="\ud800")), json.dumps(_eval_row(problem="\udfff?"))]
-    rows += ['{"id": 1' + "0" * 5000 + "}", _eval_row(answer="\\frac{1}{" * 100_000), _eval_row(answer="$" * 100_000)]
-    rows += ["\0", "NaN"]
-    start = time.perf_counter()
-    for row in rows:
-        path = _eval_file(tmp_path, _eval_row(2), row)
-        with pytest.raises(ValueError) as error:
-            load_problems(path, eval_worker)
-        assert str(error.value).startswith(f"{path}:2: ")
-    assert time.perf_counter() - start < 5
