@@ -118,13 +118,6 @@ def test_a_gpu_is_not_waited_for_while_sampling(temperature, top_p, dtype):
     assert (token.shape, token.dtype, logprob.shape, logprob.dtype) == ((3,), torch.int64, (3,), torch.float32)
     with pytest.raises(RuntimeError, match="meta tensors"):  # as it is on a CPU
         rollout.threshold_by_sorting(logits, uniform[:, None], 0.95)
-    if torch.cuda.is_available():
-        on_gpu = torch.randn(3, 1000, dtype=dtype, device="cuda"), torch.rand(3, dtype=torch.float64, device="cuda")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            rollout.sample(*on_gpu, temperature, top_p)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")
