@@ -74,7 +74,8 @@ class ModelConfig:
     @staticmethod
     def from_dict(raw: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
         """From the fields of config.json and generation_config.json. ValueError for what this decoder would compute wrongly."""
-        family, generation = raw.get("model_type"), dict(generation or {})
+        family = raw.get("model_type")
+        generation = dict(generation or {})
         if family not in ARCHITECTURES:
             raise ValueError(f"unsupported architecture model_type={family!r}; supported: {', '.join(ARCHITECTURES)}")
         if raw.get("hidden_act", "silu") != "silu":
@@ -114,7 +115,8 @@ class ModelConfig:
     @staticmethod
     def from_folder(folder: Path) -> "ModelConfig":
         """Read config.json and, if there is one, generation_config.json of a model folder."""
-        file, generation_file = folder / "config.json", folder / "generation_config.json"
+        file = folder / "config.json"
+        generation_file = folder / "generation_config.json"
         raw = _read_json(file)
         generation = _read_json(generation_file) if generation_file.is_file() else {}
         try:
@@ -161,7 +163,8 @@ class Packing:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
+        self.lengths, self.prefixes = tuple(lengths), tuple(prefixes)
+        self.kernel = kernel
         self.before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]  # the tokens of each one's prefix
         sizes = list(zip(self.before, lengths, strict=True))
         # without a kernel: (tokens of the prefix, own tokens) -> (own, both), added to the scores
@@ -251,7 +254,8 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     queries, keys, values = (torch.split(x, packing.lengths, dim=2) for x in (q, k, v))
     out = []
     for i, prefix in enumerate(packing.prefixes):
-        k, v, mask = keys[i], values[i], None
+        k, v = keys[i], values[i]
+        mask = None
         if prefix is not None:
             k = torch.cat([keys[prefix], k], dim=2)
             v = torch.cat([values[prefix], v], dim=2)
@@ -445,7 +449,8 @@ class CausalLM(nn.Module):
                    is called inside this forward, where a sharded head weight is whole
         """
         B, T = input_ids.shape
-        device, packing = input_ids.device, None
+        device = input_ids.device
+        packing = None
         if lengths is not None:
             prefixes = (None,) * len(lengths) if prefixes is None else prefixes
             packing = Packing(lengths, prefixes, kernel=self.attention_kernel(), dtype=self.compute_dtype, device=device)
@@ -596,7 +601,8 @@ def read_weights(
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
                         continue  # old exports store the angles, and some a copy of the tied head
                     part = tensors.get_slice(name)
-                    expected, shape = missing.pop(name, "there is no such tensor"), tuple(part.get_shape())
+                    expected = missing.pop(name, "there is no such tensor")
+                    shape = tuple(part.get_shape())
                     if shape != expected:
                         raise ValueError(f"{file}: {name} has shape {shape}, by config.json: {expected}")
                     yield name, part[rows(name)]

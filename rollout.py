@@ -35,19 +35,15 @@ PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One sampled response.
-
-    response_ids ends with the end-of-sequence token, unless the limit came first (`finished` is False). logprobs has each of
-    its tokens' log-probability (natural log) under the whole softmax at the sampling temperature, before top_p cuts anything
-    off: what a trainer computes for the same token, so that the ratio of a first update is 1 [ours]. `group`: the prompt's
-    index.
-    """
+    """One sampled response."""
 
     prompt_ids: list[int]
-    response_ids: list[int]
+    response_ids: list[int]  # with the end-of-sequence token, if it was sampled
+    # of each token, in nats, under the whole softmax at the sampling temperature, before top_p cuts anything off: what a
+    # trainer computes for the same token, so that the ratio of a first update is 1 [ours]
     logprobs: list[float]
-    finished: bool
-    group: int
+    finished: bool  # False: cut by the length limit
+    group: int  # the index of its prompt
 
 
 @dataclass(eq=False)
@@ -66,7 +62,7 @@ class Row(Response):
     uniforms: list[float] = field(default_factory=list)
 
     def uniform(self) -> float:
-        """The random number for its next token. It does not depend on any other row."""
+        """The random number for its next token: one is enough, because `sample` inverts the cumulative distribution."""
         if self.drawn % PAGE == 0:  # many at once, because a call for each is slow
             self.uniforms = self.generator.random(PAGE).tolist()
         return self.uniforms[self.drawn % PAGE]
@@ -150,16 +146,11 @@ def _rows(prompts, n, max_new_tokens, seed, context: int) -> list[list[Row]]:
             raise ValueError(f"prompt {p}: n={count} and max_new_tokens={most} must be at least 1")
         group = []
         for i, limit in zip(range(count), most, strict=True):
-            group.append(Row(p, i, list(prompt), min(limit, room), _stream(key, i)))
+            # on the CPU, so that they are the same for every device; torch's CPU generator has only 32 bits of a seed
+            random_numbers = np.random.Philox(key=np.array([key % 2**64, i], dtype=np.uint64))
+            group.append(Row(p, i, list(prompt), min(limit, room), np.random.Generator(random_numbers)))
         groups.append(group)
     return groups
-
-
-def _stream(seed: int, member: int) -> np.random.Generator:
-    """A row's random numbers. One a token is enough, because `sample` inverts the cumulative distribution."""
-    # drawn on the CPU, so that they are the same for every device. Philox takes all 128 bits of its key; torch's CPU generator
-    # takes only the lowest 32 bits of a seed
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, member], dtype=np.uint64)))
 
 
 def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], needed: Sequence[int], max_rows: int, tokens: int | None) -> int:
