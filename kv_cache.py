@@ -182,7 +182,9 @@ class CacheView:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the keys and values of the new tokens, k and v (T, K, E)."""
-        write_slots(self.store[layer], self.page, self.offset, k, v)
+        keys, values = self.store[layer]  # (N, K, S, E)
+        keys[self.page, :, self.offset] = k.to(keys.dtype)
+        values[self.page, :, self.offset] = v.to(values.dtype)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E).
@@ -208,12 +210,6 @@ class CacheView:
         total = torch.zeros_like(top).index_add_(0, self.result_row, weight)
         mixed = total.new_zeros(B + 1, *out.shape[1:]).index_add_(0, self.result_row, weight[..., None] * out)
         return (mixed / total[..., None])[:B].to(q.dtype).view(B, H, E)
-
-
-def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k and v (T, K, E) to the slots `offset` of the pages `page`, (T,) each, of one layer's kv (2, N, K, S, E)."""
-    kv[0][page, :, offset] = k.to(kv.dtype)
-    kv[1][page, :, offset] = v.to(kv.dtype)
 
 
 def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +248,7 @@ class Decoder:
         return self.steps[size](rows, tokens)
 
 
-class FixedStep:
+class FixedStep(CacheView):
     """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph.
 
     A step is hundreds of small kernels, and launching them one by one takes longer than running them. A graph is one launch. It
@@ -261,8 +257,9 @@ class FixedStep:
     """
 
     def __init__(self, model: Any, cache: PagedCache, batch_size: int, width: int, attention: Callable, pool: Any) -> None:
-        device = cache.store.device
         self.model, self.cache, self.batch_size, self.attention, self.pool = model, cache, batch_size, attention, pool
+        self.store = cache.store
+        device = cache.store.device
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.state = torch.zeros(5, batch_size, dtype=torch.int64, device=device)
         self.position, self.page, self.offset, self.prompt_length, self.response_length = self.state
@@ -307,11 +304,8 @@ class FixedStep:
         with torch.cuda.graph(self.graph, **settings):
             self.logits = self.forward()
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        write_slots(self.cache.store[layer], self.page, self.offset, k, v)
-
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        kv = self.cache.store[layer]
+        kv = self.store[layer]
         return self.attention(q.to(kv.dtype), kv, self.page_table, self.prompt_length, self.response_length).to(q.dtype)
 
 

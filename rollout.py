@@ -112,15 +112,11 @@ def generate(
     if not (max_rows >= 1 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"max_rows={max_rows}, temperature={temperature} or top_p={top_p} is out of range")
     groups = _rows(prompts, n, max_new_tokens, seed, model.config.max_position_embeddings)
-    needed = []  # pages, of each prompt with its longest response
-    for group in groups:
-        longest = max(row.limit for row in group)
-        needed.append(smallest_cache(len(group[0].prompt_ids), longest) // PAGE)
-    pages = _cache_pages(model, groups, needed, max_rows, cache_tokens)
+    pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
     draw = partial(sample, temperature=temperature, top_p=top_p)
     was_training = model.training
     model.eval()
-    sampler = _Sampler(model, groups, pages, max(needed, default=0), max_rows, draw, eos_ids, on_row)
+    sampler = _Sampler(model, groups, pages, width, max_rows, draw, eos_ids, on_row)
     try:
         sampler.run()
     finally:
@@ -153,10 +149,16 @@ def _rows(prompts, n, max_new_tokens, seed, context: int) -> list[list[Row]]:
     return groups
 
 
-def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], needed: Sequence[int], max_rows: int, tokens: int | None) -> int:
-    """The number of pages of the cache. ValueError if a prompt needs more (`needed`, one per prompt)."""
-    if tokens is None:
-        longest = max((pages_for(row.limit) for group in groups for row in group), default=0)
+def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, tokens: int | None) -> tuple[int, int]:
+    """(pages of the cache, most pages of a row). ValueError if a prompt and its longest response do not fit into the cache."""
+    needed, longest = [], 0  # pages, of each prompt with its longest response, and of the longest response by itself
+    for group in groups:
+        limit = max(row.limit for row in group)
+        needed.append(smallest_cache(len(group[0].prompt_ids), limit) // PAGE)
+        longest = max(longest, pages_for(limit))
+    if tokens is not None:
+        pages = tokens // PAGE
+    else:
         pages = sum(needed) + longest * min(max_rows, sum(map(len, groups)))
         if model.device.type == "cuda":
             config = model.config
@@ -164,15 +166,13 @@ def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], needed: Sequence[i
             torch.cuda.empty_cache()  # what training has freed goes back to the device
             free = torch.cuda.mem_get_info(model.device)[0]
             pages = min(pages, int(0.9 * free / (numbers * model.compute_dtype.itemsize)))
-    else:
-        pages = tokens // PAGE
     for p, least in enumerate(needed):
         if least > pages:
             raise ValueError(
                 f"prompt {p} and its longest response need a KV cache of {least * PAGE} tokens, this one has {pages * PAGE}: "
                 "raise cache_tokens or lower max_new_tokens"
             )
-    return pages
+    return pages, max(needed, default=0)
 
 
 class _Sampler:

@@ -66,7 +66,7 @@ def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], targets: Sequ
 # What alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
 
 
-def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_max: float = 0.8, *, eps: float = 1e-6) -> Tensor:
+def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_max: float = 0.8) -> Tensor:
     """o+'s own advantage as the weight of the distillation term [eq 8]: rewards (P, G) and (P,) -> (P,).
 
         alpha(q) = clip( A+, 0, alpha_max ),   A+ = (R(o+) - mean) / (std + eps) in the group { o_1, ..., o_G, o+ }
@@ -74,17 +74,17 @@ def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_ma
     It falls as the policy's own pass rate rises, and does not depend on the other guided trajectories.
     """
     group = torch.cat([auto_rewards, target_reward[:, None]], dim=1)  # (P, G + 1)
-    return group_advantages(group, eps=eps)[:, -1].clamp(0.0, alpha_max)  # [eq 8]
+    return group_advantages(group)[:, -1].clamp(0.0, alpha_max)  # [eq 8]
 
 
 def guided_advantage_weight(
-    auto_rewards: Tensor, guided_rewards: Tensor, alpha_0: float = 0.5, alpha_max: float = 0.8, *, eps: float = 1e-6
+    auto_rewards: Tensor, guided_rewards: Tensor, alpha_0: float = 0.5, alpha_max: float = 0.8
 ) -> Tensor:
     """A weight from the advantage of the whole guided group [ours]: rewards (P, G) and (P, J) -> (P,).
 
         alpha(q) = clip( alpha_0 * mean_j A~_j, 0, alpha_max ),   A~ = the advantages of all G + J rewards as one group
     """
-    together = group_advantages(torch.cat([auto_rewards, guided_rewards], dim=1), eps=eps)  # (P, G + J)
+    together = group_advantages(torch.cat([auto_rewards, guided_rewards], dim=1))  # (P, G + J)
     return (alpha_0 * together[:, auto_rewards.shape[1] :].mean(dim=1)).clamp(0.0, alpha_max)
 
 
