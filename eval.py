@@ -37,8 +37,18 @@ from grader import MathWorker, extract_answer, is_correct, same_answer
 from model import encode_chat, load_model, resolve_model, weight_files
 from parallel import Control, RankLost, all_gather, leave, my_share, ranks_of, world
 from rollout import Trajectory, sample_and_grade, stream_seed
-from stats import BENCHMARKS, PAPER_SETTINGS, compare, comparison_lines, guidance, guidance_lines, majority, summarise, table
 from strategy import Strategy, auto_messages, guided_messages
+from tools.benchmark import (
+    BENCHMARKS,
+    PAPER_SETTINGS,
+    compare,
+    comparison_lines,
+    guidance,
+    guidance_lines,
+    majority,
+    summarise,
+    table,
+)
 from weighting import instance_weight
 
 # -------------------------------------------------------------------------------------------- accuracy

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import plan
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, remove_best, stored_config
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
@@ -544,7 +543,9 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:
-        return plan.plan_run(argv, parse_config)
+        from tools.plan import plan_run
+
+        return plan_run(argv, parse_config)
     cfg = parse_config(argv)
     try:
         with ranks_of(cfg.device, cfg.timeout_minutes) as device:

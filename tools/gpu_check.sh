@@ -75,14 +75,14 @@ resumed() { # a run under torchrun that loses its end, and goes on
 steps() { grep '"stage": "sgpo"' "$1" | grep -o '"loss": [^,]*'; }
 export -f resumed steps; export OUT DEVICE SHORT PYTHON
 
-part tests 110 $PYTHON -m pytest -q -k "gpu or paged" test_sgpo.py
+part tests 110 $PYTHON -m pytest -q -o addopts= -k "gpu or paged" test_sgpo.py tests/test_gpu.py
 part run 60 $PYTHON train.py --device $DEVICE $STEPS --out "$OUT/run-$(date +%H%M%S)"
 part torchrun 80 bash -c resumed
 part step 120 $PYTHON tools/gpu_step.py --out "$OUT/step.json" --device $DEVICE $QUICK
-part update 70 $PYTHON bench.py --out "$OUT/update.json" --only update $BENCH $QUICK
-part sampler 75 $PYTHON bench.py --out "$OUT/sampler.json" --only sampler --workloads uniform $BENCH $QUICK
-part tail 90 $PYTHON bench.py --out "$OUT/tail.json" --only sampler --workloads "long tail" $BENCH --repeats 1 $QUICK
-part head 50 $PYTHON bench.py --out "$OUT/head.json" --only head $BENCH --repeats 1 $QUICK
-part grpo 90 $PYTHON bench.py --out "$OUT/grpo.json" --only step $BENCH $QUICK
+part update 70 $PYTHON tools/bench.py --out "$OUT/update.json" --only update $BENCH $QUICK
+part sampler 75 $PYTHON tools/bench.py --out "$OUT/sampler.json" --only sampler --workloads uniform $BENCH $QUICK
+part tail 90 $PYTHON tools/bench.py --out "$OUT/tail.json" --only sampler --workloads "long tail" $BENCH --repeats 1 $QUICK
+part head 50 $PYTHON tools/bench.py --out "$OUT/head.json" --only head $BENCH --repeats 1 $QUICK
+part grpo 90 $PYTHON tools/bench.py --out "$OUT/grpo.json" --only step $BENCH $QUICK
 echo "written: $OUT/rows.md"
 exit $failed

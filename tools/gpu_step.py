@@ -26,14 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import bench
-import plan
 from kv_cache import pages_for
 from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import apply_gradients, leave, ranks_of, whole_model
 from rollout import generate, micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, target_items, update, weigh
+from tools import bench, plan
 
 # ---------------------------------------------------------------------------------------------------- what plan.py predicts
 

@@ -1,9 +1,9 @@
 """Pictures of runs: training curves over seeds, and a token map that shows where along a response the strategy speaks.
 
-    python report.py curves runs/sgpo runs/grpo --out pictures      one folder a method, in it one run a seed
-    python report.py rows results/tiny/table.csv --out pictures/table
-    python report.py tokens --data data/tiny/test.jsonl --model data/tiny/base --after runs/x/model --out map.html
-    python report.py bench results/bench --out results/bench.md
+    python tools/report.py curves runs/sgpo runs/grpo --out pictures      one folder a method, in it one run a seed
+    python tools/report.py rows results/tiny/table.csv --out pictures/table
+    python tools/report.py tokens --data data/tiny/test.jsonl --model data/tiny/base --after runs/x/model --out map.html
+    python tools/report.py bench results/bench --out results/bench.md
 
 `curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics as PNG and SVG.
 `rows` draws one column of a csv that sweep.py wrote: every row with its seeds, or the effect of a knob.
@@ -36,6 +36,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 # torch, the sibling files that need it, and matplotlib (requirements-dev.txt) are imported inside the functions that use them:
 # curves and the page of figures need no torch, which takes seconds to load, and the token map no matplotlib.
@@ -636,7 +638,7 @@ def _picture_lines(path: Path, folder: Path) -> list[str]:
     for picture in (path.with_suffix(".png"), path.with_suffix(".svg")):
         if picture.is_file():
             return ["", f"![Seconds along each axis, both logarithmic]({_link(picture, folder)})"]
-    command = shlex.join(["python", "report.py", "growth", str(path), "--out", str(path.with_suffix(""))])
+    command = shlex.join(["python", "tools/report.py", "growth", str(path), "--out", str(path.with_suffix(""))])
     return ["", "Not drawn:", "", f"    {command}"]
 
 
@@ -663,12 +665,12 @@ def missing_command(found: Benches, folder: Path, part: str, device: str, dtype:
     like = reports.get(part) or next(iter(reports.values()))
     kind, shape = like["device_type"], f" --shape {like['shape']}" if part != "head" and "shape" in like else ""
     options = f"--only {part} --device {kind} --dtype {dtype}{shape} --threads {like['threads']}"
-    return f"python bench.py {options} --out {_new_file(found, folder, f'{part}_{kind}_{dtype}')}"
+    return f"python tools/bench.py {options} --out {_new_file(found, folder, f'{part}_{kind}_{dtype}')}"
 
 
 def bench_page(found: Benches, folder: Path, out: Path) -> str:
     """The page: a heading a part, below it one a device and then one a dtype, with the table or "not run" and the command."""
-    command = shlex.join(["python", "report.py", "bench", str(folder), "--out", str(out)])
+    command = shlex.join(["python", "tools/report.py", "bench", str(folder), "--out", str(out)])
     lines = [BENCH_INTRODUCTION, f"This page: `{command}`.", ""]
     devices = sorted({(report["device_type"], report["device"]) for _, report in found.values()})
     for part, text in BENCH_PARTS.items():
@@ -682,7 +684,7 @@ def bench_page(found: Benches, folder: Path, out: Path) -> str:
                     lines += [f"{name}: not run.", "", f"    {missing_command(found, folder, part, device, dtype)}", ""]
     for kind, (name, options) in DEVICE_KINDS.items():
         if kind not in dict(devices):
-            command = f"python bench.py --only {' '.join(BENCH_PARTS)} {options} --out {_new_file(found, folder, kind)}"
+            command = f"python tools/bench.py --only {' '.join(BENCH_PARTS)} {options} --out {_new_file(found, folder, kind)}"
             lines += [f"## On {name}", "", "Not run.", "", f"    {command}", ""]
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
 """Run the tables: many train.py runs over methods, ablations and seeds, several at a time, each one resumable.
 
-    python sweep.py rates --results results/tiny    which learning rate suits each method; data/tiny/valid.jsonl, seeds 100, 101
-    python sweep.py table --results results/tiny    every method and ablation, 5 seeds, at the rates found above
-    python sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
-    python sweep.py hard --results results/tiny     what the proximal constraints do in data/hard, and strategies of low quality
-    python sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
+    python tools/sweep.py rates --results results/tiny    the rate of each method; data/tiny/valid.jsonl, seeds 100, 101
+    python tools/sweep.py table --results results/tiny    every method and ablation, 5 seeds, at the rates found above
+    python tools/sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
+    python tools/sweep.py hard --results results/tiny     the proximal constraints in data/hard, and strategies of low quality
+    python tools/sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
                                                     the methods on a model and problems of yours, every one from the same model
 
 A row of a table is a list of train.py flags (METHODS, ABLATIONS, KNOBS below): to try an idea of yours, add a line. The runs of
@@ -38,7 +38,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
+
+HERE = Path(__file__).resolve().parent.parent
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
 
 PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
@@ -219,14 +221,14 @@ SUITES = {  # with the default number of seeds
 def best_rates(path: Path) -> dict[str, str]:
     """The rate of highest mean accuracy per method, the larger of two equal ones; ValueError where a run of one is missing."""
     if not path.exists():
-        raise ValueError(f"{path}: not there; run `python sweep.py rates` first")
+        raise ValueError(f"{path}: not there; run `python tools/sweep.py rates` first")
     runs = read_csv(path)
     best = {}
     for method, rates in RATES.items():
         scores = {rate: [float(run["accuracy"]) for run in runs if run["row"] == f"{method}@{rate}"] for rate in rates}
         missing = [rate for rate, values in scores.items() if not values]
         if missing:
-            raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python sweep.py rates`")
+            raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python tools/sweep.py rates`")
         means = {rate: round(statistics.fmean(values), 6) for rate, values in scores.items()}
         best[method] = max(rates, key=lambda rate, means=means: (means[rate], float(rate)))
     return best
@@ -558,7 +560,7 @@ def suite_page(
     runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
     page = [f"# {TITLES[suite]}", ""]
     page += [
-        f"Written by `python sweep.py {suite}` from {suite}.csv: {runs} runs, seeds {', '.join(seeds)}, code at "
+        f"Written by `python tools/sweep.py {suite}` from {suite}.csv: {runs} runs, seeds {', '.join(seeds)}, code at "
         f"{', '.join(sorted({line['commit'] for line in lines}))}. {HOW_TO_READ}",
         "",
     ]
@@ -672,7 +674,7 @@ def draw_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> 
     """<suite>.png and .svg, every row with its seeds; for `table` the training curves of methods and ablations too."""
     if importlib.util.find_spec("matplotlib") is None:
         return print("no pictures without matplotlib: pip install -r requirements-dev.txt, and the same command again")
-    import report
+    from tools import report
 
     report.main(["rows", str(results / f"{suite}.csv"), "--out", str(results / suite)])
     if suite == "table":

@@ -1,7 +1,7 @@
 """What a run will need, before anyone rents the node: the memory of each GPU, what fits, the time of a step, the whole recipe.
 
-    python plan.py --model Qwen2.5-7B-Instruct --gpus 8 --gpu_memory 80
-    python plan.py --config DIR_or_config.json --gpus 32 --no-recompute --micro_tokens 8192
+    python tools/plan.py --model Qwen2.5-7B-Instruct --gpus 8 --gpu_memory 80
+    python tools/plan.py --config DIR_or_config.json --gpus 32 --no-recompute --micro_tokens 8192
     python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8 --gpu_memory 80     the same, with all of train.py's flags
 
 Only a config.json is read: no weights, no GPU. Settings have train.py's names and defaults. Memory is counted tensor by tensor
@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 from kv_cache import PAGE, padded_batch_size, pages_for
 from methods import METHODS

@@ -5,15 +5,15 @@
     step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
     head      the loss at the head in chunks against the whole logits
     growth    how our own seconds grow with batch, response length and group size (only when asked for with --only;
-              `python report.py growth` draws it)
+              `python tools/report.py growth` draws it)
 
 What it is: one run that builds models by shape with random weights (nothing is downloaded), does the same work every way in
 alternation (A B A B ...), checks that all ways do compute the same thing, prints tables and writes every raw figure as JSON.
 What it is not: a benchmark of answers or of inference servers. Response lengths are prescribed, the same for every rival.
 
-    python bench.py --out results/bench/cpu.json                 all parts, on the GPU where there is one
-    python bench.py --out /tmp/b.json --only head --device cpu   one part
-    python bench.py --out /tmp/b.json --quick                    toy shapes, seconds: checks that everything runs, times nothing
+    python tools/bench.py --out results/bench/cpu.json                 all parts, on the GPU where there is one
+    python tools/bench.py --out /tmp/b.json --only head --device cpu   one part
+    python tools/bench.py --out /tmp/b.json --quick                    toy shapes: checks that everything runs, times nothing
 
 Two rivals need packages that nothing else here does: `pip install psutil` for generate_batch on a CPU, `pip install trl` for
 the part step; if one is missing, or dies, the report says so and goes on. --dtype: fp32 by default on a CPU, bf16 on CUDA; the
@@ -51,7 +51,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import plan
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
+
 from checkpoint import code_commit
 from kv_cache import decode_kernel
 from loss import chunked_head, sft_terms, token_logprobs
@@ -60,6 +61,7 @@ from model import CausalLM, ModelConfig, build_model
 from parallel import leave, ranks_of, shard, whole_model
 from rollout import Trajectory, generate, pack
 from sgpo import Example, ProblemSamples, sgpo_step, update
+from tools import plan
 from weighting import group_advantages
 
 PARTS = ("sampler", "update", "step", "head")  # what one run measures; "growth" is for --only

@@ -1,7 +1,7 @@
 """Break a training run in every way that a machine can, let it resume, and compare it with one that was left alone.
 
-    python faults.py --out runs/faults --log results/faults.txt                 30 kills and the rest, on one and on two ranks
-    python faults.py --out runs/faults --log x.txt --ranks 2 --kills 1 --also lost-rank --steps 25
+    python tools/faults.py --out runs/faults --log results/faults.txt        30 kills and the rest, on one and on two ranks
+    python tools/faults.py --out runs/faults --log x.txt --ranks 2 --kills 1 --also lost-rank --steps 25
 
 One run of the tiny world that writes a checkpoint behind every step goes through all of this, in an order drawn by --seed, and
 is started again with --resume each time:
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TIMES = ("sampling_s", "step_s", "tokens_per_s")  # the only metrics that may differ
 ONCE = ("torn", "full-disk", "flipped", "cut", "terminated", "lost-rank")
 PATIENCE = 300  # seconds after which a process that should have ended, or have written something, counts as hanging

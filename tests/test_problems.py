@@ -1,0 +1,116 @@
+"""Problem files: what is read and what is refused."""
+
+import json
+import time
+
+import pytest
+
+import grader
+from data import prepare
+from eval import load_problems
+from grader import is_correct
+from strategy import Strategy
+from tests.common import _eval_file, _eval_row
+
+
+def test_load_problems(tmp_path, eval_worker):
+    strategy = {"type": "sum", "strategy": "Add.", "steps": ["Add them."]}
+    rows = [_eval_row(1, solution="1", strategy=strategy), _eval_row(2, answer=" $\\boxed{045}$ ")]
+    rows.append(_eval_row(3, answer="\\(x+1\\)"))
+    first, second, third = load_problems(_eval_file(tmp_path, *rows), eval_worker)
+    assert (first.id, first.problem, first.answer, first.solution) == ("r1", "What is 1 + 0?", "1", "1")
+    assert first.strategy == Strategy("sum", "Add.", ("Add them.",))
+    assert (second.answer, second.solution, second.strategy, third.answer) == ("045", None, None, "x+1")
+
+
+EVAL_BAD_ROWS = [
+    ("{", "not a line of JSON"), ("", "not a line of JSON"), ("[1]", "expected an object, [1]"),
+    ('"a"', "expected an object"),
+    ('{"id": "a", "id": "b", "problem": "p", "answer": "1"}', "a field is given twice"),
+    (_eval_row(id=...), "field 'id' is missing"), (_eval_row(problem=...), "field 'problem' is missing"),
+    (_eval_row(answer=...), "field 'answer' is missing"), (_eval_row(id=7), "field 'id' must be a non-empty string, 7"),
+    (_eval_row(answer=7), "field 'answer' must be a non-empty string, 7"),
+    (_eval_row(problem=" "), "field 'problem' must be"),
+    (_eval_row(answer=""), "field 'answer' must be a non-empty string, ''"),
+    (_eval_row(answer=None), "field 'answer' must be"),
+    (_eval_row(solution=""), "field 'solution' must be"), (_eval_row(solution=None), "field 'solution' must be"),
+    (_eval_row(level=5), "unknown field 'level', 5"), (_eval_row(strategy="add"), "strategy: expected an object"),
+    (_eval_row(strategy={"type": "t", "strategy": "s", "steps": []}), "steps"),
+    (_eval_row(strategy={"type": "t", "strategy": "s"}), "strategy field 'steps': missing"),
+    (_eval_row(strategy=None), "strategy"),
+    (_eval_row(answer="\\frac{1}{"), "field 'answer' has unbalanced brackets, '\\\\frac{1}{'"),
+    (_eval_row(answer="$$"), "field 'answer'"),
+    (_eval_row(answer="(1, 2"), "unbalanced"), (_eval_row(answer="\\boxed{}"), "field 'answer'"),
+    (_eval_row(answer="3 +"), "cannot be read"),
+    (_eval_row(answer="see solution above, it follows from the lemma and then so on"), "field 'answer' is prose"),
+    (_eval_row(answer="1" * 1001), "has 1001 characters, more than 1000"),
+    (_eval_row(answer="\\frac{1}{}"), "cannot be read"),
+    (_eval_row(3, id="r2"), "duplicate id, line 1 has it too, 'r2'"),
+    (_eval_row(3, problem="What is  2 + 0?"), "same problem as line 1 but answer '3', not '2'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), EVAL_BAD_ROWS)
+def test_load_problems_names_line_and_value(row, message, tmp_path, eval_worker):
+    path = _eval_file(tmp_path, _eval_row(2), row, _eval_row(4))
+    with pytest.raises(ValueError) as error:
+        load_problems(path, eval_worker)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_load_problems_reports_twenty_errors_at_once(tmp_path, eval_worker):
+    path = _eval_file(tmp_path, _eval_row(0), *[_eval_row(i, answer="") for i in range(1, 26)])
+    with pytest.raises(ValueError) as error:
+        load_problems(path, eval_worker)
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{i}" for i in range(2, 22)]
+    assert lines[20:] == ["... and 5 more"]
+
+
+def test_load_problems_drops_repeated_rows(tmp_path, eval_worker, capsys):
+    rows = [_eval_row(1), _eval_row(2), _eval_row(1)]
+    rows.append(_eval_row(1, id="again", answer="1.0", problem=" What is 1 + 0? "))
+    path = _eval_file(tmp_path, *rows)
+    assert [p.id for p in load_problems(path, eval_worker)] == ["r1", "r2"]
+    assert capsys.readouterr().out == f"{path}: dropped 2 rows that repeat an earlier problem and its answer\n"
+
+
+def test_load_problems_needs_a_file_with_rows(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
+    expected = {"empty.jsonl": "no rows", "": "a folder", "none": "no such file", "latin.jsonl": "not a line of JSON"}
+    for path, message in expected.items():
+        with pytest.raises(ValueError, match=message):
+            load_problems(tmp_path / path)
+
+
+def test_load_problems_accepts_every_answer_of_the_real_data_sets(real_data, eval_worker):
+    answers, field = {}, {"gsm8k": "answer", "math": "answer", "mawps": "target", "svamp": "Answer"}
+    for source in prepare.SOURCES:
+        if source.repo == prepare.UNIFY:
+            answers[source.command] = [row["answer"] for row in json.loads(real_data[source.sha256].read_text())]
+        elif source.command in field:
+            rows = [json.loads(row) for row in real_data[source.sha256].open()]
+            answers[source.command, source.part] = [str(row[field[source.command]]).split("####")[-1] for row in rows]
+    rejected = {}
+    for name, group in answers.items():
+        group = sorted(set(group))  # thousands repeat
+        rejected[name] = [x for x in group if grader.why_unusable(grader.normalise_answer(x))]
+        assert all(is_correct(f"\\boxed{{{x}}}", grader.normalise_answer(x), eval_worker) for x in group if x)
+    # two rows of MATH have an empty answer; nothing else is refused
+    assert {name: bad for name, bad in rejected.items() if bad} == {("math", "train"): [""]}
+    assert len(answers) == 13 and eval_worker.timeouts == 0
+
+
+def test_problem_files_that_attack_the_reader(tmp_path, eval_worker):
+    rows = ["[" * 100_000, '{"id": ' * 50_000, json.dumps(_eval_row(id="\ud800")), json.dumps(_eval_row(problem="\udfff?"))]
+    rows += ['{"id": 1' + "0" * 5000 + "}", _eval_row(answer="\\frac{1}{" * 100_000), _eval_row(answer="$" * 100_000)]
+    rows += ["\0", "NaN"]
+    start = time.perf_counter()
+    for row in rows:
+        path = _eval_file(tmp_path, _eval_row(2), row)
+        with pytest.raises(ValueError) as error:
+            load_problems(path, eval_worker)
+        assert str(error.value).startswith(f"{path}:2: ")
+    assert time.perf_counter() - start < 5
