@@ -76,10 +76,7 @@ class Progress:
         """Add updates that were left out. NotFinite, with the text `now` about the last one, if they are more than allowed."""
         self.skipped += skipped
         if skipped and self.skipped > allowed:
-            raise NotFinite(
-                f"{self.skipped} updates were left out because the loss or the gradient norm was not finite ({now}), "
-                f"--max_skipped allows {allowed}"
-            )
+            raise NotFinite(f"{self.skipped} updates were left out: not finite ({now}); --max_skipped allows {allowed}")
 
 
 @dataclass
@@ -137,7 +134,8 @@ class RunFolder:
             changes = differences(state[kind], now, self.may_change)
             if changes:
                 raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
-        progress, sizes = Progress(**state.get("progress", {})), state.get("logs", {})
+        progress = Progress(**state.get("progress", {}))
+        sizes = state.get("logs", {})
         for file in self._logs() if resume and dist.get_rank() == 0 else ():
             os.truncate(file, sizes.get(file.name, 0))
         if path is None:
@@ -250,7 +248,8 @@ def save_checkpoint(
         part.mkdir(parents=True)
 
     def complete() -> None:
-        (part / "state.json").write_text(json.dumps({**content, "digest": _digest(content)}, indent=1), encoding="utf-8")
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        (part / "state.json").write_text(text, encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
         part.rename(final)
@@ -262,10 +261,11 @@ def save_checkpoint(
     _together(lambda: begin() if rank == 0 else None)
     tensors, steps = _tensors(model, optimizer)
     writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    _all_ranks_or_none(lambda: dcp.save(tensors, storage_writer=writer))
+    _together(lambda: dcp.save(tensors, storage_writer=writer))
     files = sorted(part.iterdir())[rank::ranks]
     digests = _together(lambda: {file.name: _sha256(file) for file in files})
-    content = {"state": state, "updates": steps, "files": {name: d for some in digests for name, d in some.items()}}
+    by_name = {name: digest for some in digests for name, digest in some.items()}
+    content = {"state": state, "updates": steps, "files": by_name}
     _together(lambda: complete() if rank == 0 else None)
     return final
 
@@ -285,7 +285,8 @@ def _checked(path: Path) -> dict[str, Any]:
     """A checkpoint's state.json; CheckpointError if a file is damaged. Each rank compares its share of the digests."""
 
     def verify() -> None:
-        for name in sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]:
+        names = sorted(content["files"])
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
             if _sha256(path / name) != content["files"][name]:
                 raise ValueError(f"{path / name}: its digest is not the one in state.json")
 
@@ -304,7 +305,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter]["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
     tensors, _ = _tensors(model, optimizer)
-    _all_ranks_or_none(lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path))))
+    _together(lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path))))
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -336,21 +337,15 @@ def _together(work: Callable[[], Any]) -> list[Any]:
         mine = (work(), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         mine = (None, f"rank {dist.get_rank()}: {error}")
+    except dcp.api.CheckpointException as error:  # torch.distributed.checkpoint raises it on all ranks, with all causes
+        causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
+        mine = (None, "; ".join(causes))
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
-    errors = [error for _, error in everybody if error]
+    errors = dict.fromkeys(error for _, error in everybody if error)  # each once
     if errors:
         raise CheckpointError("; ".join(errors))
     return [result for result, _ in everybody]
-
-
-def _all_ranks_or_none(work: Callable[[], Any]) -> None:
-    """The same for torch.distributed.checkpoint, which gathers the errors of all ranks itself."""
-    try:
-        work()
-    except dcp.api.CheckpointException as error:
-        causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
-        raise CheckpointError("; ".join(causes)) from error
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -28,13 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
 from methods import METHODS, Method
 from model import CausalLM
 from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, same_on_all_ranks, whole_model
-from rollout import Packed, Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
+from rollout import Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
 from weighting import random_target, reach_gap, reachable_target
 
 # ---------------------------------------------------------------------------------------------------- what a step works on
@@ -308,7 +307,13 @@ def backward_policy(
         for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)), device):
             chosen = [part[i] for i in indices] or [NO_TRAJECTORY]
             weights = [token_weight(settings, item, count) for item in chosen] if indices else [0.0]
-            packed, old, (advantages, weight), solution = policy_inputs(chosen, weights, device)
+            rows = [item.trajectory for item in chosen]
+            packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
+            # one value per token, (M,) each, picked by its sequence
+            old = torch.tensor([value for row in rows for value in row.logprobs], device=device)  # log pi_old
+            advantages = torch.tensor([item.advantage for item in chosen], device=device)[packed.sequence]  # A_i
+            weight = torch.tensor(weights, device=device)[packed.sequence]
+            solution = torch.tensor([item.is_solution for item in chosen], device=device)[packed.sequence]
             inputs = (packed.targets, old, advantages, weight, *[solution] * variant.demonstrates)
             with torch.set_grad_enabled(gradient):
                 loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
@@ -328,16 +333,6 @@ def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) ->
     if settings.aggregate == "token" or METHODS[settings.method].token_mean:
         return 1 / count["tokens"]
     return 1 / (count["problems"] * item.group * len(item.trajectory.response_ids))  # 1 / (P G1 |o_i|) [eq 1, 7]
-
-
-def policy_inputs(items: list[PolicyItem], weights: list[float], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
-    """(packed sequences, and per token: log pi_old (M,), advantage and weight (2, M), whether it is a solution's (M,))."""
-    rows = [item.trajectory for item in items]
-    packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
-    old = torch.tensor([value for row in rows for value in row.logprobs], device=device)
-    of_responses = torch.tensor([[item.advantage for item in items], weights], device=device)
-    solution = torch.tensor([item.is_solution for item in items], device=device)[packed.sequence]  # (M,) by position
-    return packed, old, of_responses[:, packed.sequence], solution
 
 
 def backward_distillation(model: CausalLM, settings: Method, items: list[TargetItem], problems: float) -> dict[str, float]:

@@ -243,12 +243,12 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, stage: str) -> list[tuple[int, Example]]:
     """The batch of a step as (place in the batch, example): cut from an endless stream of shuffled epochs. No state."""
-    chosen, order, epoch = [], [], -1
-    for place in range(step * batch, (step + 1) * batch):
-        if place // len(examples) != epoch:
-            epoch = place // len(examples)
+    chosen, order = [], []
+    for place in range(batch):
+        epoch, index = divmod(step * batch + place, len(examples))
+        if not chosen or index == 0:
             order = shuffled(examples, stream_seed(seed, "order", stage, epoch))
-        chosen.append((place - step * batch, order[place % len(examples)]))
+        chosen.append((place, order[index]))
     return chosen
 
 
