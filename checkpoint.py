@@ -296,11 +296,10 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Load a checkpoint's weights, and its moments if there is an optimizer (AdamW). Names and shapes must be the same, the
+    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Names and shapes must be the same, the
     number of ranks need not."""
     steps = _content(path)["updates"]
     for name, parameter in model.named_parameters() if optimizer else ():
-        optimizer.state[parameter].clear()
         if name in steps:
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter]["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)

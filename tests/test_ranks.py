@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
 import parallel
 import rollout
 import train
@@ -18,12 +17,10 @@ from tests.common import (
     ROOT,
     TIMES,
     TINY_BASE,
-    make_run,
     on_ranks,
     read_metrics,
     run_script,
     tiny_rows,
-    weights_of,
     write_rows,
 )
 
@@ -110,25 +107,7 @@ def assert_equal_runs(one, many, method):
         assert first == second
 
 
-def assert_equal_checkpoints(one, many, tmp_path, worker):
-    """The last checkpoints of two runs, each loaded on one rank."""
-    runs = []
-    for folder in (many, one):
-        run, _ = make_run(tmp_path / f"loaded/{len(list(tmp_path.rglob('run')))}", worker)
-        path, state, damaged = checkpoint.find_checkpoint(folder / "checkpoints")
-        assert not damaged and state["progress"]["rl_steps"] == 2
-        checkpoint.load_checkpoint(path, run.model, run.optimizer)
-        saved, _ = load_model(str(folder / "model"), dtype=torch.float32, device="cpu")
-        assert all(torch.equal(a, b) for a, b in zip(weights_of(run.model), saved.parameters(), strict=True))
-        runs.append(run)
-    for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
-        for moment in checkpoint.MOMENTS:
-            one, two = (run.optimizer.state[p][moment].full_tensor() for run, p in zip(runs, (a, b), strict=True))
-            assert (one - two).abs().max() <= 0.02 * two.abs().max() and two.abs().max() > 0
-        assert runs[0].optimizer.state[a]["step"] == 4  # two minibatches a step; SFT's moments are not RL's
-
-
-def test_two_and_four_ranks_equal_one(tmp_path, worker):
+def test_two_and_four_ranks_equal_one(tmp_path):
     """In one test, because all of them start together."""
     start_runs(tmp_path)
     sft = [record["loss"] for record in read_metrics(tmp_path / "1/sft") if record.get("stage") == "sft_validation"]
@@ -139,8 +118,6 @@ def test_two_and_four_ranks_equal_one(tmp_path, worker):
             one, many = tmp_path / "1" / method, tmp_path / str(ranks) / name
             assert read_metrics(many)[0]["ranks"] == ranks
             assert_equal_runs(one, many, method)
-            if (ranks, name) in ((2, "sgpo"), (2, "luffy"), (4, "replicas")):
-                assert_equal_checkpoints(one, many, tmp_path, worker)
 
 
 # ---------------------------------------------------------------------------------------------------- the parts
