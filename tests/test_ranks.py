@@ -174,6 +174,12 @@ for change in (0, 1e-3):
 
 control = parallel.Control(1)
 assert control.barrier(rank) == 3
+assert control.preemptible(lambda: rank) == rank
+control.stop_asked = rank == 2  # SIGTERM came to one rank
+try:
+    control.preemptible(lambda: None)
+except parallel.Preempted:
+    say("preempted")
 control.timeout_minutes = 1 / 60
 if rank == 1:
     time.sleep(6)
@@ -198,7 +204,7 @@ def test_uneven_shards_copies_that_differ_and_ranks_that_do_not_come(tmp_path):
     done = on_ranks(4, script, tmp_path, check=False)
     lines = sorted(done.stdout.splitlines())
     assert [line[6:] for line in lines if line.startswith("held: ")] == ["0", "0", "1", "1"], done.stderr[-3000:]
-    assert lines.count("same: 0") == 4
+    assert lines.count("same: 0") == lines.count("preempted") == 4
     found = [line for line in lines if line.startswith("found: the weights are not the same on all ranks (rank")]
     assert len(found) == 4
     lost = [line for line in lines if line.startswith("lost: True rank 0 waited")]
