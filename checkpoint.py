@@ -1,27 +1,26 @@
-"""What a crash needs: the run's folder with its lock and logs, and checkpoints to resume from, complete or not there at all.
+"""What a run needs to survive a crash: its folder, with a lock and logs, and checkpoints to resume from.
 
     runs/x/.lock                    held by the process that trains into the folder
-    runs/x/metrics.jsonl            the first line: settings, commit, machine; then a line a step
-    runs/x/samples.jsonl            responses of one problem a step
+    runs/x/metrics.jsonl            first line: settings, commit, machine; then one line a step
+    runs/x/samples.jsonl            the responses to one problem a step
     runs/x/checkpoints/step-000040/
         shard-00001-model-00001-of-00002.safetensors ...    each rank's part of the weights and of AdamW's two moments (fp32)
         state.json                                          everything else, and a SHA-256 of every file
-    runs/x/best/step-000012/        the weights of SFT's lowest validation loss, in the same form; removed when the run is over
+    runs/x/best/step-000012/        the weights of SFT's lowest validation loss, in the same form; removed at the end of the run
 
-torch.distributed.checkpoint writes and reads the tensors, in safetensors: another number of ranks can resume, and nothing is
-ever unpickled. Around it is what a crash needs:
+torch.distributed.checkpoint writes and reads the tensors as safetensors, so another number of ranks can resume, and nothing is
+ever unpickled. This file adds:
 
-    complete    written to a folder *.part, synced, described by state.json, and renamed as the last act. What is not renamed is
-                never read.
-    believed    every file's digest is compared before loading; a folder that fails is left alone, named, and the one before it
-                is taken. That is why two are kept.
+    complete    a checkpoint is written to a folder *.part and renamed as the last act; a *.part is never read.
+    verified    every file's digest is compared before loading. A damaged checkpoint is left alone and named, and the one before
+                it is used. That is why two are kept.
     together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
 
-All ranks need to see the same folder (on several nodes: a shared file system). What it is not: a model for others to load; that
-is the folder `model` that train.py writes at the end.
+All ranks must see the same folder (on several nodes: a shared file system). A checkpoint is not a model for others to load:
+train.py writes that at the end, as the folder `model`.
 
-Imports no sibling: copy this file alone. It needs a process group (torch.distributed), of one process too; every function here
-is called by all ranks, with the same arguments.
+Imports no sibling: copy this file alone. It needs a process group (torch.distributed), even for one process. Every function is
+called by all ranks, with the same arguments.
 """
 
 import dataclasses
@@ -45,11 +44,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILE_BYTES = 2 * 10**9  # of the whole tensors in one file; a rank holds its share of one file twice while it writes
+FILE_BYTES = 2 * 10**9  # whole tensors in one file; while it writes, a rank holds its share of one file twice
+KEPT = 2  # checkpoints that stay on the disk; the second is for when the first is damaged
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written or read; on all ranks alike. The message names ranks, files and causes."""
+    """Raised on all ranks if one of them failed with the run's folder or a checkpoint. Names ranks, files and causes."""
 
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
@@ -61,61 +61,54 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a run has done so far. With the weights, the moments and SFT's best weights it is all that a run is made of: the
-    order of the data and every random number follow from the seeds and these counts."""
+    """What a run has done so far. Beside the weights and moments there is no other state: the order of the data and every
+    random number follow from the seeds and these counts."""
 
     sft_steps: int = 0
     rl_steps: int = 0
     evaluated: int = 0  # the last RL step with a periodic evaluation after it
-    best_loss: float = math.inf  # the lowest validation loss of the SFT, and after which of its steps
+    best_loss: float = math.inf  # SFT's lowest validation loss, and the step after which it was measured
     best_step: int = 0
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
     def count_skipped(self, skipped: int, allowed: int, now: str) -> None:
-        """Count updates that were left out; NotFinite if they are more than are allowed."""
+        """Add updates that were left out. NotFinite, with the text `now` about the last one, if they are more than allowed."""
         self.skipped += skipped
         if skipped and self.skipped > allowed:
-            raise NotFinite(
-                f"{self.skipped} updates were left out because the loss or the gradient norm was not finite ({now}), "
-                f"--max_skipped allows {allowed}"
-            )
+            raise NotFinite(f"{self.skipped} updates were left out: not finite ({now}); --max_skipped allows {allowed}")
 
 
 @dataclass
 class RunFolder:
-    """A run's folder. Every method is called by all ranks with the same arguments; rank 0 alone writes the logs.
+    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs.
 
-    config      the settings, and in may_change the names of those that a resumed run may have otherwise
+    config      the settings, and in may_change the names of those that may differ after resuming
     origin      what the run is made from: "data" (digests of the files), "commit" and "torch"; see origin_of
-    keep        how many checkpoints stay
     """
 
     out: Path
     config: dict[str, Any]
     origin: dict[str, Any]
     may_change: Collection[str]
-    keep: int
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
     lock: Any = None
 
     def open(self, *, resume: bool) -> None:
-        """Make the folder and lock it. ValueError if it holds a run that is not to be resumed, or another process has it.
+        """Make the folder and lock it. CheckpointError if it holds a run that is not to be resumed, or is locked.
 
         Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
         """
-        refused = _together(lambda: self._claim(resume) if dist.get_rank() == 0 else None)[0]
-        if refused:
-            raise ValueError(f"--out {self.out}: {refused}")
 
-    def _claim(self, resume: bool) -> str | None:
-        if (self.out / "metrics.jsonl").exists() and not resume:
-            return "holds a run already (metrics.jsonl); name another folder, or --resume it"
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out)
-        if self.lock is None:
-            return "another process is training there (ranks can outlive a torchrun that was killed)"
-        return None
+        def claim() -> None:
+            if (self.out / "metrics.jsonl").exists() and not resume:
+                raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another folder, or --resume it")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.out)
+            if self.lock is None:
+                raise ValueError(f"--out {self.out}: another process is training there (ranks can outlive a killed torchrun)")
+
+        _together(lambda: claim() if dist.get_rank() == 0 else None)
 
     def close(self) -> None:
         if self.lock is not None:
@@ -129,19 +122,36 @@ class RunFolder:
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, machine: str, say: Callable[[str], Any], *, resume: bool
     ) -> Progress:
-        """Go on from a checkpoint, or write the first line of metrics.jsonl: the progress so far. ValueError as in resume."""
-        path, progress = self.resume(model, optimizer, say) if resume else (None, Progress())
-        if path is not None:
-            say(f"resumed: {path}, {progress.sft_steps} SFT and {progress.rl_steps} RL steps")
-        elif resume:
-            say("nothing to resume: from the start")
+        """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: the progress so far.
+
+        Going on loads the weights and moments, and cuts the logs to where they were then. Without a checkpoint the logs are
+        emptied. ValueError if the checkpoint has other settings or data. `say` prints what was found.
+        """
+        path, state, damaged = find_checkpoint(self.out / "checkpoints") if resume else (None, {}, [])
+        for reason in damaged:
+            say(f"a damaged checkpoint is skipped: {reason}")
+        for kind, now in (("config", self.config), ("data", self.origin["data"])) if path else ():
+            changes = differences(state[kind], now, self.may_change)
+            if changes:
+                raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
+        progress = Progress(**state.get("progress", {}))
+        sizes = state.get("logs", {})
+        for file in self._logs() if resume and dist.get_rank() == 0 else ():
+            os.truncate(file, sizes.get(file.name, 0))
         if path is None:
+            if resume:
+                say("nothing to resume: from the start")
             made_from = {"commit": self.origin["commit"], "torch": self.origin["torch"], "device": machine}
             self.log({"config": self.config, **made_from, "ranks": dist.get_world_size()})
+            return progress
+        if state["commit"] != self.origin["commit"]:
+            say(f"note: the checkpoint is of commit {state['commit']}, this code is {self.origin['commit']}")
+        load_checkpoint(path, model, optimizer)
+        say(f"resumed: {path}, {progress.sft_steps} SFT and {progress.rl_steps} RL steps")
         return progress
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """A checkpoint of the run as it is now, with the lengths of its logs: what comes after them is cut off on resuming."""
+        """Write a checkpoint of the run as it is now. It holds the lengths of the logs: resuming cuts off what came later."""
         sizes = {}
         for file in self._logs() if dist.get_rank() == 0 else ():
             with file.open("a") as handle:
@@ -150,58 +160,34 @@ class RunFolder:
         state = {"progress": dataclasses.asdict(progress), "config": self.config, "logs": sizes}
         state |= {**self.origin, "ranks": dist.get_world_size()}
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
-        save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=self.keep)
+        save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=KEPT)
         self.saved_at = time.monotonic()
 
     def save_best(self, model: nn.Module, step: int) -> None:
-        """Keep the weights as they are now, which have SFT's lowest validation loss so far. To be followed by a checkpoint
-        whose progress names the step: then every checkpoint that is kept finds the weights that it names."""
-        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=self.keep + 1)
+        """Keep the weights as they are now: those of SFT's lowest validation loss so far.
+
+        The next checkpoint must name this step in its progress; one more is kept here, so each checkpoint finds its own.
+        """
+        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=KEPT + 1)
 
     def load_best(self, model: nn.Module, step: int) -> None:
-        """Put the weights that save_best kept after this step in place. CheckpointError if they are damaged or not there."""
+        """Load the weights that save_best kept after this step. CheckpointError if they are damaged or missing."""
         path = self.out / "best" / f"step-{step:06d}"
-        try:
-            _checked(path)
-        except CheckpointError as error:
-            text = "these are the weights of SFT's lowest loss, there is no copy: train into another --out"
-            raise CheckpointError(f"{error}; {text}") from error
+        _checked(path)
         load_checkpoint(path, model, None)
-
-    def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], Any]
-    ) -> tuple[Path | None, Progress]:
-        """(checkpoint, progress): the newest whole checkpoint's weights and moments are put in place, the logs are cut to
-        where they were then. (None, Progress()) without one: an earlier run's logs are emptied, because the run starts from the
-        beginning. ValueError if the checkpoint is of other settings or data; `say` is told what was passed over.
-        """
-        path, state, refused = find_checkpoint(self.out / "checkpoints")
-        for reason in refused:
-            say(f"a checkpoint is damaged and passed over: {reason}")
-        if path is not None:
-            for kind, now in (("config", self.config), ("data", self.origin["data"])):
-                changes = differences(state[kind], now, self.may_change)
-                if changes:
-                    raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
-            if state["commit"] != self.origin["commit"]:
-                say(f"note: the checkpoint is of commit {state['commit']}, this code is {self.origin['commit']}")
-            load_checkpoint(path, model, optimizer)
-        for file in self._logs() if dist.get_rank() == 0 else ():
-            os.truncate(file, state["logs"].get(file.name, 0) if path else 0)
-        return path, Progress(**state["progress"]) if path else Progress()
 
     def _logs(self) -> list[Path]:
         return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
 
 
 def remove_best(out: Path) -> None:
-    """Rank 0 removes what RunFolder.save_best kept in a run's folder."""
+    """Rank 0 removes the folder that RunFolder.save_best wrote to."""
     if dist.get_rank() == 0:
         shutil.rmtree(out / "best", ignore_errors=True)
 
 
 def lock(out: Path) -> Any:
-    """An open file that keeps others from training into the folder until it is closed or we die; None if another has it."""
+    """Lock a folder: an open file, which holds the lock until it is closed or we die. None if another process has it."""
     file = (out / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,35 +197,34 @@ def lock(out: Path) -> Any:
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder: the first line of its metrics.jsonl; None if there is no such line (yet)."""
+    """The settings of the run in a folder, from the first line of its metrics.jsonl. None without a whole first line."""
     try:
         with (out / "metrics.jsonl").open(encoding="utf-8") as file:
             return json.loads(file.readline())["config"]
-    except (FileNotFoundError, json.JSONDecodeError):  # a run that was killed before it had written the whole line
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """A line for each setting that is not the same in both."""
+    """A line for each setting that differs."""
     names = [name for name in there | here if name not in may_change and there.get(name) != here.get(name)]
     return [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
 
 
 def origin_of(data: dict[str, str]) -> dict[str, Any]:
-    """What a run is made from: SHA-256 of its files, which a resumed run must find unchanged, and the versions of the code."""
-    digests = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in data.items() if file}
+    """What a run is made from: SHA-256 of its data files, which must be unchanged to resume, and the versions of the code."""
+    digests = {name: _sha256(Path(file)) for name, file in data.items() if file}
     return {"data": digests, "commit": code_commit(), "torch": torch.__version__}
 
 
 def code_commit() -> str:
-    """The commit of this code, with a + if the files differ from it; 'unknown' outside a git checkout of its own."""
+    """The commit of this code, with a + if the files differ from it. "unknown" if this folder is not a git checkout itself."""
     here = Path(__file__).resolve().parent
+    git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
     try:
-        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
         if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()).resolve() != here:
             return "unknown"  # a copy inside another repository, whose commit says nothing about this code
-        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        return head + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip() else "")
+        return git(["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -250,77 +235,80 @@ def code_commit() -> str:
 def save_checkpoint(
     folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any], *, keep: int
 ) -> Path:
-    """Write folder/name with the weights, the moments (None: without) and `state` (anything JSON can hold); names sort by
-    progress.
+    """Write folder/name: the weights, the moments (not if optimizer is None) and `state` (anything JSON can hold).
 
-    Once it is complete, `keep` checkpoints stay, it and those before it; later ones are of a future that was not kept. A
-    CheckpointError leaves the others as they were.
+    Names must sort by progress. The newest `keep` checkpoints up to this one stay; those of a later name are removed too: a
+    resumed run has left them. CheckpointError leaves the other checkpoints as they were.
     """
     part, final = folder / f"{name}.part", folder / name
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _together(lambda: _empty(part) if rank == 0 else None)
-    tensors, steps = _tensors(model, optimizer)
-    writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    _all_ranks_or_none(lambda: dcp.save(tensors, storage_writer=writer))
-    files = sorted(part.iterdir())[rank::ranks]
-    digests = _together(lambda: {file.name: _sha256(file) for file in files})
-    content = {"state": state, "updates": steps, "files": {name: d for some in digests for name, d in some.items()}}
+
+    def begin() -> None:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed run left is of no use
+        part.mkdir(parents=True)
 
     def complete() -> None:
-        with (part / "state.json").open("w", encoding="utf-8") as file:
-            json.dump({**content, "digest": _digest(content)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        (part / "state.json").write_text(text, encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
         part.rename(final)
-        _sync_folder(folder)
         stay = [path for path in _complete(folder) if path.name <= name][-keep:]
         for path in _complete(folder):
             if path not in stay:
                 shutil.rmtree(path)
 
+    _together(lambda: begin() if rank == 0 else None)
+    tensors, steps = _tensors(model, optimizer)
+    writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+    _together(lambda: dcp.save(tensors, storage_writer=writer))
+    files = sorted(part.iterdir())[rank::ranks]
+    digests = _together(lambda: {file.name: _sha256(file) for file in files})
+    by_name = {name: digest for some in digests for name, digest in some.items()}
+    content = {"state": state, "updates": steps, "files": by_name}
     _together(lambda: complete() if rank == 0 else None)
     return final
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(newest checkpoint that is whole, its state, what was wrong with the newer ones); (None, {}, ...) if there is none.
-
-    The digests are worked out by all ranks, each for its share of the files.
-    """
-    refused = []
+    """(newest checkpoint that is whole, its state, what is wrong with the newer ones); (None, {}, ...) if there is none."""
+    damaged = []
     for path in _together(lambda: _complete(folder))[0][::-1]:
         try:
-            return path, _checked(path)["state"], refused
+            return path, _checked(path)["state"], damaged
         except CheckpointError as error:
-            refused.append(str(error))
-    return None, {}, refused
+            damaged.append(str(error))
+    return None, {}, damaged
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json; CheckpointError if a file is damaged."""
+    """A checkpoint's state.json; CheckpointError if a file is damaged. Each rank compares its share of the digests."""
+
+    def verify() -> None:
+        names = sorted(content["files"])
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            if _sha256(path / name) != content["files"][name]:
+                raise ValueError(f"{path / name}: its digest is not the one in state.json")
+
     content = _together(lambda: _content(path))[0]
-    names = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
-    _together(lambda: _verify(path, content["files"], names))
+    _together(verify)
     return content
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Put a checkpoint's weights and moments into a model and an AdamW of the same names and shapes, on any number of ranks;
-    without an AdamW the weights alone."""
+    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Names and shapes must be the same, the
+    number of ranks need not."""
     steps = _content(path)["updates"]
     for name, parameter in model.named_parameters() if optimizer else ():
-        optimizer.state[parameter].clear()
         if name in steps:
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter]["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
     tensors, _ = _tensors(model, optimizer)
-    _all_ranks_or_none(lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path))))
+    _together(lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path))))
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What is saved, by name, the very tensors themselves; and each parameter's number of updates, if it has had any."""
+    """({name: tensor} to save or to load into, {parameter: its number of updates if it has had any})."""
     tensors, steps = {}, {}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
@@ -335,57 +323,45 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
     """The number, from 1, of the file that each tensor goes to."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        if size and size + tensor.numel() * tensor.element_size() > FILE_BYTES:
-            number, size = number + 1, 0
+        size += tensor.nbytes
+        if size > FILE_BYTES and numbers:
+            number, size = number + 1, tensor.nbytes
         numbers[name] = number
-        size += tensor.numel() * tensor.element_size()
     return numbers
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank: what each one returned, or one CheckpointError with everybody's errors, on all of them."""
+    """Do something on every rank: each rank's result, or on all of them one CheckpointError with every rank's error."""
     try:
         mine = (work(), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         mine = (None, f"rank {dist.get_rank()}: {error}")
+    except dcp.api.CheckpointException as error:  # torch.distributed.checkpoint raises it on all ranks, with all causes
+        causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
+        mine = (None, "; ".join(causes))
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
-    errors = [error for _, error in everybody if error]
+    errors = dict.fromkeys(error for _, error in everybody if error)  # each once
     if errors:
         raise CheckpointError("; ".join(errors))
     return [result for result, _ in everybody]
 
 
-def _all_ranks_or_none(work: Callable[[], Any]) -> None:
-    """For torch.distributed.checkpoint, which raises on all ranks itself, with everybody's errors and their tracebacks."""
-    try:
-        work()
-    except dcp.api.CheckpointException as error:
-        causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
-        raise CheckpointError("; ".join(causes)) from error
-
-
 def _complete(folder: Path) -> list[Path]:
-    """The checkpoints that were renamed into place, by progress."""
+    """The checkpoints that were renamed into place, oldest first."""
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".part")
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """state.json, checked against its own digest."""
+    """state.json, checked against its own digest. ValueError names the file."""
     file = path / "state.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{file}: {error}") from error
-    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise ValueError(f"{file}: does not have the digest it states")
+    if content.pop("digest", None) != _digest(content):
+        raise ValueError(f"{file}: its content does not have its digest")
     return content
-
-
-def _verify(path: Path, digests: dict[str, str], names: list[str]) -> None:
-    for name in names:
-        if _sha256(path / name) != digests[name]:
-            raise ValueError(f"{path / name}: does not have the digest that state.json states")
 
 
 def _digest(content: Any) -> str:
@@ -393,24 +369,5 @@ def _digest(content: Any) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _empty(folder: Path) -> None:
-    """Make the folder, or make it anew: what a killed run left there is worth nothing."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return hashlib.file_digest(file, "sha256").hexdigest()

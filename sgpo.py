@@ -3,23 +3,24 @@ r"""SGPO, Strategy-Guided Policy Optimization (arXiv 2606.24064): the method its
 Algorithm 1, and where its lines are. One call of `sgpo_step` is one pass through it:
 
     for every problem q with its strategy s:
-        sample   o_1 .. o_G1 ~ pi(. | q)  and  õ_1 .. õ_G2 ~ pi(. | q, s), same weights     sample_and_reward
-        grade    R(o_i), R(õ_j) in {0, 1}                                                   sample_and_reward
-        weigh    A_i = (R(o_i) - mean) / (std + eps)                       [eq 1]           methods.weigh_sgpo
-                 alpha(q) from p_auto and p_guide; 0 if no õ is correct    [eq 6]           weighting.instance_weight
-        choose   o+ = argmax over the correct õ_j of log pi(õ_j | q)       [eq 4]           choose: reachable_target
-    update on L = mean over q of L_GRPO(q) + alpha(q) L_KD^clip(q)         [eq 7]           update
-        L_GRPO: 1/G1 sum_i 1/|o_i| sum_t of the clipped surrogate          [eq 1]           backward_policy: loss.policy_loss
-        L_KD^clip: 1/|o+| sum_t 1[d_t <= delta] d_t along o+               [eq 5]           backward_distillation
-        d_t = KL( sg[pi(. | q, s, o+_<t)] || pi(. | q, o+_<t) )            [eq 3]           loss.forward_kl
+        sample    o_1 .. o_G1 ~ pi(. | q)  and  õ_1 .. õ_G2 ~ pi(. | q, s), same weights     sample_and_reward
+        grade     R(o_i), R(õ_j) in {0, 1}                                                   sample_and_reward
+        advantage A_i = (R(o_i) - mean) / (std + eps)                       [eq 1]           methods.sgpo_advantages
+        weight    alpha(q) from p_auto and p_guide; 0 if no õ is correct    [eq 6]           weighting.instance_weight
+        target    o+ = argmax over the correct õ_j of log pi(õ_j | q)       [eq 4]           choose: reachable_target
+    update on L = mean over q of L_GRPO(q) + alpha(q) L_KD^clip(q)          [eq 7]           update
+        L_GRPO: 1/G1 sum_i 1/|o_i| sum_t of the clipped surrogate           [eq 1]           backward_policy: loss.policy_loss
+        L_KD^clip: 1/|o+| sum_t 1[d_t <= delta] d_t along o+                [eq 5]           backward_distillation
+        d_t = KL( sg[pi(. | q, s, o+_<t)] || pi(. | q, o+_<t) )             [eq 3]           loss.forward_kl
 
-A step is called with a model, a tokenizer, an optimizer, settings, a batch and a reward; train.py is the loop around it. The
-settings, and what the baselines (GRPO, hinted GRPO, LUFFY, HPT) do otherwise in the same step, are in methods.py.
+A step takes a model, a tokenizer, an optimizer, settings, a batch and a reward; train.py is the loop around it. The settings,
+and how the baselines (GRPO, hinted GRPO, LUFFY, HPT) differ in the same step, are in methods.py.
 
-Marks: [eq N], [alg 1], [app X] in the paper; [code] in the public code of a baseline; [ours] the paper is silent.
+Marks: [eq N], [alg 1], [app X] in the paper; [code] in a baseline's public code; [ours]: the paper is silent, we chose.
 Axes: P problems, G autonomous group (8), J guided group (4), M response tokens, D width.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
 from methods import METHODS, Method
 from model import CausalLM
 from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, same_on_all_ranks, whole_model
-from rollout import Packed, Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
+from rollout import Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
 from weighting import random_target, reach_gap, reachable_target
 
 # ---------------------------------------------------------------------------------------------------- what a step works on
@@ -43,10 +43,10 @@ from weighting import random_target, reach_gap, reachable_target
 class Example:
     """A problem with its prompts, encoded once. guided_ids and solution_ids are None if the run does not use them."""
 
-    problem: Any  # a row of the data, with `solution` for LUFFY; the reward gets it
+    problem: Any  # a row of the data; the reward gets it, LUFFY's `solution` is in it
     auto_ids: list[int]  # the prompt of pi(. | q)
     guided_ids: list[int] | None  # the prompt of pi(. | q, s)
-    solution_ids: list[int] | None  # a strong model's solution, with the end-of-sequence token
+    solution_ids: list[int] | None  # the strong model's solution, with the end-of-sequence token
 
 
 @dataclass
@@ -59,16 +59,16 @@ class ProblemSamples:
     guided: list[Trajectory]
     auto_rewards: list[float]
     guided_rewards: list[float]
-    # by methods.METHODS[...].weigh
+    # set by methods.METHODS[...].advantages
     advantages: list[float] = field(default_factory=list)  # A_i, one for each of `auto`
     guided_advantages: list[float] = field(default_factory=list)  # hinted: one for each of `guided`
-    solution_advantage: float = 1.0  # luffy; hpt's loss has no use for one
-    use_auto: bool = True  # the autonomous group is in the policy loss,
-    use_guided: bool = False  # the guided group is (hinted),
-    use_solution: bool = False  # the solution is (luffy, hpt)
+    solution_advantage: float = 1.0  # luffy; hpt's loss does not use one
+    use_auto: bool = True  # the policy loss is over the autonomous group,
+    use_guided: bool = False  # over the guided group (hinted),
+    use_solution: bool = False  # over the solution (luffy, hpt)
     alpha: float = 0.0  # alpha(q)
-    # by choose
-    targets: list[int] = field(default_factory=list)  # o+, as an index into `guided`; none, one, or with --target all all of C
+    # set by choose
+    targets: list[int] = field(default_factory=list)  # o+ as an index into `guided`: none or one; all of C with --target all
     unguided_logprobs: list[float] = field(default_factory=list)  # log pi(õ_j | q) of each of `guided`
 
 
@@ -77,17 +77,17 @@ class PolicyItem(NamedTuple):
 
     trajectory: Trajectory
     advantage: float
-    group: int = 1  # how many there are of its problem, G1 of [eq 1]
-    is_solution: bool = False  # luffy, hpt: the strong model's, in the form of a trajectory
+    group: int = 1  # the size of its problem's group, G1 of [eq 1]
+    is_solution: bool = False  # luffy, hpt: the strong model's solution, written as a trajectory
 
 
 class TargetItem(NamedTuple):
-    """One sequence of the distillation loss: o+ under both prompts."""
+    """One sequence of the distillation loss: o+ with both prompts."""
 
     auto_ids: list[int]
     guided_ids: list[int]
     response_ids: list[int]
-    alpha: float  # alpha(q), with several targets its share of it [eq 2: 1/|C|]
+    alpha: float  # alpha(q), divided by the number of targets: 1/|C| [eq 2]
 
 
 # Every pass gathers and reduces on all ranks, so a rank without work passes one made-up token with weight 0.
@@ -114,23 +114,25 @@ def sgpo_step(
 ) -> tuple[dict[str, float], list[ProblemSamples]]:
     """One step of SGPO [alg 1], or of a baseline: (metrics over all ranks, this rank's samples).
 
-    model    on several ranks sharded by parallel.shard. The step changes its weights and the optimizer's moments
+    model    its weights change, and the optimizer's moments; on several ranks it is sharded by parallel.shard
     batch    this rank's share of the step's problems, each with its place in the whole batch, below settings.problems_per_step
     reward   (response, problem) -> 1 or 0; above 0 is correct. Called in one thread while other responses are still sampled;
              LUFFY asks it about problem.solution too
-    step     with the place it seeds the sampling, so that the result depends neither on earlier steps nor on the ranks
+    step     with the place it seeds the sampling, so the result depends neither on earlier steps nor on the number of ranks
     ragged   calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
+    start = time.perf_counter()
     with whole_model(model) as policy:
         same_on_all_ranks(policy, model.device)
         samples = ragged(lambda: sample_and_reward(policy, tokenizer, settings, batch, reward, step))
-        weigh(settings, samples, reward)
+        sampled = time.perf_counter()
+        set_advantages(settings, samples, reward)
         choose(settings, policy, samples, step)
     minibatches = [[] for _ in range(settings.minibatches)]
-    for sample in samples:  # cut by the place in the whole batch: the same on any number of ranks
+    for sample in samples:  # split by the place in the whole batch, which is the same on any number of ranks
         minibatches[sample.place * settings.minibatches // settings.problems_per_step].append(sample)
     metrics = over_updates([update(model, optimizer, settings, part, learning_rate) for part in minibatches])
-    return metrics | describe(samples, model.device), samples
+    return metrics | describe(samples, model.device) | {"sampling_s": sampled - start}, samples
 
 
 def sample_and_reward(
@@ -143,10 +145,9 @@ def sample_and_reward(
     def seeds(kind: str) -> list[int]:
         return [stream_seed(settings.sampling_seed, "sample", kind, step, place) for place, _ in batch]
 
-    # first the autonomous groups of all problems, then their guided groups
     prompts, prompt_seeds = [example.auto_ids for example in examples], seeds("auto")
     counts = [settings.group_auto - variant.solution_in_group] * len(examples)
-    if variant.guided:  # both groups in one call: the places that one leaves in the sampler are taken by the other
+    if variant.guided:  # after all autonomous groups the guided ones; in one call, so that they fill each other's gaps
         prompts += [example.guided_ids for example in examples]
         prompt_seeds += seeds("guided")
         counts += [settings.group_guided] * len(examples)
@@ -163,11 +164,11 @@ def sample_and_reward(
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- weigh and choose
+# ------------------------------------------------------------------------------------- advantages, weight and target
 
 
-def weigh(settings: Method, samples: list[ProblemSamples], reward: Reward) -> None:
-    """Fill in each problem's advantages, alpha(q), and what its policy loss is over, as the method has it."""
+def set_advantages(settings: Method, samples: list[ProblemSamples], reward: Reward) -> None:
+    """Set each problem's advantages, its alpha(q), and what its policy loss is over, by the method's function in METHODS."""
     if not samples:
         return  # this rank has no problem in this step
     variant, problems = METHODS[settings.method], [sample.example.problem for sample in samples]
@@ -176,13 +177,13 @@ def weigh(settings: Method, samples: list[ProblemSamples], reward: Reward) -> No
     solution = None
     if variant.solution_in_group:
         solution = torch.tensor([float(reward(problem.solution, problem)) for problem in problems])  # (P,)
-    for name, column in variant.weigh(settings, auto, guided, solution).items():
+    for name, column in variant.advantages(settings, auto, guided, solution).items():
         for sample, value in zip(samples, column.tolist(), strict=True):
             setattr(sample, name, value)
 
 
 def choose(settings: Method, policy: CausalLM, samples: list[ProblemSamples], step: int) -> None:
-    """o+ of each problem [eq 4]: of the correct guided trajectories the one that the unguided policy finds most probable."""
+    """Set the target o+ of each problem [eq 4]: the correct guided trajectory that is most probable without the strategy."""
     if not METHODS[settings.method].distills:
         return
     for sample, logprobs in zip(samples, unguided_logprobs(settings, policy, samples), strict=True):
@@ -191,12 +192,12 @@ def choose(settings: Method, policy: CausalLM, samples: list[ProblemSamples], st
         if settings.target == "all":
             sample.targets = correct.nonzero()[:, 0].tolist()  # [eq 2]
             continue
-        if settings.target == "random":
+        if settings.target == "random":  # [ours]
             seed = stream_seed(settings.sampling_seed, "target", step, sample.place)
             target = random_target(correct, torch.Generator().manual_seed(seed))
         else:
-            target = reachable_target(torch.tensor(logprobs), correct)
-        sample.targets = [] if target is None else [target]
+            target = reachable_target(torch.tensor(logprobs), correct)  # [eq 4]
+        sample.targets = [] if target is None else [target]  # C is empty: no target [alg 1, lines 14-15]
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
         packed = pack([pairs[i][0] for i in indices], [pairs[i][1] for i in indices], device=policy.device)
         _, stats = policy(**packed.layout, head=partial(head, inputs=(packed.targets,), at=packed.predict))
         total = torch.zeros(len(indices), device=policy.device).index_add_(0, packed.sequence, stats["logprob"])
-        if settings.reach == "mean":
+        if settings.reach == "mean":  # [ours]
             total = total / torch.bincount(packed.sequence, minlength=len(indices))
         scores += total.tolist()
     J = settings.group_guided
@@ -220,7 +221,7 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
 
 # ---------------------------------------------------------------------------------------------------- the update
 
-# metrics that are means over tokens, and which; until update divides them they are sums
+# metrics that are means over tokens, and the number of those tokens; they are sums until `update` divides them
 MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl"), "own_tokens")
 MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
 
@@ -228,11 +229,11 @@ MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
 def update(
     model: CausalLM, optimizer: torch.optim.Optimizer, settings: Method, samples: list[ProblemSamples], learning_rate: float
 ) -> dict[str, float]:
-    """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]; metrics over all ranks.
+    """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]. Returns metrics over all ranks.
 
-    The divisors are counted over the whole update before any backward pass. A response's token is weighted 1 / (P G1 |o_i|)
-    [eq 1, 7], or 1 / (all response tokens) if the aggregate is "token"; a target's alpha(q) / (P |o+|) [eq 5, 7]. P is all
-    problems, those without a correct õ too.
+    All divisors are counted over the whole update before any backward pass. A response's token is weighted 1 / (P G1 |o_i|)
+    [eq 1, 7], or 1 / (all response tokens) if settings.aggregate is "token"; a target's token alpha(q) / (P |o+|) [eq 5, 7]. P
+    counts all problems, also those without a correct õ.
     """
     policy, targets = policy_items(samples, settings), target_items(samples, settings)
     local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
@@ -240,10 +241,9 @@ def update(
     sums, worst = backward_policy(model, settings, policy, count)
     sums |= backward_distillation(model, settings, targets, count["problems"])
     sums = all_reduce(sums, model.device)
-    loss = sums["policy_loss"] + sums["distillation_loss"]
+    loss = sums["policy_loss"] + sums["distillation_loss"]  # L [eq 7]
     skip_above = METHODS[settings.method].skip_above(settings)
     norm = apply_gradients(model, optimizer, loss, learning_rate, settings.max_grad_norm, skip_above)
-
     return sums | {
         **{name: sums[name] / max(sums[tokens], 1) for name, tokens in MEAN_OVER.items()},
         **all_reduce(worst, model.device, dist.ReduceOp.MAX),
@@ -260,13 +260,13 @@ def policy_items(samples: list[ProblemSamples], settings: Method) -> list[Policy
         group = []
         if sample.use_auto:
             group += [(row, a, False) for row, a in zip(sample.auto, sample.advantages, strict=True)]
-        if sample.use_guided:  # their own prompt has the strategy
+        if sample.use_guided:  # with the strategy in their prompt, as they were sampled
             group += [(row, a, False) for row, a in zip(sample.guided, sample.guided_advantages, strict=True)]
         if sample.use_solution:
             prompt, solution = sample.example.auto_ids, sample.example.solution_ids
-            written = Trajectory(prompt, solution, [0.0] * len(solution), finished=True, group=0)  # its writer's p is 1 [code]
-            group.append((written, sample.solution_advantage, True))
-        # a truncated one that is left out still counts in the group
+            old = [0.0] * len(solution)  # the strong model's own probability is taken as 1 [code]
+            group.append((Trajectory(prompt, solution, old, finished=True, group=0), sample.solution_advantage, True))
+        # a truncated response that is masked still counts in the size of its group [ours]
         kept = [member for member in group if member[0].finished or not settings.mask_truncated]
         items += [PolicyItem(row, advantage, len(group), is_solution) for row, advantage, is_solution in kept]
     return items
@@ -285,12 +285,12 @@ def target_items(samples: list[ProblemSamples], settings: Method) -> list[Target
 def backward_policy(
     model: CausalLM, settings: Method, items: list[PolicyItem], count: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Accumulate the gradient of the policy loss over micro-batches: (sums, largest values) of this rank's diagnostics.
+    """Accumulate the gradient of the policy loss [eq 1] over micro-batches: (sums, largest values) of this rank's diagnostics.
     count: "tokens" and "problems" of the whole update.
 
-    pi_old of [eq 1] is the sampler's full softmax, so no second pass over the trajectories is needed [ours]; by what the two
-    computations differ is logged as logprob_error. Below top_p 1 the tokens come from the nucleus and their log-probs do not
-    know it, as in veRL: the gradient is that of the full policy on its nucleus, and a token of the tail is never explored.
+    log pi_old is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations
+    differ is the metric logprob_error. With top_p below 1 the tokens come from the nucleus, but pi_old does not know it, as in
+    veRL: the gradient is the full policy's on tokens of its nucleus, and a token of the tail is never explored.
     """
     variant, device = METHODS[settings.method], model.device
     bonus = variant.entropy_bonus(settings) if variant.entropy_bonus else 0.0
@@ -298,7 +298,7 @@ def backward_policy(
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
-    # a group of equal rewards has no gradient: its tokens are counted and measured, but cost no backward pass [ours]
+    # a group of equal rewards has no gradient: it counts in the divisors and diagnostics, but needs no backward pass [ours]
     moves = [item.advantage != 0 or variant.entropy_bonus is not None for item in items]
     for gradient in (True, False):
         part = [item for item, with_gradient in zip(items, moves, strict=True) if with_gradient == gradient]
@@ -307,7 +307,13 @@ def backward_policy(
         for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)), device):
             chosen = [part[i] for i in indices] or [NO_TRAJECTORY]
             weights = [token_weight(settings, item, count) for item in chosen] if indices else [0.0]
-            packed, old, (advantages, weight), solution = policy_inputs(chosen, weights, device)
+            rows = [item.trajectory for item in chosen]
+            packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
+            # one value per token, (M,) each, picked by its sequence
+            old = torch.tensor([value for row in rows for value in row.logprobs], device=device)  # log pi_old
+            advantages = torch.tensor([item.advantage for item in chosen], device=device)[packed.sequence]  # A_i
+            weight = torch.tensor(weights, device=device)[packed.sequence]
+            solution = torch.tensor([item.is_solution for item in chosen], device=device)[packed.sequence]
             inputs = (packed.targets, old, advantages, weight, *[solution] * variant.demonstrates)
             with torch.set_grad_enabled(gradient):
                 loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
@@ -323,32 +329,18 @@ def backward_policy(
 
 
 def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) -> float:
-    """What the loss of each token of a response is multiplied by."""
+    """What each token's loss is multiplied by."""
     if settings.aggregate == "token" or METHODS[settings.method].token_mean:
         return 1 / count["tokens"]
     return 1 / (count["problems"] * item.group * len(item.trajectory.response_ids))  # 1 / (P G1 |o_i|) [eq 1, 7]
 
 
-def policy_inputs(
-    items: list[PolicyItem], weights: list[float], device: torch.device
-) -> tuple[Packed, Tensor, Tensor, Tensor]:
-    """(packed sequences, and per token: log pi_old (M,), advantage and weight (2, M), whether it is a solution's (M,))."""
-    rows = [item.trajectory for item in items]
-    packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
-    old = torch.tensor([value for row in rows for value in row.logprobs], device=device)
-    of_responses = torch.tensor([[item.advantage for item in items], weights], device=device)
-    solution = torch.tensor([item.is_solution for item in items], device=device)[packed.sequence]  # by position
-    return packed, old, of_responses[:, packed.sequence], solution
+def backward_distillation(model: CausalLM, settings: Method, items: list[TargetItem], problems: float) -> dict[str, float]:
+    """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7] over micro-batches.
+    Returns sums of this rank's diagnostics.
 
-
-def backward_distillation(
-    model: CausalLM, settings: Method, items: list[TargetItem], problems: float
-) -> dict[str, float]:
-    """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7] over micro-batches:
-    sums of this rank's diagnostics.
-
-    Two forwards along the same response tokens: the guided one at the current theta [eq 3], without gradient, kept as hidden
-    states; then the unguided one, whose chunks of logits meet the guided ones in the head.
+    There are two forwards over the same response tokens: the guided one, at the current theta and without gradient [eq 3], is
+    kept as hidden states; then the head of the unguided one turns both into logits, chunk by chunk.
     """
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
@@ -360,8 +352,8 @@ def backward_distillation(
         guided = pack([item.guided_ids for item in chosen], targets, device=device)
         unguided = pack([item.auto_ids for item in chosen], targets, device=device)  # row m of both: the same token
         with torch.no_grad():
-            teacher = model(**guided.layout, head=lambda hidden, _, at=guided.predict: hidden[0, at])  # (M, D)
-        weight = [item.alpha / (problems * len(item.response_ids)) for item in chosen]
+            teacher = model(**guided.layout, head=lambda hidden, _, at=guided.predict: hidden[0, at])  # (M, D), sg[] of [eq 3]
+        weight = [item.alpha / (problems * len(item.response_ids)) for item in chosen]  # alpha(q) / (P |o+|) [eq 5, 7]
         inputs = (unguided.targets, torch.tensor(weight, device=device)[unguided.sequence])
         loss, stats = model(**unguided.layout, head=partial(head, inputs=inputs, at=unguided.predict, teacher=teacher))
         loss.backward()
@@ -377,20 +369,20 @@ def backward_distillation(
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's updates as one: counts are added up, a mean over tokens stays one over all of their tokens, a
-    largest value stays one, and the rest (losses, norm, share left out) is the mean over the updates."""
+    """The metrics of a step's updates as one. Counts are summed, means over tokens are taken over all tokens, of the largest
+    values the largest is taken, and the rest (losses, norm, share left out) is averaged over the updates."""
     total = {name: sum(one[name] for one in updates) for name in updates[0]}
     metrics = {name: value / len(updates) for name, value in total.items()}
     for name, tokens in MEAN_OVER.items():
         metrics[name] = sum(one[name] * one[tokens] for one in updates) / max(total[tokens], 1)
     metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions", "not_finite")}
     metrics |= {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
-    # before the policy has moved, what separates the ratio from 1 is numerical noise between the sampler and the trainer
+    # at the first update the policy has not moved yet: the ratio differs from 1 only by numerical noise against the sampler
     return metrics | {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
 
 
 def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, float]:
-    """What was sampled and decided in a step, in numbers over all ranks."""
+    """Metrics of what was sampled and decided in a step, over all ranks."""
     auto = [row for sample in samples for row in sample.auto]
     guided = [row for sample in samples for row in sample.guided]
     local = {
@@ -417,15 +409,14 @@ def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, f
 
 def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The records of one problem's trajectories for samples.jsonl."""
-    nowhere = [None] * max(len(sample.auto), len(sample.guided))
-    groups = (("auto", sample.auto, sample.auto_rewards, nowhere),)
-    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs or nowhere),)
+    groups = (("auto", sample.auto, sample.auto_rewards, []),)
+    groups += (("guided", sample.guided, sample.guided_rewards, sample.unguided_logprobs),)
     for kind, rows, rewards, reach in groups:
         for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
             yield {
                 "step": step, "id": sample.example.problem.id, "group": kind,
-                "target": kind == "guided" and index in sample.targets, "reach": reach[index], "reward": reward,
-                "alpha": sample.alpha, "finished": row.finished,
+                "target": kind == "guided" and index in sample.targets, "reach": reach[index] if reach else None,
+                "reward": reward, "alpha": sample.alpha, "finished": row.finished,
                 "text": tokenizer.decode(row.response_ids, skip_special_tokens=True),
             }  # fmt: skip
 

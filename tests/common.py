@@ -186,7 +186,7 @@ def on_ranks(ranks, script, *arguments, check=True):
     return done
 
 
-RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 4 --eval_every 1 --device cpu"
+RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 2 --eval_every 1 --no-eval_guided --device cpu"
 
 # four updates on 13 rows, validated after the second and the fourth
 RESUMED += " --sft_fraction 0.475 --sft_validation 0.3 --sft_batch 7 --sft_epochs 2 --sft_learning_rate 1e-3"

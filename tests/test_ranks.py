@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
 import parallel
 import rollout
 import train
@@ -18,28 +17,23 @@ from tests.common import (
     ROOT,
     TIMES,
     TINY_BASE,
-    make_run,
     on_ranks,
     read_metrics,
     run_script,
     tiny_rows,
-    weights_of,
     write_rows,
 )
 
 
-def test_work_is_dealt_evenly_by_cost():
-    costs = [1, 90, 2, 80, 3, 70, 4, 60]  # every second one is long: dealt in turn, one of two ranks would get all of them
+def test_balance_gives_every_rank_a_fair_share():
+    costs = [1, 90, 2, 80, 3, 70, 4, 60]  # every second one is long: by turns, one of two ranks would get all of them
     assert parallel.balance(costs, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
     generator = random.Random(0)
-    for _ in range(50):
-        ranks, count = generator.randint(1, 6), generator.randint(0, 20)
+    for ranks, count in itertools.product(range(1, 6), (0, 1, 7, 20)):
         costs = [generator.paretovariate(1) for _ in range(count)]
         shares = parallel.balance(costs, ranks)
         assert sorted(itertools.chain(*shares)) == list(range(count)) and len(shares) == ranks
         assert max(map(len, shares)) - min(map(len, shares)) <= 1 and (not count or 0 in shares[0])
-        sums = [sum(costs[i] for i in share) for share in shares]
-        assert not count or max(sums) <= sum(costs) / ranks + max(costs)
 
 
 def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
@@ -48,142 +42,115 @@ def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
     assert (done.returncode, done.stdout, done.stderr) == (3, "a\n", "b")
 
 
+# ---------------------------------------------------------------------------------------------------- equal runs
+
+# Three problems a step in two minibatches: on two and on four ranks some always have nothing to do.
+COMMON = "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --eval_n 1 --no-eval_guided --device cpu"
+COMMON += " --sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
 METHOD_FLAGS = {
     "sgpo": "",
     "grpo": "",
     "hinted": "",
     "luffy": "",
-    "hpt": "--hpt_gate 4",  # half of the group, so that some problems are rollouts and others solutions
+    "hpt": "--hpt_gate 4",  # half of the group, so that some problems have responses in the loss and others solutions
     "sft": "--data FEW --sft_epochs 3 --sft_validation 0.25 --sft_learning_rate 3e-4",
 }
-
-ON_FOUR = ("sgpo", "hinted", "hpt")  # ranks without a response, without a guided group, without a solution
-
+RUNS = {  # number of ranks: (name, method, flags)
+    1: [(method, method, "") for method in METHOD_FLAGS],
+    2: [(method, method, "--offload" if method == "luffy" else "") for method in METHOD_FLAGS],
+    4: [("hpt", "hpt", ""), ("replicas", "sgpo", "--shard_ranks 2")],
+}
 RANK_SCRIPT = """
 import sys
-from pathlib import Path
 import torch
 import parallel, train
 
-out, more = Path(sys.argv[1]), sys.argv[2:]
 parallel.start_ranks("cpu", 3)
-for method, flags in {flags!r}.items():
-    if method in {on_four!r} or torch.distributed.get_world_size() < 4:
-        train.main([*{common!r}.split(), *flags.split(), "--method", method, "--out", str(out / method)])
-if more:
-    train.main([*{common!r}.split(), "--method", "sgpo", *more])
+for name, method, flags in {runs!r}:
+    train.main([*flags.split(), "--method", method, "--out", sys.argv[1] + "/" + name])
 torch.distributed.destroy_process_group()
 """
 
-COMMON = (
-    "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --device cpu "
-    "--sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
-)
 
-
-@pytest.fixture(scope="module")
-def rank_runs(tmp_path_factory):
-    """{name: folder with a run of every method}. Three problems a step in two minibatches: on two and on four ranks there are
-    always some that have nothing to do."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "all_methods.py"
+def start_runs(folder):
+    """Make all RUNS, each in folder/ranks/name."""
     rows = tiny_rows(12)
     for i in train.shuffled(range(12), rollout.stream_seed(0, "sft validation"))[3:]:
         rows[i]["solution"] = "9 " * 20  # learning that makes the loss of the other three rise: the first epoch's weights count
     few = str(write_rows(folder / "few.jsonl", rows))
-    flags = {method: flags.replace("FEW", few) for method, flags in METHOD_FLAGS.items()}
-    script.write_text(RANK_SCRIPT.format(flags=flags, common=COMMON, on_four=ON_FOUR))
-    on_ranks(1, script, folder / "1")
-    # One start for two kinds of run: starting is what takes long.
-    on_ranks(2, script, folder / "2", "--out", folder / "2, offloaded/sgpo", "--offload")
-    on_ranks(4, script, folder / "4", "--out", folder / "4, two replicas/sgpo", "--shard_ranks", 2)
-    return folder
+    for ranks, runs in RUNS.items():
+        runs = [(name, method, f"{COMMON} {METHOD_FLAGS[method]} {more}".replace("FEW", few)) for name, method, more in runs]
+        script = folder / f"{ranks}.py"
+        script.write_text(RANK_SCRIPT.format(runs=runs))
+        on_ranks(ranks, script, folder / str(ranks))
 
 
-@pytest.mark.parametrize(
-    "method, name",
-    [(m, "2") for m in METHOD_FLAGS] + [(m, "4") for m in ON_FOUR] + [("sgpo", "4, two replicas"), ("sgpo", "2, offloaded")],
-)
-def test_ranks_equal_one(method, name, rank_runs):
-    """Loss, clipped gradient norm, every other metric, and the weights after the run; `--sft_fraction` adds SFT to all."""
-    one, many = read_metrics(rank_runs / "1" / method), read_metrics(rank_runs / name / method)
-    assert many[0]["ranks"] == int(name[0]) and len(one) == len(many)
+def assert_equal_runs(one, many, method):
+    """Loss, clipped gradient norm, every other metric, samples, and the weights after the run."""
+    first, second = read_metrics(one), read_metrics(many)
     stages = {"sft", "sft_validation"} if method == "sft" else {"sft", method, "eval"}
-    assert stages == {record["stage"] for record in one[1:]}
-    if method == "sft":
-        losses = [record["loss"] for record in one if record.get("stage") == "sft_validation"]
-        assert min(losses) == losses[0] < losses[-1] - 0.1
+    assert len(first) == len(second) and stages == {record["stage"] for record in first[1:]}
     noise = (*TIMES, "ratio_error", "logprob_error", "first_ratio_error", "first_logprob_error")
-    for a, b in zip(one[1:], many[1:], strict=True):
+    for a, b in zip(first[1:], second[1:], strict=True):
         a, b = ({k: v for k, v in record.items() if k not in noise} for record in (a, b))
         numbers = {k for k, v in a.items() if isinstance(v, float)}
         assert {k: a[k] for k in a.keys() - numbers} == {k: b[k] for k in b.keys() - numbers}
         assert {k: a[k] for k in numbers} == pytest.approx({k: b[k] for k in numbers}, rel=2e-3, abs=1e-5)
-    folders = rank_runs / "1" / method / "model", rank_runs / name / method / "model", TINY_BASE
-    nets = [load_model(str(f), dtype=torch.float32, device="cpu")[0] for f in folders]
+    nets = [load_model(str(f), dtype=torch.float32, device="cpu")[0] for f in (one / "model", many / "model", TINY_BASE)]
     for a, b, before in zip(*(net.parameters() for net in nets), strict=True):
         moved = (a - before).abs().max()
         assert moved > 0 and (a - b).abs().max() <= 0.02 * moved + 1e-7
     if method != "sft":
-        first, second = ((rank_runs / n / method / "samples.jsonl").read_text().splitlines() for n in ("1", name))
+        samples = [[json.loads(line) for line in (f / "samples.jsonl").read_text().splitlines()] for f in (one, many)]
         keep = ("step", "id", "group", "text", "reward")
-        first, second = ([{k: json.loads(line)[k] for k in keep} for line in lines] for lines in (first, second))
+        first, second = ([{k: sample[k] for k in keep} for sample in rows] for rows in samples)
         assert first == second
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4", "4, two replicas", "2, offloaded"])
-def test_a_checkpoint_of_any_number_of_ranks_loads_on_one(name, rank_runs, tmp_path, worker):
-    folder = rank_runs / name / "sgpo"
-    run, _ = make_run(tmp_path, worker)
-    path, state, refused = checkpoint.find_checkpoint(folder / "checkpoints")
-    assert not refused and state["progress"]["rl_steps"] == 2 and state["ranks"] == int(name[0])
-    checkpoint.load_checkpoint(path, run.model, run.optimizer)
-    saved, _ = load_model(str(folder / "model"), dtype=torch.float32, device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(run.model), saved.parameters(), strict=True))
-    other, _ = make_run(tmp_path / "one", worker)
-    path, _, _ = checkpoint.find_checkpoint(rank_runs / "1/sgpo/checkpoints")
-    checkpoint.load_checkpoint(path, other.model, other.optimizer)
-    for a, b in zip(run.model.parameters(), other.model.parameters(), strict=True):
-        for moment in checkpoint.MOMENTS:
-            one, two = (r.optimizer.state[p][moment].full_tensor() for r, p in ((run, a), (other, b)))
-            assert (one - two).abs().max() <= 0.02 * two.abs().max() and two.abs().max() > 0
-        assert run.optimizer.state[a]["step"] == 4  # two minibatches a step; SFT's moments are not RL's
+def test_two_and_four_ranks_equal_one(tmp_path):
+    """In one test, because all of them start together."""
+    start_runs(tmp_path)
+    sft = [record["loss"] for record in read_metrics(tmp_path / "1/sft") if record.get("stage") == "sft_validation"]
+    assert min(sft) == sft[0] < sft[-1] - 0.1  # so the kept weights are not the last ones
+    for ranks in (2, 4):
+        for name, method, _ in RUNS[ranks]:
+            print(ranks, name)  # pytest shows it if the comparison fails
+            one, many = tmp_path / "1" / method, tmp_path / str(ranks) / name
+            assert read_metrics(many)[0]["ranks"] == ranks
+            assert_equal_runs(one, many, method)
 
 
-def test_four_ranks_read_a_checkpoint_whose_sizes_do_not_divide(tmp_path):
-    """Rows that do not divide by four, and a bias of two rows, of which two ranks hold none; saved and loaded once more."""
-    raw = dict(model_type="qwen2", vocab_size=97, hidden_size=10, intermediate_size=22, num_hidden_layers=2)
-    raw |= dict(num_attention_heads=5, num_key_value_heads=1, rms_norm_eps=1e-6, max_position_embeddings=64, eos_token_id=3)
-    whole = build_model(ModelConfig.from_dict(raw), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=CPU)
-    for parameter in whole.parameters():
-        torch.nn.init.normal_(parameter)
-    save_file(whole.state_dict(), tmp_path / "model.safetensors")
-    script = tmp_path / "read.py"
-    script.write_text(f"""
-import os
+# ---------------------------------------------------------------------------------------------------- the parts
+
+SMALL = dict(model_type="qwen2", vocab_size=97, hidden_size=10, intermediate_size=22, num_hidden_layers=2) | dict(
+    num_attention_heads=5, num_key_value_heads=1, rms_norm_eps=1e-6, max_position_embeddings=64, eos_token_id=3
+)
+PARTS_SCRIPT = """
+import os, sys, time
 from pathlib import Path
-import torch
+import torch, torch.distributed as dist
 from safetensors.torch import load_file
 import checkpoint, model, parallel
-cpu, folder, raw = parallel.start_ranks("cpu", 3), Path({str(tmp_path)!r}), {raw!r}
-def sharded():
+
+cpu, folder, raw = parallel.start_ranks("cpu", 3), Path(sys.argv[1]), {raw!r}
+rank = dist.get_rank()
+
+def say(text):
+    os.write(1, (text + "\\n").encode())  # in one piece, unlike print
+
+def sharded(shard_ranks=0):
     with torch.device("meta"):
         net = model.CausalLM(model.ModelConfig.from_dict(raw))
-    parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=0, offload=False)
+    parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=shard_ranks, offload=False)
     parallel.load_sharded(net, folder, device=cpu, offload=False)
     return net, torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+
 net, optimizer = sharded()
 want = load_file(folder / "model.safetensors")
 for name, parameter in net.named_parameters():
     assert torch.equal(parameter.full_tensor(), want[name]), name
     assert parameter.to_local().numel() < want[name].numel()
-ids = torch.arange(20)[None]
-with torch.device("meta"):
-    whole = model.CausalLM(model.ModelConfig.from_dict(raw))
-model.load_weights(whole, folder, dtype=torch.float32, device=cpu)
-whole.inv_freq = net.inv_freq
-torch.testing.assert_close(net(ids), whole(ids))
-net(ids).square().mean().backward()
+net(torch.arange(20)[None]).square().mean().backward()
 optimizer.step()
 checkpoint.save_checkpoint(folder / "checkpoints", "a", net, optimizer, {{}}, keep=2)
 other, moments = sharded()
@@ -191,13 +158,61 @@ checkpoint.load_checkpoint(folder / "checkpoints/a", other, moments)
 for a, b in zip(net.parameters(), other.parameters(), strict=True):
     assert torch.equal(a.to_local(), b.to_local())
     assert torch.equal(optimizer.state[a]["exp_avg_sq"].to_local(), moments.state[b]["exp_avg_sq"].to_local())
-os.write(1, b"held: %d\\n" % len(net.model.layers[0].self_attn.k_proj.bias.to_local()))  # in one piece, unlike print
-""")
-    assert sorted(on_ranks(4, script).stdout.split("held:")[1:]) == [" 0\n", " 0\n", " 1\n", " 1\n"]
+say(f"held: {{len(net.model.layers[0].self_attn.k_proj.bias.to_local())}}")
+
+replicas, _ = sharded(shard_ranks=1)
+for change in (0, 1e-3):
+    if rank == 1:
+        with torch.no_grad():
+            replicas.model.layers[0].mlp.up_proj.weight.to_local()[0, 0] += change
+    with parallel.whole_model(replicas) as policy:
+        try:
+            parallel.same_on_all_ranks(policy, cpu)
+            say(f"same: {{change}}")
+        except RuntimeError as error:
+            say(f"found: {{error}}")
+
+control = parallel.Control(1)
+assert control.barrier(rank) == 3
+assert control.preemptible(lambda: rank) == rank
+control.stop_asked = rank == 2  # SIGTERM came to one rank
+try:
+    control.preemptible(lambda: None)
+except parallel.Preempted:
+    say("preempted")
+control.timeout_minutes = 1 / 60
+if rank == 1:
+    time.sleep(6)
+else:
+    start = time.monotonic()
+    try:
+        control.barrier()
+    except parallel.RankLost as error:
+        say(f"lost: {{time.monotonic() - start < 5}} {{error}}")
+"""
+
+
+def test_uneven_shards_copies_that_differ_and_ranks_that_do_not_come(tmp_path):
+    """On four ranks: rows that do not divide by four, and a bias of two rows, of which two ranks hold none."""
+    config = ModelConfig.from_dict(SMALL)
+    whole = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=CPU)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter)
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS_SCRIPT.format(raw=SMALL))
+    done = on_ranks(4, script, tmp_path, check=False)
+    lines = sorted(done.stdout.splitlines())
+    assert [line[6:] for line in lines if line.startswith("held: ")] == ["0", "0", "1", "1"], done.stderr[-3000:]
+    assert lines.count("same: 0") == lines.count("preempted") == 4
+    found = [line for line in lines if line.startswith("found: the weights are not the same on all ranks (rank")]
+    assert len(found) == 4
+    lost = [line for line in lines if line.startswith("lost: True rank 0 waited")]
+    assert len(lost) == 1 and "Ranks 1 failed" in lost[0] and "--timeout_minutes" in lost[0]
 
 
 def test_with_offload_only_the_parameters_are_in_host_memory(worker):
-    """The angles are a buffer: FSDP moves those when it shards, which is before they are filled. Meta stands for a GPU."""
+    """The angles are a buffer, which FSDP moves when it shards: before they are filled. The meta device is the GPU here."""
     net, _ = blank_model(TINY_BASE)
     parallel.shard(net, device=CPU, dtype=torch.float32, shard_ranks=0, offload=True)
     parallel.load_sharded(net, TINY_BASE, device=torch.device("meta"), offload=True)
@@ -205,69 +220,24 @@ def test_with_offload_only_the_parameters_are_in_host_memory(worker):
     assert {parameter.to_local().device.type for parameter in net.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("error", ["SystemExit('error: the reason')", "ValueError('the reason')", None])
-def test_a_rank_with_a_gpu_that_fails_does_not_wait_for_the_others(error, tmp_path):
-    """NCCL's ending would; here a stand-in that takes for ever. Without an error the group ends as it should."""
+def test_a_rank_with_a_gpu_that_fails_does_not_wait_for_the_others(tmp_path):
+    """NCCL's ending would; here a stand-in that takes for ever."""
     script = tmp_path / "fail.py"
-    script.write_text(f"""
-import sys, time
-import torch, torch.distributed as dist
-import parallel
-dist.destroy_process_group = (lambda: time.sleep(600)) if {error is not None} else (lambda: print("ended"))
-dist.is_initialized, dist.get_rank, dist.get_world_size = lambda: True, lambda: 3, lambda: 8
-try:
-    if {error is not None}:
-        raise {error}
-finally:
-    parallel.end_ranks(torch.device("cuda"))
-""")
-    done = run_script(script, PYTHONPATH=str(ROOT))
-    if error is None:
-        assert done.returncode == 0 and done.stdout == "ended\n"
-    else:
-        assert done.returncode == 1 and done.stderr.strip().endswith("the reason"), done.stderr
-
-
-def test_copies_that_differ_and_ranks_that_do_not_come_are_found(tmp_path):
-    script = tmp_path / "differ.py"
-    script.write_text(f"""
+    script.write_text("""
 import time
 import torch, torch.distributed as dist
-import model, parallel
-cpu = parallel.start_ranks("cpu", 3)
-net, _ = model.load_model({str(TINY_BASE)!r}, dtype=torch.float32, device="cpu")
-parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=1, offload=False)  # two replicas
-rank = dist.get_rank()
-with parallel.whole_model(net) as policy:
-    parallel.same_on_all_ranks(policy, cpu)
-if rank == 1:
-    with torch.no_grad():
-        net.model.layers[0].mlp.up_proj.weight.to_local()[0, 0] += 1e-3
-with parallel.whole_model(net) as policy:
-    try:
-        parallel.same_on_all_ranks(policy, cpu)
-    except RuntimeError as error:
-        print(f"rank {{rank}} found: {{error}}", flush=True)
-control = parallel.Control(1)
-assert control.barrier(rank) == 1
-control.timeout_minutes = 2 / 60
-if rank == 1:
-    time.sleep(9)
-else:
-    start = time.monotonic()
-    try:
-        control.barrier()
-    except parallel.RankLost as error:
-        print("lost:", time.monotonic() - start < 8, error, flush=True)
+import parallel
+dist.destroy_process_group = lambda: time.sleep(600)
+dist.is_initialized, dist.get_rank, dist.get_world_size = lambda: True, lambda: 3, lambda: 8
+parallel.start_ranks = lambda *_: torch.device("cuda")
+with parallel.ranks_of("cuda", 1):
+    raise SystemExit("error: the reason")
 """)
-    done = on_ranks(2, script, check=False)
-    for rank in (0, 1):
-        assert f"rank {rank} found: the weights are not the same on all ranks (rank {rank}" in done.stdout, done.stderr[-2000:]
-    lost = next(line for line in done.stdout.splitlines() if line.startswith("lost:"))
-    assert lost.startswith("lost: True rank 0 waited") and "Ranks 1 failed" in lost and "--timeout_minutes" in lost
+    done = run_script(script, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and done.stderr.strip().endswith("the reason"), done.stderr
 
 
-def test_an_error_of_ragged_work_comes_through_and_none_is_begun_after_sigterm():
+def test_an_error_of_preemptible_work_comes_through_and_none_is_begun_after_sigterm():
     control, begun = parallel.Control(1), []
 
     def fails():
@@ -275,8 +245,8 @@ def test_an_error_of_ragged_work_comes_through_and_none_is_begun_after_sigterm()
         raise ValueError("the reason")
 
     with pytest.raises(ValueError, match="the reason"):
-        control.interruptible(fails)
+        control.preemptible(fails)
     control.stop_asked = True
-    with pytest.raises(parallel.Interrupted):
-        control.interruptible(fails)
+    with pytest.raises(parallel.Preempted):
+        control.preemptible(fails)
     assert begun == ["fails"]

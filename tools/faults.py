@@ -188,8 +188,8 @@ def harm(trial: Trial, kind: str) -> None:
     wait_until(lambda: "resumed:" in trial.said(begin) or "nothing to resume" in trial.said(begin), process)
     kill_all(process)
     said = trial.said(begin)
-    noticed = "is damaged and passed over" in said and newest.name in said
-    trial.say(f"{kind}: {newest.name}/{file.name}; {tail(said, 'passed over')}; {tail(said, 'resumed')}", wrong=not noticed)
+    noticed = "a damaged checkpoint is skipped" in said and newest.name in said
+    trial.say(f"{kind}: {newest.name}/{file.name}; {tail(said, 'is skipped')}; {tail(said, 'resumed')}", wrong=not noticed)
 
 
 def terminated(trial: Trial) -> None:
@@ -215,8 +215,8 @@ def lost_rank(trial: Trial) -> None:
     os.kill(trial.draw.choice(ranks), signal.SIGKILL)
     status = process.wait(PATIENCE)
     said = trial.said(begin)
-    text = f"lost-rank: exit status {status} after {time.monotonic() - sent:.1f} s; {tail(said, 'error on rank')}"
-    trial.say(text, wrong=status == 0 or "error on rank" not in said)
+    text = f"lost-rank: exit status {status} after {time.monotonic() - sent:.1f} s; {tail(said, 'error: rank')}"
+    trial.say(text, wrong=status == 0 or "error: rank" not in said)
 
 
 def modified(path: Path) -> float:

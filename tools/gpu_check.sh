@@ -33,8 +33,8 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 begin=$(date +%s) failed=0
 
-about='import sys, torch, transformers, checkpoint, parallel
-device = parallel.device_name(torch.device(sys.argv[1]))
+about='import sys, torch, transformers, checkpoint
+device = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu"
 print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {checkpoint.code_commit()}")'
 { echo "$($PYTHON -c "$about" $DEVICE 2>&1 | tail -n 1); bash tools/gpu_check.sh, $(date -u +%Y-%m-%d)"; echo
   echo "| part | seconds | result | command |"; echo "|---|---|---|---|"; } > "$OUT/rows.md"

@@ -31,7 +31,7 @@ from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import apply_gradients, leave, ranks_of, whole_model
 from rollout import generate, micro_batches, pack, shared_tokens
-from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, target_items, update, weigh
+from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, set_advantages, target_items, update
 from tools import bench, plan
 
 # ---------------------------------------------------------------------------------------------------- what plan.py predicts
@@ -158,7 +158,7 @@ def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.
     def sampling() -> list[ProblemSamples]:
         with whole_model(model) as policy:
             samples = sample_and_reward(policy, tokenizer, settings, list(enumerate(examples)), bench.even_is_right, step=1)
-            weigh(settings, samples, bench.even_is_right)
+            set_advantages(settings, samples, bench.even_is_right)
             choose(settings, policy, samples, step=1)
         return samples
 

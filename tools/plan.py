@@ -890,7 +890,7 @@ def check(
     for name, value in [("gpus", gpus), ("gpu_memory", gpu_memory), *values]:
         if not value > 0 and name != "reserve_gb":
             raise ValueError(f"--{name} {value}: must be positive")
-    sampling = [name for name, variant in METHODS.items() if variant.weigh]
+    sampling = [name for name, variant in METHODS.items() if variant.advantages]
     if settings.method not in sampling:
         raise ValueError(f"--method {settings.method}: only methods that sample are planned ({', '.join(sampling)})")
     if settings.dtype not in ("auto", "bfloat16", "float32"):

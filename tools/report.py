@@ -59,7 +59,7 @@ GUIDED = ("reward_guided", "alpha")  # logged as 0 by methods without a guided g
 SEEDS = ("seed", "data_seed", "sampling_seed")
 # these change the cost, not the result
 MACHINE = "max_rows cache_tokens recompute micro_tokens chunk_tokens device shard_ranks offload timeout_minutes resume".split()
-MACHINE += ["checkpoint_minutes", "keep_checkpoints", "max_skipped"]
+MACHINE += ["checkpoint_minutes", "keep_checkpoints", "max_skipped"]  # runs of older code have keep_checkpoints
 MAY_DIFFER = {*SEEDS, *MACHINE, "out", "model", "data", "eval_data"}
 CHUNK_TOKENS = 256  # tokens whose logits exist at once
 
