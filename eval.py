@@ -54,8 +54,9 @@ def evaluate(
     """
     mine = my_share(problems, [expected_length(problem) for problem in problems])
     records = ragged(lambda: sample_records(model, tokenizer, mine, **settings))
-    needed = ("correct", "truncated", "timed_out", "length")  # for the figures; texts stay on their rank
-    records = [record | {"samples": [{k: one[k] for k in needed} for one in record["samples"]]} for record in records]
+    for record in records:
+        for sample in record["samples"]:
+            del sample["text"], sample["answer"]  # long, and no figure needs them on the other ranks
     by_id = {record["id"]: record for rank in all_gather(records) for record in rank}
     return figures([by_id[problem.id] for problem in problems])
 
@@ -142,15 +143,20 @@ def encode_prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence
 
 
 def figures(records: Sequence[dict], *, voted: bool = False) -> dict:
-    """`summarise` of sample_records' records, with maj_at_n if there was a vote. Two keys more: grader_timeouts, the samples
-    graded wrong because the grader ran out of time; and correct, {id: number of correct samples}, for comparing two models."""
-    samples = [record["samples"] for record in records]
-    correct, length, truncated, timed_out = (
-        [[sample[key] for sample in row] for row in samples] for key in ("correct", "length", "truncated", "timed_out")
-    )
-    won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in records] if voted else None
-    counts = {record["id"]: sum(row) for record, row in zip(records, correct, strict=True)}
-    return summarise(correct, length, truncated, won) | {"grader_timeouts": sum(map(sum, timed_out)), "correct": counts}
+    """`summarise` of sample_records' records, with maj_at_n if there was a vote, and two keys more: "grader_timeouts", samples
+    graded wrong because the grader ran out of time, and "correct", {id: correct samples}, for comparing two models."""
+
+    def column(name: str) -> list[list]:
+        return [[sample[name] for sample in record["samples"]] for record in records]
+
+    correct, won = column("correct"), None
+    if voted:
+        winners = [record["majority"] for record in records]
+        won = [index is not None and row[index] for index, row in zip(winners, correct, strict=True)]
+    result = summarise(correct, column("length"), column("truncated"), won)
+    result["grader_timeouts"] = sum(map(sum, column("timed_out")))
+    result["correct"] = {record["id"]: sum(row) for record, row in zip(records, correct, strict=True)}
+    return result
 
 
 def summarise(
@@ -166,8 +172,7 @@ def summarise(
     accuracy        avg@n: mean over all samples, in [0, 1]
     standard_error  of the accuracy: unbiased standard deviation of the problems' means / sqrt(P), None for P = 1. It says how
                     far other problems of the kind would move the figure, not how far another seed would
-    pass_at         {"1": ..., "2": ..., "4": ..., "n": ...}: pass@k for the powers of two below n, and for n (JSON's keys are
-                    strings); pass_at_n is the last of them
+    pass_at         pass@k for the powers of two below n, and for n: {"1": ..., "2": ..., "4": ...}; pass_at_n is the last
     truncation      share of samples that were cut off
     tokens          mean response length, the end token included
     """
@@ -178,17 +183,17 @@ def summarise(
     means = [count / n for count in counts]
     ks = [2**i for i in range((n - 1).bit_length())] + [n]
     pass_at = {str(k): statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in ks}
-    return {
+    result = {
         "accuracy": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         "pass_at": pass_at,
         "pass_at_n": pass_at[str(n)],
-        **({} if majority is None else {"maj_at_n": statistics.fmean(majority)}),
         "truncation": statistics.fmean(cut for row in truncated for cut in row),
         "tokens": statistics.fmean(count for row in length for count in row),
         "problems": len(correct),
         "n": n,
     }
+    return result if majority is None else result | {"maj_at_n": statistics.fmean(majority)}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -314,22 +319,17 @@ def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
     """The command line: print what was asked for and return it: an evaluation's results, --compare's rows, --table's text."""
     args = build_parser().parse_args(arguments)
     if args.compare:
-        from tools.benchmark import compare, comparison_lines, read_results
+        from tools.benchmark import compare_files
 
-        rows = compare(*map(read_results, args.compare), tuple(args.compare), seed=args.seed)
-        print("\n".join(comparison_lines(rows, tuple(args.compare))))
-        return rows
+        return compare_files(*args.compare, seed=args.seed)
     if args.table:
-        from tools.benchmark import read_results, table
+        from tools.benchmark import table_of_files
 
-        text = table([read_results(path) for path in args.table])
-        print(text)
-        return text
-    from tools.resumable import output_path, run
+        return table_of_files(args.table)
+    from tools.resumable import run
 
-    out = output_path(args)  # an hour of sampling must not end at a file that is in the way
     with ranks_of(args.device, args.timeout_minutes) as device:
-        return run(args, out, device)
+        return run(args, device)
 
 
 if __name__ == "__main__":

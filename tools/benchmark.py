@@ -114,6 +114,13 @@ def paired_bootstrap(a: Sequence[int], b: Sequence[int], n: int, *, seed: int | 
 SETTINGS = ("n", "max_new_tokens", "temperature", "top_p")
 
 
+def compare_files(a: str, b: str, *, seed: int) -> list[dict]:
+    """`eval.py --compare`: print and return the rows of `compare` for two result files."""
+    rows = compare(read_results(a), read_results(b), (a, b), seed=seed)
+    print("\n".join(comparison_lines(rows, (a, b))))
+    return rows
+
+
 def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int = 0) -> list[dict]:
     """The paired differences of two result files, b minus a: a row per problem file, without strategies and with them.
 
@@ -274,6 +281,13 @@ LLAMA_NOTE = (
     "[paper]: Llama-3.2-8B-Instruct is the name as printed; the public model of that size is Llama-3.1-8B-Instruct. Its LUFFY "
     "row averages 26.6, printed is 26.5."
 )
+
+
+def table_of_files(paths: Sequence[str]) -> str:
+    """`eval.py --table`: print and return the table of result files."""
+    text = table([read_results(path) for path in paths])
+    print(text)
+    return text
 
 
 def table(results: Sequence[dict]) -> str:

@@ -44,7 +44,7 @@ class EvalSet:
 
 
 def output_path(args: argparse.Namespace) -> Path:
-    """Where the results go. ValueError if they cannot be written there."""
+    """Where the results go. ValueError if they cannot be written there: an hour of sampling must not end at such an error."""
     name = Path(args.model.rstrip("/")).name or "model"
     path = Path(args.out or f"eval-{name}{'-guided' * args.guided}{'-both' * args.both}.json")
     if path.exists():
@@ -176,13 +176,14 @@ def sample_share(
             )  # fmt: skip
 
 
-def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
+def run(args: argparse.Namespace, device: torch.device) -> dict:
     """Evaluate on this rank and, on rank 0, write and return the results of all ranks; {} on the others.
 
     The ranks wait for each other twice, and communicate nothing else.
     """
-    control, (rank, ranks) = Control(args.timeout_minutes), world()
+    out = output_path(args)
     folder = out.with_name(f"{out.stem}-responses")
+    control, (rank, ranks) = Control(args.timeout_minutes), world()
     with MathWorker(timeout_s=args.timeout) as worker:
         sets = read_sets(args, worker)
         if rank == 0:
