@@ -46,18 +46,14 @@ def test_pass_at_k_equals_counting_all_subsets():
     assert pass_at_k(2000, 1, 500) == pytest.approx(0.25)  # C(2000, 500) has 487 digits
 
 
-VOTES = [
-    (["7", "8", "8"], 1),
-    (["8", "7", "7", "8"], 0),  # a tie: the group that was opened first
-    (["9", "7", "8", "8", "7"], 1),  # not the first of all, but the first of those with two votes
-    ([None, None, "3"], 2),  # one vote is more than none
-    ([None, None], None),
-    (["0.5", "3", "3", "\\frac12", "1/2"], 0),  # three ways to write a half outvote two threes
-]
-
-
 def test_majority_by_hand(eval_worker):
-    for answers, winner in VOTES:
+    for answers, winner in (
+        (["8", "7", "7", "8"], 0),  # a tie: the group that was opened first
+        (["9", "7", "8", "8", "7"], 1),  # not the first of all, but the first of those with two votes
+        ([None, None, "3"], 2),  # one vote is more than none
+        ([None, None], None),
+        (["0.5", "3", "3", "\\frac12", "1/2"], 0),  # three ways to write a half outvote two threes
+    ):
         assert majority(answers, partial(grading.same_in_time, worker=eval_worker)) == winner, answers
 
 
@@ -73,9 +69,8 @@ def test_majority_asks_no_more_than_it_must():
     assert majority(["a", "b", "a", "B", "c", "b", "B"], same) == 1
     # only with the first of each group, the same text once, the later answer against the earlier one
     assert asked == [("b", "a"), ("B", "a"), ("B", "b"), ("c", "a"), ("c", "b")]
-    asked.clear()
     assert majority(["slow 1", "slow 2", "slow 3", "slow 2"], same) == 1
-    assert asked == [("slow 2", "slow 1"), ("slow 3", "slow 1")]  # one time limit each, not one for every pair
+    assert asked[5:] == [("slow 2", "slow 1"), ("slow 3", "slow 1")]  # one time limit each, not one for every pair
 
 
 def _tokenizer():
@@ -117,12 +112,10 @@ def _sampled(model, problems, worker, **changes):
 
 
 def test_records_and_their_figures(monkeypatch, eval_worker):
-    def script(prompt):  # problem 0: both right, one of them cut; 1: one right; 2: none
-        return [["\\boxed{0}", "\\boxed{0} an~"], ["\\boxed{1}", "\\boxed{2}"], ["no", "\\boxed{2~"]][int(prompt[8])]
-
-    calls = []
-    records = _sampled(_scripted(monkeypatch, script, calls), _problems(3), eval_worker, max_rows=4)
-    assert [record["id"] for record in records] == ["r0", "r1", "r2"]
+    # problem 0: both right, one of them cut; 1: one right; 2: none
+    responses, calls = [["\\boxed{0}", "\\boxed{0} an~"], ["\\boxed{1}", "\\boxed{2}"], ["no", "\\boxed{2~"]], []
+    model = _scripted(monkeypatch, lambda prompt: responses[int(prompt[8])], calls)
+    records = _sampled(model, _problems(3), eval_worker, max_rows=4)
     sample = {"text": "\\boxed{1}", "answer": "1", "correct": True, "truncated": False, "timed_out": False, "length": 10}
     assert records[1]["samples"][0] == sample
     assert [record["majority"] for record in records] == [0, 0, None]  # a tie goes to the first; without an answer no vote
@@ -132,25 +125,21 @@ def test_records_and_their_figures(monkeypatch, eval_worker):
     assert result["tokens"] == pytest.approx((10 + 12 + 10 + 10 + 3 + 8) / 6)  # the end token counts, and a cut one has none
     records[1]["majority"] = 1  # had the vote gone to the wrong answer
     assert grading.figures(records, voted=True)["maj_at_n"] == pytest.approx(1 / 3)
-    (call,) = calls
-    seeds = [rollout.stream_seed("evaluation", 3, record["id"]) for record in records]  # nothing about the other problems
-    assert call.items() >= (SETTINGS | {"max_rows": 4, "seed": seeds}).items()
+    seeds = [rollout.stream_seed("evaluation", 3, f"r{i}") for i in range(3)]  # nothing about the other problems
+    assert calls[0].items() >= (SETTINGS | {"max_rows": 4, "seed": seeds}).items()
 
 
 def test_evaluate_samples_its_share_and_has_the_figures_of_all(monkeypatch, eval_worker):
     """As each of three ranks, of which the last has no problem. The records come back as the ranks had them."""
-
-    def script(prompt):
-        return [["\\boxed{0}", "\\boxed{0}"], ["\\boxed{1}", "no"]][int(prompt[8])]
-
-    model, problems = _scripted(monkeypatch, script, []), _problems(2)
+    responses = [["\\boxed{0}", "\\boxed{0}"], ["\\boxed{1}", "no"]]
+    model, problems = _scripted(monkeypatch, lambda prompt: responses[int(prompt[8])], []), _problems(2)
     records = {problem.id: _sampled(model, [problem], eval_worker) for problem in problems}
     brought, began = [], []
     monkeypatch.setattr(grading, "all_gather", lambda mine: brought.append(mine) or [[], records["r1"], records["r0"]])
     for rank in range(3):
         monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 3))
-        ragged = lambda work: began.append(1) or work()  # noqa: E731
-        result = grading.evaluate(model, _tokenizer(), problems, ragged=ragged, worker=eval_worker, **SETTINGS)
+        settings = SETTINGS | {"worker": eval_worker, "ragged": lambda work: began.append(1) or work()}
+        result = grading.evaluate(model, _tokenizer(), problems, **settings)
         assert list(result["correct"].items()) == [("r0", 2), ("r1", 1)] and result["accuracy"] == 0.75
     assert [[record["id"] for record in mine] for mine in brought] == [["r0"], ["r1"], []] and len(began) == 3
     assert [record["majority"] for mine in brought for record in mine] == [None, None]  # nobody asked for a vote
@@ -194,8 +183,7 @@ def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
         raise TimeoutError
 
     worker = types.SimpleNamespace(timeouts=0, timeout_s=5.0, start=lambda: None, equal=equal)
-    responses = ["\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}", "\\boxed{(1+x)^2}"]
-    model = _scripted(monkeypatch, lambda prompt: responses, [])
+    model = _scripted(monkeypatch, lambda prompt: ["\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}", "\\boxed{(1+x)^2}"], [])
     records = _sampled(model, [grading.Problem("r", "Expand.", "x^2+2x+1", None, None)], worker, n=3)
     assert [sample["timed_out"] for sample in records[0]["samples"]] == [True, False, True]
     assert [sample["correct"] for sample in records[0]["samples"]] == [False, True, False]
@@ -219,8 +207,7 @@ def _command(monkeypatch, tmp_path, *extra, script=lambda prompt: ["\\boxed{1}",
 
 
 def _rows(tmp_path):
-    strategy = {"type": "sum", "strategy": "Add.", "steps": ["Add."]}
-    return _eval_file(tmp_path, *(_eval_row(i, strategy=strategy) for i in (1, 2, 3)))
+    return _eval_file(tmp_path, *(_eval_row(i, strategy=dict(type="sum", strategy="Add.", steps=["Add."])) for i in (1, 2, 3)))
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
@@ -235,23 +222,17 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     assert results["versions"]["math-verify"] and results["files"][str(path)]["accuracy"] == 0.5
     with pytest.raises(ValueError, match="eval-tiny.json: already there"):  # and the first results stay
         grading.main(arguments)
-    with pytest.raises(ValueError, match="no/x.json: its folder does not exist"):
-        grading.main([*arguments, "--out", "no/x.json"])
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="bad.jsonl:1: field 'id' is missing"):
-        grading.main([*arguments, "bad.jsonl", "--out", "new.json"])
+    for more, message in (("--out no/x.json", "its folder does not exist"), ("bad.jsonl --out new.json", "bad.jsonl:1: field")):
+        with pytest.raises(ValueError, match=message):
+            grading.main([*arguments, *more.split()])
     assert len(calls) == 2 and not (tmp_path / "new.json").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["--data d", "--model m --compare a b", "--model m --both --guided", "--model m --temp 1", "--model m --dtype int8"]
-    + [f"--model m --{flag}" for flag in ("n 4 0", "seed -1", "temperature nan", "timeout inf", "max_rows 0")],
-)
-def test_command_line_refuses(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        grading.main(arguments.split())
-    assert error.value.code == 2
+def test_command_line_refuses():
+    for flags in ("compare a b", "both --guided", "temp 1", "n 4 0", "seed -1", "temperature nan", "timeout inf"):
+        with pytest.raises(SystemExit, match="2"):
+            grading.build_parser().parse_args(["--model", "m", *f"--{flags}".split()])
 
 
 def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
@@ -270,24 +251,22 @@ def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
     # 0.5 * 0.6 / 0.6; 0.8 at 0 -> 1; 0 at 1 -> 0.5
     assert overall["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6)
     assert list(part["guidance"]["families"]) == ["sum"] and (tmp_path / "eval-tiny-both.json").is_file()
-    out = capsys.readouterr().out
-    assert f"{data} guided: avg@2 83.3" in out and "  guidance: p_auto 50.0  p_guide 83.3  helps 66.7 %" in out
+    assert f"{data} guided: avg@2 83.3" in capsys.readouterr().out
     assert [(row["guided"], row["difference"]) for row in compare(results, results)] == [(False, 0.0), (True, 0.0)]
 
 
 def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkeypatch, tmp_path, capsys):
     _, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path))
-    file, sampled = tmp_path / "eval-tiny-responses/rank0.jsonl", []
+    file, text = tmp_path / "eval-tiny-responses/rank0.jsonl", "\ud800 ∞\n\u2028"  # half of a surrogate pair, other line ends
 
-    def write_one_and_crash(*_, on_problem, **settings):
-        on_problem({"id": "r2", "samples": [{"text": "\ud800 ∞\n\u2028"}]})  # half of a surrogate pair, and other line ends
-        sampled.append(json.loads(file.read_text(encoding="utf-8").split("\n")[0]))
-        raise RuntimeError
+    def write_one(*_, on_problem, **settings):
+        on_problem({"id": "r2", "samples": [{"text": text}]})
+        (record,) = resumable.read_records(file.parent).values()  # before the next problem
+        raise InterruptedError(record["id"] + record["samples"][0]["text"])
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(resumable, "sample_records", write_one_and_crash)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError, match=f"r2{text}"):
+        patch.setattr(resumable, "sample_records", write_one)
         grading.main(arguments)
-    assert sampled[0]["id"] == "r2" and sampled[0]["samples"][0]["text"] == "\ud800 ∞\n\u2028"
     shutil.rmtree(file.parent)
     results = grading.main(arguments)
     lines = file.read_bytes().splitlines(keepends=True)
@@ -307,6 +286,8 @@ def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkey
 def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
     data = _rows(tmp_path)
     calls, arguments = _command(monkeypatch, tmp_path, "--data", data)
+    for name in ("config.json", "tokenizer.model", "x.safetensors"):
+        (tmp_path / "tiny" / name).write_text("1")
     grading.main(arguments)
     (tmp_path / "eval-tiny.json").unlink()
     calls.clear()
@@ -315,27 +296,20 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
     for change, name in changes.items():
         with pytest.raises(ValueError, match=rf"eval-tiny-responses: of another evaluation \({name} .*, now "):
             grading.main([*arguments, *change.split()])
-    for name in ("config.json", "tokenizer.model", "x.safetensors"):  # another model in the same folder
-        (tmp_path / "tiny" / name).write_text("")
+    for path in (tmp_path / "tiny").iterdir():  # another model in the same folder
+        path.write_text("2")
         with pytest.raises(ValueError, match=r"another evaluation \(model_sha256 '\w+', now"):
             grading.main(arguments)
-        (tmp_path / "tiny" / name).unlink()
+        path.write_text("1")
     data.write_text(data.read_text() + "\n".join([json.dumps(_eval_row(9)), ""]))
     with pytest.raises(ValueError, match=r"another evaluation \(files"):
         grading.main(arguments)
     assert calls == []
 
 
-def test_a_rank_whose_file_is_not_seen_is_missed(monkeypatch, tmp_path):
+def test_ranks_wait_before_anybody_writes_and_a_rank_that_wrote_elsewhere_is_missed(monkeypatch, tmp_path):
     _, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path))
     monkeypatch.setattr(parallel, "world", lambda: (0, 2))  # rank 1's part of the work is not done here
-    with pytest.raises(ValueError, match="2 problems are missing, the first is 'r2'"):
-        grading.main(arguments)
-    assert not (tmp_path / "eval-tiny.json").exists()
-
-
-def test_ranks_wait_before_anybody_writes_and_before_the_results(monkeypatch, tmp_path):
-    _, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path))
     events = []
 
     def noted(name, call, *args):
@@ -345,18 +319,19 @@ def test_ranks_wait_before_anybody_writes_and_before_the_results(monkeypatch, tm
     for name in ("begin", "read_records", "sample_share"):
         monkeypatch.setattr(resumable, name, partial(noted, name, getattr(resumable, name)))
     monkeypatch.setattr(parallel.Control, "barrier", lambda self: events.append("barrier"))
-    grading.main(arguments)
+    with pytest.raises(ValueError, match="2 problems are missing, the first is 'r2'"):
+        grading.main(arguments)
     assert events == ["begin", "read_records", "barrier", "sample_share", "barrier", "read_records"]
+    assert not (tmp_path / "eval-tiny.json").exists()
 
 
 def test_two_ranks_go_on_from_one_and_equal_it(tmp_path):
-    flags = "--n 2 --both --limit 8 --max_new_tokens 32 --device cpu --seed 1".split()
-    flags = ["--model", str(TINY_BASE), "--data", str(ROOT / "data/tiny/test.jsonl"), *flags]
+    flags = ["--model", str(TINY_BASE), "--data", str(ROOT / "data/tiny/test.jsonl")]
+    flags += "--n 2 --both --limit 8 --max_new_tokens 32 --device cpu".split()
     results = grading.main([*flags, "--max_rows", "1", "--out", str(tmp_path / "one.json")])
     lines = (tmp_path / "one-responses/rank0.jsonl").read_bytes().splitlines(keepends=True)
     shutil.copytree(tmp_path / "one-responses", tmp_path / "two-responses")
     (tmp_path / "two-responses/rank0.jsonl").write_bytes(b"".join(lines[3:8]) + lines[9][:50])
-    # after "--": torchrun would take our --n for the beginning of one of its own flags
     done = on_ranks(2, "--", ROOT / "eval.py", *flags, "--out", tmp_path / "two.json")
     written = json.loads((tmp_path / "two.json").read_text())
     assert written["files"] == results["files"] and written["config"]["ranks"] == 2
