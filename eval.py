@@ -181,7 +181,7 @@ def summarise(
         raise ValueError(f"expected three (P, n) lists, P and n at least 1, got rows of {shapes}")
     n, counts = len(correct[0]), [sum(row) for row in correct]
     means = [count / n for count in counts]
-    ks = [2**i for i in range((n - 1).bit_length())] + [n]
+    ks = [2**i for i in range(n.bit_length())] + [n]
     pass_at = {str(k): statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in ks}
     result = {
         "accuracy": statistics.fmean(means),
