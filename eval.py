@@ -1,4 +1,4 @@
-r"""Evaluation: n samples a problem, graded while others are still being drawn, and what they amount to.
+r"""Evaluation: n samples a problem, graded while others are still being drawn, and the figures over them.
 
     python eval.py --model DIR --data test.jsonl other.jsonl --n 4       # a line per file, and a JSON file of results
     python eval.py --model DIR --benchmarks data/bench                   # the paper's, each with its n (data/prepare.py)
@@ -90,7 +90,7 @@ def sample_records(
     and "majority": with `vote` the index of a sample whose answer won, or None if no sample has an answer.
 
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
-    seed        of all problems: each gets a stream of its own from it
+    seed        each problem gets a random stream of its own, from this and its id
     guided      put each row's strategy into the prompt
     vote        compare the samples' answers with each other, which can take as long as the grading
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
@@ -99,7 +99,7 @@ def sample_records(
     ValueError, before anything is sampled, as in encode_prompts and rollout.generate.
     """
     prompts = encode_prompts(model, tokenizer, problems, guided)
-    # from (seed, id), so that a problem's responses do not depend on the other problems, or on the number of ranks
+    # not from the problem's place: its responses must not depend on the other problems, or on the number of ranks
     seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
     records = [{"id": problem.id, "samples": [None] * n, "majority": None} for problem in problems]
     left = [n] * len(problems)
@@ -127,7 +127,7 @@ def sample_records(
 
 
 def encode_prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
-    """Token ids per problem. ValueError, naming it, for one without a strategy if guided, and one that fills the context."""
+    """The token ids of each prompt. ValueError for a problem that has no strategy (if guided), or that fills the context."""
     prompts, context = [], model.config.max_position_embeddings
     for problem in problems:
         if guided and problem.strategy is None:
@@ -288,7 +288,7 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
 
 def build_parser() -> argparse.ArgumentParser:
     # no abbreviations: --temp must not be read as --temperature, and a typo must fail
-    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl problem files.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl files of problems.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model folder or hub name")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
@@ -308,7 +308,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
     add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
-    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if it must be smaller than what is needed")
+    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
     add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
     add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="how long a rank waits for the slowest one")
     add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")

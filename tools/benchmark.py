@@ -49,7 +49,7 @@ PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
 
 
 def benchmark_files(folder: str) -> list[tuple[str, int, int]]:
-    """(file, the paper's n, longest response) of each benchmark in the folder. ValueError for none, and for any other file."""
+    """(file, the paper's n, longest response) of each benchmark in the folder. ValueError if there is none, or another file."""
     files = {file.stem: str(file) for file in sorted(Path(folder).glob("*.jsonl"))}
     unknown = sorted(files.keys() - BENCHMARKS.keys())
     if unknown:
@@ -93,7 +93,8 @@ def bootstrap_means(values: Sequence[int], *, seed: int | Sequence[int], resampl
 def interval(draws: np.ndarray) -> dict:
     """{"low", "high", "p"} of bootstrap draws of a difference: its 95 % percentile interval, and a two-sided p-value.
 
-    p is twice the share of draws on the less likely side of zero (zero included), at most 1. A p of 0 means below 2 / draws.
+    p is twice the share of draws on the less likely side of zero (zero included), at most 1. It is 0 if no draw is there, which
+    means: below 2 / draws.
     """
     low, high = np.percentile(draws, [2.5, 97.5])
     tail = min(np.mean(draws <= 0), np.mean(draws >= 0))
@@ -151,7 +152,7 @@ def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int 
 
 def _comparable(a: dict, b: dict, names: tuple[str, str]) -> None:
     for one, two, name, other in ((a, b, *names), (b, a, *names[::-1])):
-        for checksum, guided in one.keys() - two.keys():
+        for checksum, guided in sorted(one.keys() - two.keys()):
             how = f"{one[checksum, guided]['file']} {'with' if guided else 'without'} strategies"
             raise ValueError(f"cannot be compared: {how} is in {name}; {other} has no file of that checksum, evaluated so")
     for key, x in a.items():
