@@ -292,9 +292,9 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
     (tmp_path / "eval-tiny.json").unlink()
     calls.clear()
     changes = {"--temperature 1.0": "temperature", "--top_p 1.0": "top_p", "--seed 1": "seed", "--dtype bfloat16": "dtype"}
-    changes |= dict.fromkeys(("--max_new_tokens 9", "--n 1", "--limit 2", "--guided --out eval-tiny.json"), "files")
+    changes |= {"--max_new_tokens 9": f"{data}: max", "--n 1": f"{data}: n", "--guided --out eval-tiny.json": f"{data} guided"}
     for change, name in changes.items():
-        with pytest.raises(ValueError, match=rf"eval-tiny-responses: of another evaluation \({name} .*, now "):
+        with pytest.raises(ValueError, match=rf"eval-tiny-responses: of another evaluation \({name} .* now "):
             grading.main([*arguments, *change.split()])
     for path in (tmp_path / "tiny").iterdir():  # another model in the same folder
         path.write_text("2")
@@ -302,7 +302,7 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
             grading.main(arguments)
         path.write_text("1")
     data.write_text(data.read_text() + "\n".join([json.dumps(_eval_row(9)), ""]))
-    with pytest.raises(ValueError, match=r"another evaluation \(files"):
+    with pytest.raises(ValueError, match=rf"another evaluation \({data}: sha256"):
         grading.main(arguments)
     assert calls == []
 

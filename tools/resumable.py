@@ -82,7 +82,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
-    return {
+    settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
         "dtype": str(dtype).removeprefix("torch."),
@@ -91,8 +91,12 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
         "seed": args.seed,
         "timeout": args.timeout,
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
-        "files": [[s.file, s.sha256, len(s.problems), s.guided, s.n, s.max_new_tokens] for s in sets],
     }
+    for one in sets:
+        name = f"{one.file}{' guided' * one.guided}"
+        settings |= {f"{name}: sha256": one.sha256, f"{name}: problems": len(one.problems)}
+        settings |= {f"{name}: n": one.n, f"{name}: max_new_tokens": one.max_new_tokens}
+    return settings
 
 
 def model_sha256(folder: Path) -> str:
