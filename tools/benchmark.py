@@ -1,118 +1,73 @@
-"""The figures of an evaluation: what the verdicts on P problems with n samples each say, how surely, and in which layout.
+"""The paper's benchmarks and its table, comparisons of two models, and what a strategy in the prompt changes.
 
-Pure functions of verdicts and of the result files that eval.py writes; no model, no text, no grader. Imports no sibling and
-needs numpy only: copy this file alone. eval.py calls it; there is no command of its own.
+Works on the result files that eval.py writes, whose commands it serves (--benchmarks, --compare, --table, --both):
 
-    summarise         avg@n with its standard error, pass@k, maj@n, truncation, length
-    majority          the vote over the answers to one problem
+    benchmark_files   the files that data/prepare.py wrote, each with the paper's number of samples
     compare           two models on the same problems: the paired difference with a 95 % interval
     guidance          without a strategy against with one, problem by problem
     table             results beside the paper's own, in its layout
 
-What it is not: a test of significance over training runs. The intervals are over problems: how far another draw of problems
-of the kind would move a figure. Two trainings that differ in their seed alone may differ by more.
+What it is not: a test of significance over training runs. The intervals are over problems: how far other problems of the kind
+would move a figure. Two trainings that differ in nothing but their seed may differ by more.
 """
 
+import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------------- one model
+from data.prepare import BENCHMARKS as PROBLEMS  # {name: number of problems}
+
+# ---------------------------------------------------------------------------------------------------- the paper's benchmarks
 
 
-def summarise(
-    correct: Sequence[Sequence[bool]],
-    length: Sequence[Sequence[int]],
-    truncated: Sequence[Sequence[bool]],
-    majority: Sequence[bool] | None = None,
-) -> dict:
-    """The figures of P problems with n samples each; the first three arguments are (P, n) nested lists, else a ValueError.
+@dataclass(frozen=True)
+class Benchmark:
+    """title: the paper's column, or ours. n: samples a problem."""
 
-    majority        (P,): whether the answer that won the vote is right; adds maj_at_n, the share of problems where it is
-
-    accuracy        avg@n: mean over all samples, in [0, 1]
-    standard_error  of the accuracy over problems: unbiased standard deviation of the per-problem means / sqrt(P); None
-                    for P = 1. How far other problems of the kind might move the figure, not how far another seed would
-    pass_at         {"1": ..., "2": ..., "4": ..., "n": ...}: pass@k for the powers of two below n, and n (strings: JSON's keys)
-    pass_at_n       its last one: the share of problems with at least one correct sample
-    truncation      share of samples that were cut off
-    tokens          mean response length, the end token included
-    """
-    shapes = [[len(row) for row in table] for table in (correct, length, truncated)]
-    if not correct or not correct[0] or any(shape != [len(correct[0])] * len(correct) for shape in shapes):
-        raise ValueError(f"expected three (P, n) lists, P and n at least 1, got rows of {shapes}")
-    if majority is not None and len(majority) != len(correct):
-        raise ValueError(f"expected a vote for each of {len(correct)} problems, got {len(majority)}")
-    n, counts = len(correct[0]), [sum(map(bool, row)) for row in correct]
-    means = [count / n for count in counts]
-    pass_at = {str(k): statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in sample_counts(n)}
-    return {
-        "accuracy": statistics.fmean(means),
-        "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
-        "pass_at": pass_at,
-        "pass_at_n": pass_at[str(n)],
-        **({} if majority is None else {"maj_at_n": statistics.fmean(map(bool, majority))}),
-        "truncation": statistics.fmean(cut for row in truncated for cut in row),
-        "tokens": statistics.fmean(count for row in length for count in row),
-        "problems": len(correct),
-        "n": n,
-    }
+    title: str
+    n: int
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c correct ones: 1 - C(n-c, k) / C(n, k).
-
-    The unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374). 1 - (1 - c/n)^k, which is the same for k = 1 only,
-    is too low for any other. Integers up to the last division, so large n cannot overflow.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} of {n} samples with {c} correct: expected 0 <= c <= n and 1 <= k <= n")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def sample_counts(n: int) -> list[int]:
-    """The k of which pass@k is stated: 1, 2, 4, ... below n, and n."""
-    return [2**i for i in range((n - 1).bit_length())] + [n]
+# by the name of the file that data/prepare.py writes. n [§4.2]; AIME25 and Minerva, which the paper's table does not have, get
+# the n of the benchmarks that are most like them [ours]
+BENCHMARKS = {
+    "math500": Benchmark("MATH500", 4),
+    "amc23": Benchmark("AMC23", 32),
+    "olympiad": Benchmark("Olympiad", 4),
+    "aime24": Benchmark("AIME24", 32),
+    "aime25": Benchmark("AIME25", 32),
+    "minerva": Benchmark("Minerva", 4),
+}
+# "up to 32K tokens" [§4.2]: a cap, because a context of 32,768 has less room than that after the prompt
+PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
 
 
-def majority(answers: Sequence[str | None], same: Callable[[str, str], bool | None]) -> int | None:
-    """The index of the first sample that gave the answer with the most votes; None where no sample gave an answer.
-
-    answers  one per sample in sampling order, None for a sample without an answer: it does not vote
-    same     (answer, reference) -> whether they are equal; None: no verdict, that answer then stands alone
-
-    In sampling order, an answer joins the first group whose first member it equals. Of groups with equally many votes the one
-    that was opened first wins: deterministic, and blind to which is right. Equality as a grader sees it is not transitive
-    (50, 50 %, 0.5), which is why only first members are compared. The same text is never compared twice, so n samples with m
-    distinct answers cost at most m (m - 1) / 2 questions. Measured at m = 32, 496 questions, on a busy core: 0.02 s for plain
-    numbers, 9.6 s for expressions, all of which went to math-verify.
-    """
-    group_of: dict[str, int] = {}  # text -> the index of the first sample of its group
-    firsts: list[int] = []
-    votes: Counter[int] = Counter()
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        if answer not in group_of:
-            group_of[answer] = _group(answer, index, firsts, answers, same)
-            if group_of[answer] == index:
-                firsts.append(index)
-        votes[group_of[answer]] += 1
-    return max(firsts, key=lambda first: (votes[first], -first), default=None)
+def benchmark_files(folder: str) -> list[tuple[str, int, int]]:
+    """(file, the paper's n, longest response) of each benchmark in the folder. ValueError if there is none, or another file."""
+    files = {file.stem: str(file) for file in sorted(Path(folder).glob("*.jsonl"))}
+    unknown = sorted(files.keys() - BENCHMARKS.keys())
+    if unknown:
+        raise ValueError(f"{folder}: {unknown[0]}.jsonl is none of {', '.join(BENCHMARKS)}; name the files with --data instead")
+    if not files:
+        raise ValueError(f"{folder}: no folder with {'.jsonl, '.join(BENCHMARKS)}.jsonl (data/prepare.py writes them)")
+    return [(files[name], one.n, PAPER_SETTINGS["max_new_tokens"]) for name, one in BENCHMARKS.items() if name in files]
 
 
-def _group(answer: str, index: int, firsts: list[int], answers: Sequence[str | None], same: Callable) -> int:
-    for first in firsts:
-        verdict = same(answer, answers[first])
-        if verdict is None:  # after one question that ran out of time no more are asked: n such answers cost n limits, not n^2
-            return index
-        if verdict:
-            return first
-    return index
+def read_results(path: str) -> dict:
+    """A result file of eval.py; ValueError if it is something else."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all("correct" in part and "data_sha256" in part for part in results["files"].values()) and results["config"]:
+            return results
+        raise ValueError("it has no number of correct samples per problem")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a results file of eval.py ({type(error).__name__}: {error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------- two models
@@ -121,14 +76,14 @@ RESAMPLES = 10_000
 
 
 def bootstrap_means(values: Sequence[int], *, seed: int | Sequence[int], resamples: int = RESAMPLES) -> np.ndarray:
-    """(resamples,): the mean of P values drawn with replacement from the P given, again and again, in float64.
+    """(resamples,) float64: each is the mean of P values that are drawn, with replacement, from the P values given.
 
-    values are whole numbers, so that their sums are exact and a mean of zero is exactly zero.
+    The values are whole numbers, so their sums are exact, and a mean of zero is exactly zero.
     """
     values, generator = np.asarray(values, dtype=np.int64), np.random.default_rng(seed)
     P = len(values)
     sums = np.empty(resamples, dtype=np.int64)
-    rows = max(1, 2**22 // P)  # 32 MB of indices at once
+    rows = max(1, 2**22 // P)  # at most 32 MB of indices at once
     for start in range(0, resamples, rows):
         part = sums[start : start + rows]
         part[:] = values[generator.integers(P, size=(len(part), P))].sum(axis=1)
@@ -136,20 +91,22 @@ def bootstrap_means(values: Sequence[int], *, seed: int | Sequence[int], resampl
 
 
 def interval(draws: np.ndarray) -> dict:
-    """Of bootstrap draws of a difference: low and high, the 95 % percentile interval, and p, twice the share of draws at or
-    beyond zero on the side with fewer, at most 1. p reads like a two-sided p-value; 0 says only "less than 2 / draws".
+    """{"low", "high", "p"} of bootstrap draws of a difference: its 95 % percentile interval, and a two-sided p-value.
+
+    p is twice the share of draws on the less likely side of zero (zero included), at most 1. It is 0 if no draw is there, which
+    means: below 2 / draws.
     """
     low, high = np.percentile(draws, [2.5, 97.5])
     tail = min(np.mean(draws <= 0), np.mean(draws >= 0))
     return {"low": float(low), "high": float(high), "p": float(min(1.0, 2 * tail))}
 
 
-def paired_difference(a: Sequence[int], b: Sequence[int], n: int, *, seed: int | Sequence[int]) -> tuple[dict, np.ndarray]:
-    """({"difference", "low", "high", "p"}, the draws) of avg@n of b minus that of a, from both one's number of correct samples
-    a problem, in the same order of problems. Problems are resampled in pairs, which takes their difficulty out of the spread.
+def paired_bootstrap(a: Sequence[int], b: Sequence[int], n: int, *, seed: int | Sequence[int]) -> tuple[dict, np.ndarray]:
+    """avg@n of b minus that of a: ({"difference", "low", "high", "p"}, the draws).
+
+    a, b: (P,) correct samples of n, of the same problems in the same order. A problem is drawn for both at once, which takes
+    the spread of its difficulty out of the interval.
     """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"a paired difference needs the same problems twice, got {len(a)} and {len(b)}")
     change = np.subtract(b, a, dtype=np.int64)
     draws = bootstrap_means(change, seed=seed) / n
     return {"difference": float(change.mean() / n), **interval(draws)}, draws
@@ -158,12 +115,20 @@ def paired_difference(a: Sequence[int], b: Sequence[int], n: int, *, seed: int |
 SETTINGS = ("n", "max_new_tokens", "temperature", "top_p")
 
 
-def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int = 0) -> list[dict]:
-    """Rows of paired differences, b minus a, of two result files: one per problem file and group, and a group's average where
-    it has several files (the mean of their differences, each file resampled by itself).
+def compare_files(a: str, b: str, *, seed: int) -> list[dict]:
+    """`eval.py --compare`: print and return the rows of `compare` for two result files."""
+    rows = compare(read_results(a), read_results(b), (a, b), seed=seed)
+    print("\n".join(comparison_lines(rows, (a, b))))
+    return rows
 
-    ValueError where they are not about the same: files (told by their checksums, not by their names), problems, n, temperature,
-    top_p, longest response, with or without strategies. Seeds, data types and the machine may differ: they belong to a model.
+
+def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int = 0) -> list[dict]:
+    """The paired differences of two result files, b minus a: a row per problem file, without strategies and with them.
+
+    If there are several files, a last row has their average: the mean of the differences, each file resampled by itself.
+
+    ValueError if the two do not have the same files (by checksum, whatever their names), problems, n, temperature, top_p and
+    longest response. Seeds, data types and machines may differ.
     """
     parts_a, parts_b = _parts(a), _parts(b)
     _comparable(parts_a, parts_b, names)
@@ -171,29 +136,25 @@ def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int 
     for index, ((checksum, guided), x) in enumerate(parts_a.items()):
         y = parts_b[checksum, guided]
         counts = [[part["correct"][problem] for problem in sorted(x["correct"])] for part in (x, y)]
-        # by place: two files of equal length must not draw the same problems, their differences would move together
-        row, drawn = paired_difference(*counts, x["n"], seed=[seed, index])
+        # a seed per file: files of equal length would otherwise draw the same places, and their differences move together
+        row, drawn = paired_bootstrap(*counts, x["n"], seed=[seed, index])
         figures = {"a": x["accuracy"], "b": y["accuracy"], "problems": x["problems"]}
         rows.append({"file": x["file"], "guided": guided} | figures | row)
         draws[guided].append(drawn)
     for guided, drawn in draws.items():
         if len(drawn) > 1:
-            own = [row for row in rows if row["guided"] == guided]
-            row = {"file": "average of the files", "guided": guided, "problems": sum(row["problems"] for row in own)}
-            means = {name: statistics.fmean(row[name] for row in own) for name in ("a", "b", "difference")}
+            single = [row for row in rows if row["guided"] == guided]
+            row = {"file": "average of the files", "guided": guided, "problems": sum(row["problems"] for row in single)}
+            means = {name: statistics.fmean(row[name] for row in single) for name in ("a", "b", "difference")}
             rows.append(row | means | interval(np.mean(drawn, axis=0)))
     return rows
 
 
 def _comparable(a: dict, b: dict, names: tuple[str, str]) -> None:
-    for own, others, name, other in ((a, b, *names), (b, a, *names[::-1])):
-        for (checksum, guided), part in own.items():
-            if (checksum, guided) not in others:
-                how = "with" if guided else "without"
-                raise ValueError(
-                    f"cannot be compared: {part['file']} {how} strategies is in {name}; {other} has no file of that checksum, "
-                    "evaluated in that way"
-                )
+    for one, two, name, other in ((a, b, *names), (b, a, *names[::-1])):
+        for checksum, guided in sorted(one.keys() - two.keys()):
+            how = f"{one[checksum, guided]['file']} {'with' if guided else 'without'} strategies"
+            raise ValueError(f"cannot be compared: {how} is in {name}; {other} has no file of that checksum, evaluated so")
     for key, x in a.items():
         y = b[key]
         for name in SETTINGS:
@@ -204,19 +165,19 @@ def _comparable(a: dict, b: dict, names: tuple[str, str]) -> None:
 
 
 def _parts(results: dict) -> dict[tuple[str, bool], dict]:
-    """{(checksum of the file, guided): figures with file and settings} of one result file."""
+    """{(checksum of the file, guided): its figures, with its name and settings} of one result file."""
     parts = {}
     for file, figures in results["files"].items():
-        own = {name: results["config"][name] for name in ("temperature", "top_p")}
-        own |= {"file": file, "max_new_tokens": figures["max_new_tokens"]}
-        parts[figures["data_sha256"], results["config"]["guided"]] = figures | own
+        about = {name: results["config"][name] for name in ("temperature", "top_p")}
+        about |= {"file": file, "max_new_tokens": figures["max_new_tokens"]}
+        parts[figures["data_sha256"], results["config"]["guided"]] = figures | about
         if "guided" in figures:
-            parts[figures["data_sha256"], True] = figures["guided"] | own
+            parts[figures["data_sha256"], True] = figures["guided"] | about
     return parts
 
 
 def comparison_lines(rows: Sequence[dict], names: tuple[str, str]) -> list[str]:
-    """compare()'s rows for people, in per cent."""
+    """compare's rows as text, in per cent."""
     lines = [f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)", f"A: {names[0]}", f"B: {names[1]}"]
     for row in rows:
         a, b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
@@ -236,14 +197,14 @@ def guidance(
 ) -> dict:
     """What a strategy in the prompt changes: {"overall": figures, "families": {family: figures}}.
 
-    auto, guided  each problem's number of correct samples of n without and with its strategy, both (P,)
-    alpha         (P,): the weight alpha(q) that these pass rates give (weighting.instance_weight)
-    families      (P,): a problem's family. One that occurs once says nothing by itself: such problems share the row "(other)".
-                  Where none occurs twice, families is empty
+    auto, guided  (P,): each problem's number of correct samples of n, without and with its strategy
+    alpha         (P,): the weight alpha(q) [eq 6] that these pass rates give (weighting.instance_weight)
+    families      (P,): each problem's family. Families of one problem share the row "(other)". If all of them are such,
+                  "families" is empty
 
-    Figures: p_auto, p_guide, the shares of problems that guidance helps, hurts and leaves as they were, mean alpha; overall
-    also the paired difference with its interval. The shares hold the noise of n samples: where guidance does nothing at all, as
-    many problems look helped as hurt, so only the one minus the other is a signal.
+    Figures: p_auto, p_guide, mean alpha, and the shares of problems that guidance helps, hurts and leaves as they were. The
+    shares hold the noise of n samples: even if guidance does nothing, some look helped and as many look hurt, so the signal is
+    helps minus hurts. "overall" also has the paired difference with its interval.
     """
 
     def figures(chosen: Sequence[int]) -> dict:
@@ -258,19 +219,16 @@ def guidance(
             "alpha": sum(alpha[i] for i in chosen) / P,
         }
 
-    if not len(auto) == len(guided) == len(alpha) == len(families):
-        raise ValueError(f"expected one value a problem, got {[len(x) for x in (auto, guided, alpha, families)]}")
     counts, members = Counter(families), {}
     for index, family in enumerate(families):
         members.setdefault(family if counts[family] > 1 else "(other)", []).append(index)
-    if max(counts.values()) == 1:
-        members = {}
-    overall = figures(range(len(auto))) | paired_difference(auto, guided, n, seed=seed)[0]
-    return {"overall": overall, "families": {family: figures(members[family]) for family in sorted(members)}}
+    overall = figures(range(len(auto))) | paired_bootstrap(auto, guided, n, seed=seed)[0]
+    shown = sorted(members) if max(counts.values()) > 1 else []
+    return {"overall": overall, "families": {family: figures(members[family]) for family in shown}}
 
 
 def guidance_lines(result: dict) -> list[str]:
-    """guidance()'s figures for people, in per cent but for alpha."""
+    """guidance's figures as text, in per cent but for alpha."""
 
     def line(name: str, f: dict) -> str:
         p_auto, p_guide, helps, hurts, same = (100 * f[key] for key in ("p_auto", "p_guide", "helps", "hurts", "same"))
@@ -288,29 +246,8 @@ def guidance_lines(result: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the paper's table
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """title: the paper's column, or ours. n: samples a problem. problems: how many it has."""
-
-    title: str
-    n: int
-    problems: int
-
-
-# By the name of the file that data/prepare.py writes. n [§4.2]; AIME25 and Minerva, which the paper's table does not have, as
-# their likes.
-BENCHMARKS = {
-    "math500": Benchmark("MATH500", 4, 500),
-    "amc23": Benchmark("AMC23", 32, 40),
-    "olympiad": Benchmark("Olympiad", 4, 674),
-    "aime24": Benchmark("AIME24", 32, 30),
-    "aime25": Benchmark("AIME25", 32, 30),
-    "minerva": Benchmark("Minerva", 4, 272),
-}
 COLUMNS = ("math500", "amc23", "olympiad", "aime24")
-# "Up to 32K tokens" [§4.2]; a model with a context of 32,768 has less room than that behind its prompt, so it is a cap.
-PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
-# The paper's own figures (arXiv 2606.24064), per cent: MATH500, AMC23, Olympiad, AIME24, average.
+# the paper's own figures (arXiv 2606.24064), per cent: the columns, and their average
 PAPER_ROWS = {
     "Qwen2.5-1.5B-Instruct": {
         "base": (50.1, 21.3, 18.4, 3.0, 23.2),
@@ -347,18 +284,26 @@ LLAMA_NOTE = (
 )
 
 
-def table(results: Sequence[dict]) -> str:
-    """Markdown in the paper's layout: a row per result (and group), the paper's rows, and below what differs from its settings.
+def table_of_files(paths: Sequence[str]) -> str:
+    """`eval.py --table`: print and return the table of result files."""
+    text = table([read_results(path) for path in paths])
+    print(text)
+    return text
 
-    Per cent, ± the standard error over problems. The average is over the four benchmarks, and stated where all four are there.
-    The paper's rows are those of the models that occur in a result's model name or folder; if none does, of all.
+
+def table(results: Sequence[dict]) -> str:
+    """Markdown in the paper's layout: a row per result, the paper's rows, and below them what differs from its settings.
+
+    Per cent, ± the standard error over problems. The average is over the four benchmarks, and left out if one is missing.
+    The paper's rows are those of the models that are named in a result's model name or folder; if none is named, all of them.
     """
     lines = ["| model | " + " | ".join(BENCHMARKS[name].title for name in COLUMNS) + " | avg |", "|---" * 6 + "|"]
     notes = []
     for result in results:
-        for guided in sorted({guided for _, guided in _parts(result)}):
+        parts = _parts(result)
+        for guided in sorted({guided for _, guided in parts}):
             model = f"{result['config']['model']}{', guided' * guided}"
-            found = _by_benchmark(result, guided, model)
+            found = _by_name([part for (_, group), part in parts.items() if group == guided], model)
             lines.append(f"| {model} | {' | '.join(_cells(found))} |")
             notes += [f"{model}: {note}" for note in _differences(found, guided)]
     shown = _paper_models(results)
@@ -377,14 +322,13 @@ def _paper_models(results: Sequence[dict]) -> list[str]:
     return [model for model in PAPER_ROWS if any(model.lower() in name for name in names)] or list(PAPER_ROWS)
 
 
-def _by_benchmark(result: dict, guided: bool, model: str) -> dict[str, dict]:
+def _by_name(parts: Sequence[dict], model: str) -> dict[str, dict]:
     found = {}
-    for (_, group), figures in _parts(result).items():
-        if group == guided:
-            stem = figures["file"].replace("\\", "/").rpartition("/")[2].removesuffix(".jsonl")
-            if stem in found:
-                raise ValueError(f"{model}: two files are called {stem}, the table has one place")
-            found[stem] = figures
+    for part in parts:
+        name = Path(part["file"]).stem
+        if name in found:
+            raise ValueError(f"{model}: two files are called {name}, but the table has one place for it")
+        found[name] = part
     return found
 
 
@@ -397,20 +341,19 @@ def _cells(found: dict[str, dict]) -> list[str]:
     if len(four) < len(COLUMNS):
         return [*cells, "–"]
     errors = [figures["standard_error"] for figures in four]
-    spread = None if None in errors else math.hypot(*errors) / len(four)  # the four are independent of one another
+    spread = None if None in errors else math.hypot(*errors) / len(four)  # four independent sets of problems
     return [*cells, cell(statistics.fmean(figures["accuracy"] for figures in four), spread)]
 
 
 def _differences(found: dict[str, dict], guided: bool) -> list[str]:
-    """What a reader must know before he holds these figures against the paper's."""
+    """What a reader must know before comparing these figures with the paper's."""
     notes = ["with strategies in the prompts, the paper evaluates without"] if guided else []
-    for stem, figures in found.items():
-        if stem not in COLUMNS:
-            notes.append(f"{stem} {100 * figures['accuracy']:.1f} (avg@{figures['n']}) has no column in the paper's table")
+    for name, figures in found.items():
+        if name not in COLUMNS:
+            notes.append(f"{name} {100 * figures['accuracy']:.1f} (avg@{figures['n']}) has no column in the paper's table")
             continue
-        benchmark = BENCHMARKS[stem]
-        wanted = PAPER_SETTINGS | {"n": benchmark.n, "problems": benchmark.problems}
-        other = [f"{name} {figures[name]} (paper {value})" for name, value in wanted.items() if figures[name] != value]
+        wanted = PAPER_SETTINGS | {"n": BENCHMARKS[name].n, "problems": PROBLEMS[name]}
+        other = [f"{key} {figures[key]} (paper {value})" for key, value in wanted.items() if figures[key] != value]
         if other:
-            notes.append(f"{benchmark.title} differs from the paper in {', '.join(other)}")
+            notes.append(f"{BENCHMARKS[name].title} differs from the paper in {', '.join(other)}")
     return notes

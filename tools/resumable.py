@@ -1,0 +1,249 @@
+"""What `eval.py --model` runs: an evaluation of several files, on any number of ranks, that goes on after a crash.
+
+What it leaves:
+
+    OUT.json                        the results
+    OUT-responses/rank0.jsonl ...   a line for each problem, written by the rank that sampled it as soon as it was graded
+    OUT-responses/settings.json     what they depend on. An evaluation that was begun with other settings is not continued
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from data.problems import Problem, load_problems
+from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sample_records
+from grader import MathWorker
+from model import load_model, resolve_model
+from parallel import Control, compute_dtype, my_share, world
+from tools.benchmark import benchmark_files, guidance, guidance_lines
+from weighting import instance_weight
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """The problems of one file, to be sampled alone or guided."""
+
+    file: str
+    sha256: str
+    guided: bool
+    n: int
+    max_new_tokens: int
+    problems: list[Problem]
+
+
+# ---------------------------------------------------------------------------------------------- what is evaluated
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """Where the results go. ValueError if they cannot be written there: an hour of sampling must not end at such an error."""
+    name = Path(args.model.rstrip("/")).name or "model"
+    path = Path(args.out or f"eval-{name}{'-guided' * args.guided}{'-both' * args.both}.json")
+    if path.exists():
+        raise ValueError(f"{path}: already there; name another file with --out")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    return path
+
+
+def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
+    """Read and check all files first: a bad line in the last one must not cost an evaluation.
+
+    A file of --data has n 1 and MAX_NEW_TOKENS, one of --benchmarks the paper's; --n and --max_new_tokens overrule both.
+    """
+    files = [(file, 1, MAX_NEW_TOKENS) for file in args.data]
+    files += benchmark_files(args.benchmarks) if args.benchmarks else []
+    if not files:
+        raise ValueError("--model needs problems: --data FILE ... or --benchmarks FOLDER")
+    counts = args.n or [n for _, n, _ in files]
+    if len(counts) not in (1, len(files)):
+        raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
+    sets, seen = [], {}
+    for index, (file, _, longest) in enumerate(files):
+        problems = load_problems(file, worker)[: args.limit]
+        sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if sha256 in seen:
+            raise ValueError(f"{file}: is given twice, {seen[sha256]} holds the same")
+        seen[sha256] = file
+        for guided in (False, True) if args.both else (args.guided,):
+            sets.append(EvalSet(file, sha256, guided, counts[index % len(counts)], args.max_new_tokens or longest, problems))
+    return sets
+
+
+def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.dtype) -> dict:
+    """All that responses and verdicts depend on."""
+    folder = resolve_model(args.model).resolve()
+    packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
+    settings = {
+        "model": str(folder),
+        "model_sha256": model_sha256(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "timeout": args.timeout,
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
+    }
+    for one in sets:
+        name = f"{one.file}{' guided' * one.guided}"
+        settings |= {f"{name}: sha256": one.sha256, f"{name}: problems": len(one.problems)}
+        settings |= {f"{name}: n": one.n, f"{name}: max_new_tokens": one.max_new_tokens}
+    return settings
+
+
+def model_sha256(folder: Path) -> str:
+    """Of the weights, configs and tokenizer. The path does not tell a model from one trained into the same folder later."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"):
+            with path.open("rb") as stream:
+                digest.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- responses on disk
+
+
+def begin(folder: Path, settings: dict) -> None:
+    """Make the folder of responses, or go on in it. ValueError, naming what differs, if it was made with other settings."""
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        write_json(path, settings)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changes = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
+    if changes:
+        raise ValueError(f"{folder}: of another evaluation ({'; '.join(changes)}); name another --out, or remove it")
+
+
+def read_records(folder: Path) -> dict[tuple[str, bool, str], dict]:
+    """{(file, guided, problem's id): record} of all ranks, also of more or fewer ranks than there are now.
+
+    Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
+    """
+    records = {}
+    for path in sorted(folder.glob("rank*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+            except ValueError:  # empty, or torn by a crash: its problem is sampled again
+                continue
+            records[record["file"], record["guided"], record["id"]] = record
+    return records
+
+
+def write_json(path: Path, value: dict) -> None:
+    """The whole file or none."""
+    new = path.with_name(f"{path.name}.tmp")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(new, path)
+
+
+# ---------------------------------------------------------------------------------------------- the evaluation
+
+
+def share_of(sets: Sequence[EvalSet], kept: dict[tuple[str, bool, str], dict]) -> list[tuple[EvalSet, list[Problem]]]:
+    """What is left to do for this rank, of each set. The shares are balanced over all sets by the expected lengths."""
+    left = [(one, problem) for one in sets for problem in one.problems if (one.file, one.guided, problem.id) not in kept]
+    mine = my_share(left, [one.n * expected_length(problem) for one, problem in left])
+    return [(one, chosen) for one in sets if (chosen := [problem for owner, problem in mine if owner is one])]
+
+
+def sample_share(
+    args: argparse.Namespace, share: list[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker, path: Path
+) -> None:
+    """Sample and grade this rank's share, and add a line to its file for each problem."""
+    model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
+    for one, problems in share:  # before the first response: a prompt of the last file may be too long
+        encode_prompts(model, tokenizer, problems, one.guided)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write("\n" if stream.tell() else "")  # ends a line that a crash has torn
+        for one, problems in share:
+
+            def write(record: dict, one: EvalSet = one) -> None:
+                line = {"file": one.file, "guided": one.guided, **record}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.flush()  # a killed process cannot take it back; only a loss of power can
+
+            sample_records(
+                model, tokenizer, problems, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
+                top_p=args.top_p, seed=args.seed, worker=worker, guided=one.guided, max_rows=args.max_rows,
+                cache_tokens=args.cache_tokens, vote=True, on_problem=write, show=world()[0] == 0,
+            )  # fmt: skip
+
+
+def run(args: argparse.Namespace, device: torch.device) -> dict:
+    """Evaluate on this rank and, on rank 0, write and return the results of all ranks; {} on the others.
+
+    The ranks wait for each other twice, and communicate nothing else.
+    """
+    out = output_path(args)
+    folder = out.with_name(f"{out.stem}-responses")
+    control, (rank, ranks) = Control(args.timeout_minutes), world()
+    with MathWorker(timeout_s=args.timeout) as worker:
+        sets = read_sets(args, worker)
+        if rank == 0:
+            settings = settings_of(args, sets, compute_dtype(args.dtype, device))
+            begin(folder, settings)
+        kept = read_records(folder)
+        control.barrier()  # nobody writes before everybody has read, so that all see the same work left
+        if kept and rank == 0:
+            print(f"{len(kept)} of {sum(len(one.problems) for one in sets)} problems are there already, going on")
+        if share := share_of(sets, kept):
+            sample_share(args, share, device, worker, folder / f"rank{rank}.jsonl")
+    control.barrier()
+    if rank:
+        return {}
+    records = read_records(folder)
+    keys = [(one.file, one.guided, problem.id) for one in sets for problem in one.problems]
+    if missing := [key for key in keys if key not in records]:
+        first = missing[0][2]
+        raise ValueError(f"{folder}: {len(missing)} problems are missing, the first is {first!r}; do all ranks write there?")
+    results = {
+        "config": vars(args) | {"device": device.type, "dtype": settings["dtype"], "ranks": ranks},
+        "identity": {name: settings[name] for name in ("model", "model_sha256")},
+        "versions": settings["versions"],
+        "files": collect(sets, records, args.seed),
+    }
+    write_json(out, results)
+    print(f"results in {out}, responses in {folder}")
+    return results
+
+
+def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict], seed: int) -> dict[str, dict]:
+    """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance"."""
+    files: dict[str, dict] = {}
+    for one in sets:
+        result = figures([records[one.file, one.guided, problem.id] for problem in one.problems], voted=True)
+        second = one.file in files
+        print(f"{one.file}{' guided' * second}: {figures_line(result)}")
+        if not second:
+            files[one.file] = result | {"data_sha256": one.sha256, "max_new_tokens": one.max_new_tokens}
+            continue
+        counts = [list(side["correct"].values()) for side in (files[one.file], result)]
+        p_auto, p_guide = (torch.tensor(values) / one.n for values in counts)
+        families = [problem.strategy.type.lower() for problem in one.problems]  # as strategy.py --report counts them
+        effect = guidance(*counts, one.n, instance_weight(p_auto, p_guide).tolist(), families, seed=seed)
+        files[one.file] |= {"guided": result, "guidance": effect}
+        print("\n".join(guidance_lines(effect)))
+    return files
+
+
+def figures_line(result: dict) -> str:
+    n, error = result["n"], result["standard_error"]
+    accuracy, voted, cut = (100 * result[key] for key in ("accuracy", "maj_at_n", "truncation"))
+    passed = "  ".join(f"pass@{k} {100 * value:.1f}" for k, value in result["pass_at"].items() if k != "1" or n == 1)
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    lost = f"  graded wrong for want of time {result['grader_timeouts']}" if result["grader_timeouts"] else ""
+    return (
+        f"avg@{n} {accuracy:.1f}{spread}  {passed}  maj@{n} {voted:.1f}  truncated {cut:.1f} %  "
+        f"tokens {result['tokens']:.0f}  problems {result['problems']}{lost}"
+    )
