@@ -82,14 +82,10 @@ class Answer:
     finish: str | None
     usage: dict[str, int]
     reasoning: str = ""
-    model: str = ""
-
-
-# ---------------------------------------------------------------------------------------------------- requests
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides an answer, apart from the row: flags, and a hash of the prompts' wording. A journal is for one of these."""
+    """What decides an answer, apart from the row: flags, and a hash of the prompts' wording. A journal has one of these."""
     example = Strategy("t", "s", ("a",))
     prompts = [solution_prompt("p"), extraction_prompt("p", "s"), scoring_prompt("p", "s", [example])]
     settings = {"model": args.model or args.local, "prompts": hash_of(prompts)}
@@ -119,8 +115,8 @@ class Server:
     """A chat server, asked through the openai package.
 
     The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times.
-    It waits as long as a Retry-After header says, else half a second at first and eight in the end. It gives up at once if
-    the header asks for more than it would wait, two minutes today.
+    It waits as long as a Retry-After header says, without one half a second at first and eight in the end. If the header
+    asks for more than a minute or two, depending on the package's version, it gives up.
     """
 
     def __init__(self, args: argparse.Namespace, environment: dict[str, str]) -> None:
@@ -130,7 +126,7 @@ class Server:
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(f"${args.key_env}: the key holds characters that no HTTP header can carry")
         try:
-            import openai  # optional: imported only where a server is asked
+            import openai  # here, because only --endpoint needs it
         except ImportError:
             raise ValueError("--endpoint needs the openai package: pip install openai") from None
         self.openai, self.name = openai, args.endpoint
@@ -148,7 +144,7 @@ class Server:
             raise Stop("stopped")
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:
-            # extra_body: the package refuses other arguments than it knows, and --body may hold any
+            # extra_body, because --body may hold fields that the package does not know as arguments
             reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
             answer = read_reply(reply)
         except (self.openai.APIError, ValueError) as error:  # ValueError: a reply that is no JSON, or no answer
@@ -158,11 +154,12 @@ class Server:
 
     def _failure(self, error: Exception) -> Exception:
         """The exception for a request that failed for good."""
-        reason = str(error) + (f" ({error.__cause__!r})" if error.__cause__ else "")
+        status, cause = getattr(error, "status_code", None), error.__cause__
+        reason = (f"HTTP {status}: " if status else "") + str(error) + (f" ({cause!r})" if cause else "")
         if self.key:
             reason = reason.replace(self.key, "***")  # some servers quote the key when they refuse it
-        reason, status = " ".join(reason.split())[:300], getattr(error, "status_code", None)
-        if status == 429:  # the limit is one for all rows
+        reason = " ".join(reason.split())[:300]
+        if status == 429:  # the limit is the same for all rows
             return Stop(f"{reason}; Retry-After: {error.response.headers.get('retry-after')}")
         if status is not None and status < 500 and status not in (400, 408, 409, 413, 422):
             return Stop(reason)  # a wrong key, model or path is as wrong the next time
@@ -187,10 +184,10 @@ def read_reply(reply: Any) -> Answer:
     usage = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in usage.items() if isinstance(count, int)}
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    texts = [text if isinstance(text, str) else "" for text in (message.content, reasoning, reply.model)]
+    texts = [text if isinstance(text, str) else "" for text in (message.content, reasoning)]
     # A model that is cut off inside a character may leave half a surrogate pair, which cannot be written as UTF-8.
-    text, reasoning, model = (text.encode(errors="replace").decode() for text in texts)
-    return Answer(text, choices[0].finish_reason, usage, reasoning, model)
+    text, reasoning = (text.encode(errors="replace").decode() for text in texts)
+    return Answer(text, choices[0].finish_reason, usage, reasoning)
 
 
 class LocalModel:
@@ -212,8 +209,8 @@ class LocalModel:
         from model import encode_chat
 
         ids, future = encode_chat(self.tokenizer, body["messages"]), Future()
-        if len(ids) >= (context := self.model.config.max_position_embeddings):
-            raise RowFailed(f"a prompt of {len(ids)} tokens fills the context of {context}")
+        if len(ids) >= self.model.config.max_position_embeddings:
+            raise RowFailed(f"a prompt of {len(ids)} tokens fills the model's context")
         with self.list_lock:
             self.waiting.append((body, ids, future))
         with self.turn:  # whoever gets in samples for all that wait; the others find their answers when they get in
@@ -239,7 +236,7 @@ class LocalModel:
         for (_, ids, future), (row,) in zip(batch, groups, strict=True):
             text = self.tokenizer.decode(row.response_ids, skip_special_tokens=True)
             usage = {"prompt_tokens": len(ids), "completion_tokens": len(row.response_ids)}
-            future.set_result(Answer(text, "stop" if row.finished else "length", usage, model=first["model"]))
+            future.set_result(Answer(text, "stop" if row.finished else "length", usage))
         with self.list_lock:
             self.waiting = [place for place in self.waiting if not place[2].done()]
 
@@ -248,16 +245,16 @@ class Journal:
     """OUT.log.jsonl, one JSON object a line, only ever appended to. Kinds of line, by "kind":
 
     run      a start of the command: settings, endpoint, data
-    answer   a paid answer: key (of the request), row, step, index, text, reasoning, finish, usage, model
+    answer   a paid answer: key (of the request), row, step, index, text, reasoning, finish, usage
     row      what became of a row, see `extract_row`
     """
 
-    def __init__(self, path: Path, stream: Any) -> None:
-        self.path, self.stream, self.lock = path, stream, threading.Lock()
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.lock = stream, threading.Lock()
         self.answers: dict[str, Answer] = {}  # by the hash of the request
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line. It is on the disk (fsync) when this returns; Stop if that is not possible."""
+        """Add a line. It is on the disk (fsync) when this returns, or OSError says why it is not there at all."""
         line = to_line(record | {"time": round(time.time(), 3)})
         with self.lock:
             size = os.fstat(self.stream.fileno()).st_size
@@ -265,10 +262,9 @@ class Journal:
                 while line:  # the file is unbuffered: a write takes what there is room for
                     line = line[self.stream.write(line) :]
                 os.fsync(self.stream.fileno())
-            except OSError as error:
+            except OSError:  # such as a full disk
                 self.stream.truncate(size)  # half a line would spoil the next one
-                remedy = "make room, then the same command goes on"
-                raise Stop(f"{self.path}: {error}; an answer could not be kept: {remedy}") from None
+                raise
 
 
 @contextmanager
@@ -277,41 +273,34 @@ def open_journal(path: Path, start: dict[str, Any]) -> Iterator[Journal]:
 
     start: the line of this run. ValueError if the journal's answers were made with other settings.
     """
-    with path.open("ab", buffering=0) as stream:
+    with path.open("a+b", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
         except BlockingIOError:
             raise ValueError(f"{path}: another run is writing it, and both would pay for the same answers") from None
-        journal, end = Journal(path, stream), 0
-        for record, end in read_journal(path):  # noqa: B007
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")  # a kill left half a line; the next one must not be glued to it
+        journal = Journal(stream)
+        for record in read_journal(path):
             if record["kind"] == "answer":
                 journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"])
             elif record["kind"] == "run" and record["settings"] != start["settings"]:
                 made = f"made with {record['settings']}, now {start['settings']}"
                 raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
-        if (size := path.stat().st_size) > end:
-            print(f"{path}: dropped {size - end} bytes of a last line that was cut off when the program was killed")
-            stream.truncate(end)
         journal.write(start)
         yield journal
 
 
-def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line of a journal, as (record, where it ends in bytes). A last line that was cut off is left out."""
-    end = 0
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal. One that cannot be read, such as half a line that a kill left, is reported and passed over."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                record = json.loads(line)
-                if not line.endswith(b"\n") or record["kind"] not in ("run", "answer", "row"):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                if stream.read(1):  # more lines follow, so this was no kill
-                    remedy = "remove this line; what it held is asked for again"
-                    raise ValueError(f"{path}:{number}: no line of a journal, {line[:80]!r}; {remedy}") from None
-                return
-            end += len(line)
-            yield record, end
+                yield json.loads(line)
+            except ValueError:
+                print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
 
 
 def to_line(record: dict[str, Any]) -> bytes:
@@ -458,8 +447,7 @@ def extract(args: argparse.Namespace) -> int:
                 print(f"{log}: {len(before)} answers are there already and are not asked for again")
                 results = ask_all(rows, journal, model.ask, Grader(worker), args)
         except Stop as error:
-            kept = f"the answers so far are in {log}: the same command again goes on from there"
-            raise ValueError(f"{error}\n{kept}") from None
+            raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
         failed = {row_id: record["failed"] for row_id, (record, row) in results.items() if row is None}
         if len(failed) < len(rows):
             part = Path(f"{out}.part")
@@ -529,8 +517,6 @@ def spent(answers: Sequence[Answer], args: argparse.Namespace) -> str:
     text = f"{len(answers):,} answers, {sent:,} + {received:,} tokens"
     if args.price_in is not None:
         text += f", cost {cost(sent, received, args):.2f}"
-    if uncounted := sum(not answer.usage for answer in answers):
-        text += f" ({uncounted:,} answers without a count of tokens)"
     return text
 
 
@@ -571,9 +557,6 @@ def planned_requests(row: Problem, args: argparse.Namespace) -> Iterator[tuple]:
         yield "score", 1, scoring_prompt(row.problem, written, [example] * k), unseen + k * STRATEGY_TOKENS, k * SCORE_TOKENS
 
 
-# ---------------------------------------------------------------------------------------------------- report
-
-
 def report(args: argparse.Namespace) -> int:
     """Print the quality of a file of strategies, from the file and the journal beside it (if there is one)."""
     path = Path(args.report)
@@ -593,7 +576,7 @@ def report(args: argparse.Namespace) -> int:
 def report_journal(log: Path, kept: set[str], args: argparse.Namespace) -> None:
     """What the journal knows: candidates read and rejected, scores and bands of the kept ones, tokens."""
     records, answers = {}, []
-    for record, _ in read_journal(log):
+    for record in read_journal(log):
         if record["kind"] == "row":
             records[record["row"]] = record
         elif record["kind"] == "answer":
@@ -702,9 +685,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or ROWS_FAILED. ValueError or OSError for everything that stops the command."""
     args = build_parser().parse_args(arguments)
     check_arguments(args)
-    if args.report:
-        return report(args)
-    return dry_run(args) if args.dry_run else extract(args)
+    return report(args) if args.report else dry_run(args) if args.dry_run else extract(args)
 
 
 def run() -> None:
