@@ -105,7 +105,7 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
     for line in (
         "3 strategies", "candidates: 15 of 3 rows; read 12 (80.0 %)", "not parsed 3 (20.0 %)", "leak 3 (20.0 %)",
         "rows without a strategy: 0", "type 0.90, strategy 1.00", "high 3 (100.0 %)", "leaks by the filter: 0 (0.0 %)",
-        "a sum, way d (3)", "21 answers", "17.0 words, 2.0 steps",
+        "a sum, way d (3)", "21 answers",
     ):  # fmt: skip
         assert line in printed, (line, printed)
     assert printed.count("\n--- row-") == 1

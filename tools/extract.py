@@ -16,7 +16,6 @@ rest. A kill loses at most one answer a worker, the one on its way. What needs n
 done anew each time, so a better filter or grader can be run over paid answers for nothing.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ import statistics
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -61,6 +61,9 @@ ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
 
+Record = dict[str, Any]  # a JSON object
+Messages = list[dict[str, str]]
+
 
 class Stop(Exception):
     """Nothing can go on: the server refuses us, or is gone. The message is for the user."""
@@ -84,7 +87,10 @@ class Answer:
     reasoning: str = ""
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+Ask = Callable[[str, int, Messages], Answer]  # (step, index of the try, messages) -> Answer
+
+
+def settings_of(args: Namespace) -> Record:
     """What decides an answer, apart from the row: flags, and a hash of the prompts' wording. A journal has one of these."""
     example = Strategy("t", "s", ("a",))
     prompts = [solution_prompt("p"), extraction_prompt("p", "s"), scoring_prompt("p", "s", [example])]
@@ -96,7 +102,7 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def request_body(settings: dict[str, Any], step: str, index: int, messages: list[dict[str, str]]) -> dict[str, Any]:
+def request_body(settings: Record, step: str, index: int, messages: Messages) -> Record:
     """The JSON of a request. step: "solution", "candidate" or "score". index: of the try, from 0."""
     body = {
         "model": settings["model"],
@@ -119,7 +125,7 @@ class Server:
     asks for more than a minute or two, depending on the package's version, it gives up.
     """
 
-    def __init__(self, args: argparse.Namespace, environment: dict[str, str]) -> None:
+    def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
         if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", args.endpoint):  # not quoted: it may hold a password
             raise ValueError("--endpoint: expected https://host/v1 or http://host:port/v1, without a user name or a query")
         self.key = environment.get(args.key_env, "").strip()
@@ -138,7 +144,7 @@ class Server:
         )
         self.lock, self.failures = threading.Lock(), 0  # failures: in a row, of all workers
 
-    def ask(self, body: dict[str, Any], stop: threading.Event) -> Answer:
+    def ask(self, body: Record, stop: threading.Event) -> Answer:
         """The answer to one request, after as many tries as it takes. Raises RowFailed, Refused or Stop."""
         if stop.is_set():
             raise Stop("stopped")
@@ -181,19 +187,22 @@ def read_reply(reply: Any) -> Answer:
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
     if message is None:
         raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}")
-    usage = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-    usage = {name: count for name, count in usage.items() if isinstance(count, int)}
+    counts = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    usage = {name: count for name, count in counts.items() if isinstance(count, int)}
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    texts = [text if isinstance(text, str) else "" for text in (message.content, reasoning)]
-    # A model that is cut off inside a character may leave half a surrogate pair, which cannot be written as UTF-8.
-    text, reasoning = (text.encode(errors="replace").decode() for text in texts)
-    return Answer(text, choices[0].finish_reason, usage, reasoning)
+    return Answer(text_of(message.content), choices[0].finish_reason, usage, text_of(reasoning))
+
+
+def text_of(value: Any) -> str:
+    """A field's text; "" if it is none. A model that is cut off inside a character may leave half of a surrogate pair in it,
+    which cannot be written as UTF-8 and becomes "?"."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 class LocalModel:
     """The same questions to a model folder, sampled by rollout.py. Questions of workers that wait together are one batch."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: Namespace) -> None:
         import torch  # here, like model and rollout below: only --local needs them
 
         from model import load_model
@@ -204,7 +213,7 @@ class LocalModel:
         self.waiting: list[tuple[dict, list[int], Future]] = []  # (body, prompt ids, the answer to come)
         self.list_lock, self.turn = threading.Lock(), threading.Lock()
 
-    def ask(self, body: dict[str, Any], stop: threading.Event) -> Answer:
+    def ask(self, body: Record, stop: threading.Event) -> Answer:
         """The answer to one request; RowFailed if its prompt does not fit the model."""
         from model import encode_chat
 
@@ -253,7 +262,7 @@ class Journal:
         self.stream, self.lock = stream, threading.Lock()
         self.answers: dict[str, Answer] = {}  # by the hash of the request
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Add a line. It is on the disk (fsync) when this returns, or OSError says why it is not there at all."""
         line = to_line(record | {"time": round(time.time(), 3)})
         with self.lock:
@@ -268,7 +277,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, start: dict[str, Any]) -> Iterator[Journal]:
+def open_journal(path: Path, start: Record) -> Iterator[Journal]:
     """The journal at `path`, made if there is none, with the answers in it, locked against a second run.
 
     start: the line of this run. ValueError if the journal's answers were made with other settings.
@@ -293,7 +302,7 @@ def open_journal(path: Path, start: dict[str, Any]) -> Iterator[Journal]:
         yield journal
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[Record]:
     """The lines of a journal. One that cannot be read, such as half a line that a kill left, is reported and passed over."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -303,14 +312,9 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
 
 
-def to_line(record: dict[str, Any]) -> bytes:
+def to_line(record: Record) -> bytes:
     """One line of JSON."""
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-
-
-# ---------------------------------------------------------------------------------------------------- one row
-
-Ask = Callable[[str, int, list[dict[str, str]]], Answer]  # (step, index, messages)
 
 
 class Grader:
@@ -322,11 +326,13 @@ class Grader:
     def verdict(self, solution: str, answer: str) -> tuple[str | None, bool]:
         """(the answer that a solution gives, None if it gives none; whether it is right)."""
         found = extract_answer(solution)
+        if found is None:
+            return None, False
         with self.lock:
-            return found, found is not None and same_answer(found, answer, self.worker)
+            return found, same_answer(found, answer, self.worker)
 
 
-def extract_row(row: Problem, ask: Ask, grader: Grader, args: argparse.Namespace) -> tuple[dict[str, Any], Problem | None]:
+def extract_row(row: Problem, ask: Ask, grader: Grader, args: Namespace) -> tuple[Record, Problem | None]:
     """(the journal's record of a row, the row with solution and strategy, or None if it failed).
 
     The record: row, kept (the candidate's index), failed (the reason, or null), candidates: a list of {index, strategy,
@@ -358,7 +364,7 @@ def right_solution(row: Problem, ask: Ask, grader: Grader, tries: int) -> str:
     raise RowFailed(f"{tries} solutions, none with the answer {row.answer!r}: {', '.join(given)}")
 
 
-def chosen_strategy(row: Problem, ask: Ask, args: argparse.Namespace, record: dict[str, Any]) -> Strategy:
+def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> Strategy:
     """The best of k candidates. Fills record's candidates.
 
     A round asks for what is missing: for k candidates (k more if none of those before is left), then for the scores of all
@@ -392,7 +398,7 @@ def without_thoughts(text: str) -> str:
     return "" if "<think>" in text else text.strip()
 
 
-def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Record]) -> Record:
     """A candidate's record after everything that needs no model: read, compared with the others, searched for leaks."""
     candidate = {"index": index, "strategy": None, "rejected": None, "scores": None}
     if reply.finish not in WHOLE:  # what is there may be readable, with only half of its last step
@@ -410,7 +416,7 @@ def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[di
     return candidate
 
 
-def score_candidates(candidates: Sequence[dict[str, Any]], reply: Answer) -> str | None:
+def score_candidates(candidates: Sequence[Record], reply: Answer) -> str | None:
     """Put the scores into the candidates' records. Returns why the reply is of no use, or None.
 
     A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
@@ -428,10 +434,7 @@ def score_candidates(candidates: Sequence[dict[str, Any]], reply: Answer) -> str
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- all rows
-
-
-def extract(args: argparse.Namespace) -> int:
+def extract(args: Namespace) -> int:
     """Make the strategies of args.data; returns the exit status: 0, or ROWS_FAILED."""
     out = Path(args.out)
     log = Path(f"{out}.log.jsonl")
@@ -444,7 +447,6 @@ def extract(args: argparse.Namespace) -> int:
         try:
             with open_journal(log, start) as journal:
                 before = list(journal.answers.values())
-                print(f"{log}: {len(before)} answers are there already and are not asked for again")
                 results = ask_all(rows, journal, model.ask, Grader(worker), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
@@ -464,8 +466,8 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def ask_all(
-    rows: Sequence[Problem], journal: Journal, send: Callable, grader: Grader, args: argparse.Namespace
-) -> dict[str, tuple[dict[str, Any], Problem | None]]:
+    rows: Sequence[Problem], journal: Journal, send: Callable, grader: Grader, args: Namespace
+) -> dict[str, tuple[Record, Problem | None]]:
     """{row id: extract_row's result}, with every answer from the journal or put into it.
 
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
@@ -473,7 +475,7 @@ def ask_all(
     """
     settings, stop, results = settings_of(args), threading.Event(), {}
 
-    def ask(row: Problem, step: str, index: int, messages: list[dict[str, str]]) -> Answer:
+    def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
         key = hash_of([body, step, index])  # the index too: --body may have removed the seed
         if (known := journal.answers.get(key)) is not None:
@@ -489,42 +491,42 @@ def ask_all(
         journal.answers[key] = replace(answer, reasoning="")  # thoughts stay on the disk: they would fill the memory
         return answer
 
-    def work(row: Problem) -> tuple[dict[str, Any], Problem | None]:
-        try:
-            return extract_row(row, partial(ask, row), grader, args)
-        except BaseException:
-            stop.set()  # here, before this worker takes its next row
-            raise
+    def stop_if_failed(future: Future) -> None:
+        if future.cancelled() or future.exception():
+            stop.set()  # called in the worker, before it takes its next row
 
     with ThreadPoolExecutor(args.workers) as pool:
         try:
-            futures = {pool.submit(work, row): row.id for row in rows}
+            futures = {pool.submit(extract_row, row, partial(ask, row), grader, args): row.id for row in rows}
+            for future in futures:
+                future.add_done_callback(stop_if_failed)
             for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=args.quiet):
                 results[futures[future]] = future.result()
                 journal.write(future.result()[0])
         except BaseException as error:
             stop.set()
             if isinstance(error, KeyboardInterrupt):
-                print("\nstopping: waiting for the answers that are on their way", file=sys.stderr)
+                print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
             raise
     return results
 
 
-def spent(answers: Sequence[Answer], args: argparse.Namespace) -> str:
+def spent(answers: Sequence[Answer], args: Namespace) -> str:
     """12 answers, 3,400 + 1,200 tokens, cost 0.01: tokens sent and received, and the cost if the prices are given."""
-    sent, received = (sum(a.usage.get(name, 0) for a in answers) for name in ("prompt_tokens", "completion_tokens"))
+    sent = sum(answer.usage.get("prompt_tokens", 0) for answer in answers)
+    received = sum(answer.usage.get("completion_tokens", 0) for answer in answers)
     text = f"{len(answers):,} answers, {sent:,} + {received:,} tokens"
     if args.price_in is not None:
         text += f", cost {cost(sent, received, args):.2f}"
     return text
 
 
-def cost(prompt_tokens: float, completion_tokens: float, args: argparse.Namespace) -> float:
+def cost(prompt_tokens: float, completion_tokens: float, args: Namespace) -> float:
     return (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
 
 
-def dry_run(args: argparse.Namespace) -> int:
+def dry_run(args: Namespace) -> int:
     """Print the prompts of the first rows, and a rough estimate of what the whole takes. Sends and writes nothing."""
     rows = load_problems(args.data)[: args.limit]
     requests = tokens_in = tokens_out = 0
@@ -544,7 +546,7 @@ def dry_run(args: argparse.Namespace) -> int:
     return 0
 
 
-def planned_requests(row: Problem, args: argparse.Namespace) -> Iterator[tuple]:
+def planned_requests(row: Problem, args: Namespace) -> Iterator[tuple]:
     """The requests of a row, if one round is enough: (step, times, messages, tokens still missing in them, tokens out)."""
     solution, unseen = row.solution, 0
     if solution is None:
@@ -557,7 +559,7 @@ def planned_requests(row: Problem, args: argparse.Namespace) -> Iterator[tuple]:
         yield "score", 1, scoring_prompt(row.problem, written, [example] * k), unseen + k * STRATEGY_TOKENS, k * SCORE_TOKENS
 
 
-def report(args: argparse.Namespace) -> int:
+def report(args: Namespace) -> int:
     """Print the quality of a file of strategies, from the file and the journal beside it (if there is one)."""
     path = Path(args.report)
     rows = [row for row in load_problems(path) if row.strategy is not None]
@@ -573,7 +575,7 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def report_journal(log: Path, kept: set[str], args: argparse.Namespace) -> None:
+def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
     """What the journal knows: candidates read and rejected, scores and bands of the kept ones, tokens."""
     records, answers = {}, []
     for record in read_journal(log):
@@ -597,15 +599,13 @@ def report_journal(log: Path, kept: set[str], args: argparse.Namespace) -> None:
     print(f"paid: {spent(answers, args)}")
 
 
-def report_texts(rows: Sequence[Problem], args: argparse.Namespace) -> None:
-    """What the texts show: leaks by today's filter, lengths, types, and samples to read."""
+def report_texts(rows: Sequence[Problem], args: Namespace) -> None:
+    """What the texts show: leaks by today's filter, types, and samples to read."""
     found = {row.id: leaks(row.strategy, row.problem, row.solution or "", row.answer) for row in rows}
     leaking = {row_id: reasons for row_id, reasons in found.items() if reasons}
     print(f"leaks by the filter: {share(len(leaking), len(rows))}")
     for row_id, reasons in list(leaking.items())[: args.samples]:
         print(f"  {row_id}: {reasons[0]}")
-    words = statistics.fmean(len(format_strategy(row.strategy).split()) for row in rows)
-    print(f"length, mean: {words:.1f} words, {statistics.fmean(len(row.strategy.steps) for row in rows):.1f} steps")
     types = Counter(row.strategy.type.lower() for row in rows)
     print(f"types: {len(types)} different; " + ", ".join(f"{name} ({n})" for name, n in types.most_common(10)))
     for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
@@ -616,12 +616,9 @@ def share(part: int, whole: int) -> str:
     return f"{part} ({100 * part / whole:.1f} %)" if whole else f"{part}"
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     # There is no flag for the key: command lines end up in shell histories, process lists and logs.
-    parser = argparse.ArgumentParser(prog="strategy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="strategy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", metavar="FILE", help="jsonl with id and problem, and with answer and solution if there are any")
     add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1 (needs pip install openai)")
@@ -654,7 +651,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: Namespace) -> None:
     """ValueError for flags that are missing, out of range or do not go together."""
     if not args.report:
         if not args.data:
