@@ -80,8 +80,7 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
         assert extract.main(flags) == 0
     printed = capsys.readouterr()
     assert len(server.requests) == 3 * (1 + 5 + 1) == len(synced) - 4  # a line for the run and one for each row too
-    whom = {(headers["authorization"], path) for _, headers, path in server.requests}
-    assert whom == {(f"Bearer {key}", "/v1/chat/completions")}
+    assert {(h["authorization"], path) for _, h, path in server.requests} == {(f"Bearer {key}", "/v1/chat/completions")}
     bodies = [json.loads(raw) for raw, _, _ in server.requests]
     asked = [b for b in bodies if "Write down the strategy" in b["messages"][0]["content"]]
     assert Counter((b["seed"], b["temperature"]) for b in asked) == {(seed, 0.6): 3 for seed in range(5)}
@@ -188,11 +187,10 @@ def test_extraction_refuses_a_journal_that_does_not_fit(tmp_path, monkeypatch):
                 extract.main(flags)
         assert extract.main([*flags, "--candidates", "7"]) == 0  # but more of the same is welcome
         assert len(server.requests) == 6 + 3  # two candidates, and the scores of all
-        log = journal_of(out)
-        with extract.open_journal(log, journal_records(out, "run")[0]):
+        with extract.open_journal(journal_of(out), journal_records(out, "run")[0]):
             with pytest.raises(ValueError, match="another run is writing it"):
                 extract.main(flags)
-        log.unlink()
+        journal_of(out).unlink()
         with pytest.raises(ValueError, match="already there, and not made by this program"):
             extract.main(flags)
         assert len(server.requests) == 9

@@ -618,7 +618,8 @@ def share(part: int, whole: int) -> str:
 
 def build_parser() -> ArgumentParser:
     # There is no flag for the key: command lines end up in shell histories, process lists and logs.
-    parser = ArgumentParser(prog="strategy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = "Strategies extracted by a strong model, and a report on their quality."
+    parser = ArgumentParser(prog="strategy.py", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--data", metavar="FILE", help="jsonl with id and problem, and with answer and solution if there are any")
     add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1 (needs pip install openai)")
