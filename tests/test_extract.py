@@ -97,8 +97,7 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
     assert "the answer 64 in step 2" in record["candidates"][2]["rejected"][1] and record["kept"] == 3
     assert list(record["candidates"][3]["scores"].values()) == [0.9, 1.0, 1.0, 1.0]
     assert key not in printed.out + printed.err + journal_of(out).read_text() + out.read_text()
-    # Once more: nothing is asked. Then the report on what is there.
-    assert extract.main(flags) == 0 and len(server.requests) == 21
+    assert extract.main(flags) == 0 and len(server.requests) == 21  # once more: nothing is asked
     assert extract.main(["--report", str(out), "--samples", "1", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     for line in (
@@ -136,6 +135,7 @@ def test_extraction_killed_and_continued_pays_once(tmp_path, capsys):
             stream.write(b'{"kind": "answer", "key": "abc", "text": "Probl')
         assert extract.main(flags) == 0
         assert "cannot be read, so an answer in it is asked for again" in capsys.readouterr().err
+        assert b'"text": "Probl\n' in journal_of(out).read_bytes()  # and the next line is not glued to it
         paid = Counter(raw for raw, _, _ in server.requests)
     assert set(paid) == set(whole) and paid.total() - len(paid) == workers  # what was on its way is asked for again
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(load_problems(out)) == 6
