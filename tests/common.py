@@ -206,7 +206,7 @@ class ChatServer:
     """A chat server on loopback whose every reply is scripted: script(handler, body, number) with the number of the request.
 
     The script returns a str (the content of a completion), or (status, headers, payload); with None it has written to the
-    handler itself. `requests` keeps what came in, as (raw body, headers, path).
+    handler itself. `requests` keeps what came in, as (raw body, headers by their names in lower case, path).
     """
 
     def __init__(self, script):
@@ -218,7 +218,7 @@ class ChatServer:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
                 with owner.lock:
                     number = len(owner.requests)
-                    owner.requests.append((raw, dict(self.headers), self.path))
+                    owner.requests.append((raw, {name.lower(): text for name, text in self.headers.items()}, self.path))
                     owner.running += 1
                     owner.most_running = max(owner.most_running, owner.running)
                 try:
@@ -260,6 +260,13 @@ def completion(content, finish="stop", **message):
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }  # fmt: skip
     return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
+
+
+def reply_with(status, value=None, **headers):
+    """A script for ChatServer: the same status and body, as JSON or as it is, for every request."""
+    payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+    headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
+    return lambda handler, body, number: (status, headers, payload)
 
 
 def _eval_file(tmp_path, *rows):

@@ -87,7 +87,7 @@ def test_nothing_in_the_project_runs_code_that_stands_in_data():
         "-m data.hard_world",
         "data/starter.py",
         "data/smollm2.py",
-        "tools/extract.py",
+        "strategy.py",
     ],
 )
 def test_every_script_has_help(script):
