@@ -191,8 +191,9 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(le|ge|ne)q?(?:slant)?\b", r"\\\1 "),
     (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
     (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),  # \dfrac38 too
-    (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac9{19}
-    (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9])", r"\\frac\1{\2}"),  # \frac{14}3, and what the last line made of \frac43
+    (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),  # \frac43
+    (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),  # \frac9{19}
+    (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
     (r"\s+", " "),
 )]  # fmt: skip

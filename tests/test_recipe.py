@@ -15,7 +15,7 @@ import train
 from data import prepare, tiny_world
 from eval import load_problems
 from strategy import Strategy, format_strategy
-from tests.common import ROOT, TINY_BASE, ChatServer, _openr1_row, _prepare_write, read_metrics, tiny_rows, write_rows
+from tests.common import ROOT, TINY_BASE, ChatServer, luffy_row, read_metrics, tiny_rows, write_rows
 
 
 def strong_model(rows, handler, body, number):
@@ -110,7 +110,7 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
     """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout to the table. The benchmarks are there."""
     rows = {row["problem"]: row for row in tiny_rows(14)}
     names = ["math500", "amc23", "olympiad", "aime24", "aime25", "minerva"]
-    raw = [_openr1_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
+    raw = [luffy_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
     work = tmp_path / "work"
     (work / "bench").mkdir(parents=True)
     for name in names:
@@ -122,7 +122,7 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
         variables = {
             "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": tmp_path / "unread",
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
-            "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
+            "OPENR1": write_rows(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
             "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
             "--sft_batch 4 --sft_epochs 1",
