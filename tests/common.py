@@ -273,14 +273,9 @@ def _eval_row(i=1, **changes):
     return {key: value for key, value in row.items() if value is not ...}
 
 
-def _starter_data():
-    """The repository's data folder: next to this file, or where the tests are run."""
-    return ROOT / "data"
-
-
 def _starter_rows(*names):
     """The committed rows of the named files, one list."""
-    return [json.loads(line) for name in names for line in open(_starter_data() / "starter" / f"{name}.jsonl")]
+    return [json.loads(line) for name in names for line in (ROOT / f"data/starter/{name}.jsonl").read_text().splitlines()]
 
 
 def _starter_family(row):
