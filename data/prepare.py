@@ -323,7 +323,7 @@ def openr1_row(row: dict, _: argparse.Namespace) -> Fields:
 
 
 def benchmark_row(row: dict, options: argparse.Namespace) -> Fields | None:
-    """prompt (text), answer, and an id where there is one; or a row of LUFFY's validation file (None: another benchmark's)."""
+    """prompt (text), answer, and an id if there is one; or a row of LUFFY's validation file (None: another benchmark's)."""
     if "data_source" in row:
         if row["data_source"] != LUFFY_NAMES.get(options.command):
             return None
@@ -356,7 +356,7 @@ def normal_text(text: str) -> str:
 
 
 def drop_repeats(rows: list[Row], dropped: Dropped, worker: MathWorker) -> tuple[list[Row], int]:
-    """(the first row of each problem, how many distinct problems there were). All copies go where two answers differ."""
+    """(the first row of each problem, how many distinct problems there were). All copies go if two answers differ."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(normal_text(row.problem), []).append(row)

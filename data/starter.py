@@ -61,7 +61,7 @@ def tex(value: Fraction) -> str:
 
 
 def over(a: int, b: int) -> str:
-    """The quotient for a solution line: "13/2", or "12/8 = 3/2" where it can be reduced."""
+    """The quotient for a solution line: "13/2", or "12/8 = 3/2" if it can be reduced."""
     return f"{a}/{b}" if math.gcd(a, b) == 1 and b > 1 else f"{a}/{b} = {Fraction(a, b)}"
 
 
@@ -721,7 +721,7 @@ def product_expression(rng: random.Random) -> Item:
 
 
 def greatest_divisor(rng: random.Random) -> Item | None:
-    """A greatest common divisor behind a story."""
+    """A story that asks for a greatest common divisor."""
     x, y = rng.sample(range(2, 15), 2)
     g = rng.randint(4, 24)
     if math.gcd(x, y) > 1:
@@ -749,7 +749,7 @@ def greatest_divisor(rng: random.Random) -> Item | None:
 
 
 def least_multiple(rng: random.Random) -> Item | None:
-    """A least common multiple behind a story."""
+    """A story that asks for a least common multiple."""
     a, b = sorted(rng.sample(range(6, 61), 2))
     least = math.lcm(a, b)
     if math.gcd(a, b) == 1 or b % a == 0 or least > 12 * b:

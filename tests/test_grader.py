@@ -156,7 +156,7 @@ def test_grader_on_real_answers_of_a_model(real_data, eval_worker):
     ours = [same_answer(prediction, answer, eval_worker) for answer, prediction in pairs]
     plain = plain_math_verify(pairs)
     assert len(pairs) == 500 and eval_worker.timeouts == 0
-    # By eye 299 are right. Ours is the strict one where the two differ, and wrong on both.
+    # By eye 299 are right. The two differ twice: ours is the strict one, and wrong both times.
     assert (sum(ours), sum(plain)) == (297, 299)
     differ = {pair for pair, own, other in zip(pairs, ours, plain, strict=True) if own != other}
     assert differ == {("12", "12^{\\mathrm{th}} grade"), ("(0,9) \\cup (9,36)", "(0, 36) \\setminus \\{9\\}")}

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 import train
-from data import prepare, tiny_world
+from data import prepare
 from eval import load_problems
 from strategy import Strategy, format_strategy
 from tests.common import ROOT, TINY_BASE, ChatServer, luffy_row, read_metrics, tiny_rows, write_rows
-
-RUN_FLAGS = "--steps 1 --problems_per_step 2 --eval_every 0 --device cpu --sft_batch 4 --sft_epochs 1"
 
 
 def strong_model(rows, handler, body, number):
@@ -37,69 +35,32 @@ def run_bash(script, variables):
     return done.returncode, done.stdout
 
 
-def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
-    """runs/recipe.sh, which runs/paper_7b.sh and its like set the variables of, from raw rows to the comparison."""
-    rows = {row["problem"]: row for row in tiny_rows(14)}
-    raw = [{"question": row["problem"], "answer": row["answer"], "worked": row["solution"]} for row in rows.values()]
-    work, run = tmp_path / "work", partial(run_bash, "runs/recipe.sh")
-    with ChatServer(partial(strong_model, rows)) as server:
-        variables = {
-            "WORK": work, "MODEL": TINY_BASE, "LAUNCH": sys.executable, "BENCH_SOURCE": "none",
-            "EVAL_FILES": write_rows(tmp_path / "test.jsonl", [tiny_world.make_rows(0)["test"][0]]),
-            "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", raw),
-            "TRAIN_FLAGS": "--problem_column question --solution_column worked --count 12",
-            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 2",
-            "RUN_FLAGS": f"{RUN_FLAGS} --max_new_tokens 24", "EVAL_FLAGS": "--n 2 --max_new_tokens 24 --device cpu",
-        }  # fmt: skip
-        status, said = run(variables)
-        assert status == 0, said[-3000:]
-        asked = len(server.requests)
-        metrics = (work / "run/metrics.jsonl").read_bytes()
-        status, said = run(variables | {"LAUNCH": "echo"})  # nothing is asked, trained or evaluated again
-        assert status == 0 and len(server.requests) == asked >= 12 and (work / "run/metrics.jsonl").read_bytes() == metrics
-    assert {row.problem for row in load_problems(work / "strategies.jsonl")} <= set(rows)
-    first, *_, last = read_metrics(work / "run")
-    assert first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
-    assert all((work / name).exists() for name in ("base.json", "trained.json", "run/model/config.json"))
-    for changes, words in (
-        ({"TRAIN_FLAGS": None}, "the variable TRAIN_FLAGS is not set"),
-        ({"EVAL_FILES": None}, "the variable EVAL_FILES is not set"),
-        ({"TRAIN_FLAGS": "--count 9"}, "was made with other settings; name another WORK"),
-    ):
-        status, said = run(variables | changes)
-        assert status == 2 and words in said, said
-    shutil.rmtree(work / "run/model")  # training that SIGTERM ended: exit status 0, but there is no model
-    status, said = run(variables | {"LAUNCH": "true"})
-    assert status == 1 and "training goes on with what it began with" in said and "stopped before its end" in said
-    shutil.rmtree(work / "run")
-    status, said = run(variables | {"LAUNCH": "true", "STRATEGY_FLAGS": variables["STRATEGY_FLAGS"] + " --seed 9"})
-    assert status == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
-
-
 @pytest.mark.parametrize("few", [True, False])
 def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path, few):
-    """But if one of several rows fails, it goes on: exit status 3 of strategy.py."""
+    """But if one of several rows fails, it goes on: exit status 3 of strategy.py. LAUNCH only says what it would start."""
     rows = {row["problem"]: row for row in tiny_rows(6)}
-    first = next(iter(rows))
+    first, test = next(iter(rows)), write_rows(tmp_path / "test.jsonl", tiny_rows(20)[-1:])
 
     def script(handler, body, number):
         text = body["messages"][0]["content"]
         wanted = (first in text or "Score the" in text) if few else first not in text
         return strong_model(rows, handler, body, number) if wanted else "I cannot."
 
+    (tmp_path / "work/run/model").mkdir(parents=True)  # so that it goes on to the evaluation
     with ChatServer(script) as server:
         status, said = run_bash("runs/recipe.sh", {
-            "WORK": tmp_path / "work", "MODEL": "m", "LAUNCH": "true", "BENCH_SOURCE": "none",
-            "EVAL_FILES": write_rows(tmp_path / "test.jsonl", tiny_rows(20)[-1:]), "TRAIN_COMMAND": "jsonl",
-            "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())), "RUN_FLAGS": "", "EVAL_FLAGS": "",
-            "TRAIN_FLAGS": "--solution_column solution",
+            "WORK": tmp_path / "work", "MODEL": "m", "LAUNCH": "echo", "BENCH_SOURCE": "none", "EVAL_FILES": test,
+            "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
+            "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "--steps 1", "EVAL_FLAGS": "--n 2",
             "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 1 --rounds 1",
         })  # fmt: skip
-    assert status == 1 and "rows failed, reasons above" in said and ("4/5 warm-up" in said) != few
+    assert status == 1 and "rows failed, reasons above" in said
     assert ("fewer than half of the rows got a strategy" in said) == few
+    assert (f"--data {tmp_path}/work/strategies.jsonl --out {tmp_path}/work/run --resume --steps 1" in said) != few
+    assert (f"eval.py --model m --data {test} --out {tmp_path}/work/base.json --n 2" in said) != few
 
 
-def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
+def test_the_papers_recipe_runs_at_toy_size_on_two_ranks_and_passes_over_what_is_done(tmp_path):
     """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout to the table. The benchmarks are there."""
     rows, work = {row["problem"]: row for row in tiny_rows(14)}, tmp_path / "work"
     raw = [luffy_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
@@ -109,24 +70,43 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
         write_rows(work / f"bench/{name}.jsonl", group)
     sums = {file.name: {"sha256": prepare.sha256_of(file)} for file in (work / "bench").iterdir()}
     (work / "bench/manifest.json").write_text(json.dumps(sums))
+    run = partial(run_bash, "runs/paper_1p5b.sh")
     with ChatServer(partial(strong_model, rows)) as server:
-        status, said = run_bash("runs/paper_1p5b.sh", {
+        variables = {
             "WORK": work, "MODEL": TINY_BASE, "BENCH_SOURCE": tmp_path / "unread",
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
             "OPENR1": write_rows(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
-            "RUN_FLAGS": f"{RUN_FLAGS} --max_new_tokens 16", "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
-        })  # fmt: skip
+            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
+            "--sft_batch 4 --sft_epochs 1",
+            "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
+        }  # fmt: skip
+        status, said = run(variables)
         assert status == 0, said[-3000:]
-        assert len(server.requests) >= 12 * 5  # k = 5 candidates, the default
+        asked = len(server.requests)
+        results = {side: (work / f"{side}.json").read_bytes() for side in ("base", "trained")}
+        status, again = run(variables | {"LAUNCH": "echo"})
+        assert status == 0 and len(server.requests) == asked >= 12 * 5  # k = 5 candidates, the default
+    assert results == {side: (work / f"{side}.json").read_bytes() for side in results}
     train_rows = load_problems(work / "train/train.jsonl")
     assert len(train_rows) == 12 and all(row.solution.startswith("<think>\nhm\n</think>\n") for row in train_rows)  # kept
-    assert read_metrics(work / "run")[0]["ranks"] == 2
-    for side in ("base", "trained"):
-        result = json.loads((work / f"{side}.json").read_text())
-        assert {Path(file).stem for file in result["files"]} == set(prepare.BENCHMARKS)
+    first, *_, last = read_metrics(work / "run")
+    assert first["ranks"] == 2 and first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
+    assert all({Path(file).stem for file in json.loads(r)["files"]} == set(prepare.BENCHMARKS) for r in results.values())
     table = [line for line in said.splitlines() if line.startswith("|")]
     assert table[2].startswith(f"| {TINY_BASE} |") and table[3].startswith(f"| {work}/run/model |")
+    for changes, words in (
+        ({"TRAIN_FLAGS": "--count 9"}, "was made with other settings; name another WORK"),
+        ({"BENCH_SOURCE": "none", "EVAL_FILES": None}, "the variable EVAL_FILES is not set"),
+    ):
+        status, said = run(variables | changes)
+        assert status == 2 and words in said, said
+    shutil.rmtree(work / "run/model")  # training that SIGTERM ended: exit status 0, but there is no model
+    status, said = run(variables | {"LAUNCH": "true"})
+    assert status == 1 and "training goes on with what it began with" in said and "stopped before its end" in said
+    shutil.rmtree(work / "run")
+    status, said = run(variables | {"LAUNCH": "true", "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --seed 9"})
+    assert status == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
 
 
 @pytest.mark.parametrize("script", ["paper_7b", "paper_1p5b", "smoke"])
