@@ -115,13 +115,13 @@ FAMILIES |= {kind: (partial(from_the_list, kind), 1500) for kind in ("boxes", "h
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ten_thousand_hostile_answers_are_never_paid(name, eval_worker, tmp_path):
     (family, count), rng = FAMILIES[name], random.Random(name)
-    pairs = dict.fromkeys(family(rng) for _ in range(count))
+    pairs, timeouts = dict.fromkeys(family(rng) for _ in range(count)), eval_worker.timeouts
     assert len(pairs) > count / 2
     for gold, response in pairs:
         start = time.perf_counter()
         assert not is_correct(response.replace("CANARY", f"{tmp_path}/canary"), gold, eval_worker), (gold, response[:200])
         assert time.perf_counter() - start < eval_worker.timeout_s, (gold, response[:200])
-    assert eval_worker.timeouts == 0 and list(tmp_path.iterdir()) == []
+    assert eval_worker.timeouts == timeouts and list(tmp_path.iterdir()) == []
 
 
 def test_what_is_right_is_paid(eval_worker):
