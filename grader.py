@@ -3,40 +3,29 @@ r"""The grader, which is the reward of training and the verdict of evaluation: i
     with MathWorker() as worker:
         is_correct(r"Half of 7, so \boxed{\frac{7}{2}}.", "3.5", worker)      # True
 
-What it is not: a judge of the reasoning. No tolerance either: an answer rounded by the model is wrong.
+A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things, and
+a rounded answer is wrong. Plain numbers are compared exactly. Lists, intervals, matrices, equations and units are taken apart
+here. Only single expressions go to math-verify (0.9), which cannot be trusted alone: it reads 2(3) and "2 3" as 5, N as n,
+52_8 as 52, x' as x, and takes 10^{-20} for 0. One thing is still paid: an expression not worked out (2^{10} for 1024).
 
-A reward that pays for a wrong answer teaches it, so where two texts may mean different things the verdict is "wrong",
-and forms that models rarely write are not looked into. Plain numbers are compared exactly. Lists, intervals, matrices,
-equations and units are taken apart here. Only a single expression goes to math-verify (0.9), which cannot be trusted
-alone: it reads 2(3) and "2 3" as 5, N as n, 52_8 as 52, x' as x, and takes 10^{-20} for 0. It needs a process of its
-own: its signal.alarm fails off the main thread, and a power tower runs for ever.
-
-What still pays, as everywhere in the field: an expression that is equal to the answer but was never evaluated (2^{10}
-for 1024).
-
-Imports no sibling, and math-verify in the child process only: copy this file alone.
+Imports no sibling: copy this file alone.
 """
 
-import inspect
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from multiprocessing import Pipe
+from multiprocessing.connection import wait
 
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
-
-# -------------------------------------------------------------------------------------------- finding the answer
-
-# The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the number that was meant.
+# The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the whole number.
 _BOX = re.compile(r"\\boxed\s*\{|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)|\\.|[{}]", re.DOTALL)
-_HASH = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 # A lookahead, so that a second statement on the same line is found as well.
 _STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]*(?=([^\n]{0,300}))", re.IGNORECASE)
 
@@ -44,16 +33,15 @@ _STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]
 def extract_answer(text: str) -> str | None:
     r"""The final answer that a response gives, as text, or None.
 
-    In this order: the last balanced \boxed{...} with something in it (\fbox is no answer, nor is a box that never
-    closes), else the last GSM8K line "#### x", else the last stated one ("The final answer is x.", "Answer: x").
+    The last \boxed{...} that closes and is not empty, else GSM8K's last "#### x", else the last "answer is x" or "Answer: x".
     """
-    # Behind the last </think> first, else anywhere: a box inside thoughts counts, as it does for verl and LUFFY.
+    # First after the last </think>, then anywhere: a box inside the thoughts counts, as it does for verl and LUFFY.
     parts = [text.rpartition("</think>")[2], text] if "</think>" in text else [text]
     return next(filter(None, (_last_box(part) or _last_line(part) for part in parts)), None)
 
 
 def _last_box(text: str) -> str | None:
-    # One pass with a stack: a degenerate response of ten thousand "\boxed{" must not cost a scan each.
+    # One pass with a stack, so that ten thousand "\boxed{" do not cost a scan each.
     answer, open_groups = None, []
     for match in _BOX.finditer(text):
         token = match[0]
@@ -70,19 +58,18 @@ def _last_box(text: str) -> str | None:
 
 def _last_line(text: str) -> str | None:
     # "####" is a Markdown heading as well ("#### Step 2: solve"): an answer has a digit and few words.
-    for found in map(_undress, reversed(_HASH.findall(text))):
+    for found in map(_undress, reversed(re.findall(r"(?<!#)####(?!#)[ \t]*([^\n]*)", text))):
         if re.search("[0-9]", found) and len(re.findall("[A-Za-z]{3,}", found)) <= 2:
             return found
     for found in reversed(_STATED.findall(text)):
-        sentence = re.split(r"(?<=\S)\.(?=\s|$)(?! ?\.)", found, maxsplit=1)[0]  # "3.5 m." keeps its decimal point
-        if _undress(sentence):
-            return _undress(sentence)
+        if answer := _undress(re.split(r"(?<=\S)\.(?=\s|$)(?! ?\.)", found, maxsplit=1)[0]):  # "3.5 m." keeps its point
+            return answer
     return None
 
 
 def _undress(text: str) -> str:
     """Without outer blanks, emphasis, a final period, and math delimiters around the whole."""
-    # One period: the three of "3.14..." say that the number goes on.
+    # One period only: the three of "3.14..." say that the number goes on.
     text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*`").strip()).strip()
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(left) : -len(right)]
@@ -91,28 +78,17 @@ def _undress(text: str) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------- the child process
-
-
-# What the child needs of our environment to find its packages. No more: tokens and keys have no business in a process
-# that reads what a model wrote.
-_CHILD_ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
-
-
 class MathWorker:
-    """math-verify in a child process with bounded time and memory, started at the first question (about 1 s).
+    """math-verify in a child process, started at the first question (about 1 s). For one thread.
 
-    timeout_s: wall-clock limit of one question, and of all questions about one answer; at the limit the child is killed,
-    and the next question starts a new one. memory_bytes: address space of the child (sympy alone takes about 150 MB).
-    `timeouts` counts the questions lost to a limit or a crash; log it, because each one was graded wrong. One per process,
-    no threads; close it or use with. RuntimeError where the child cannot start at all (math-verify missing): grading
-    everything wrong would hide that.
+    timeout_s: limit for all questions about one answer; at the limit the child is killed, and the next question starts a new
+    one. memory_bytes: the child's address space (sympy alone takes about 150 MB). `timeouts` counts the questions lost to a
+    limit or a crash: log it, because each was graded wrong. RuntimeError if the child cannot start at all.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
         self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
-        self.timeouts = 0
-        self._process, self._pipe = None, None
+        self.timeouts, self._process = 0, None
 
     def __enter__(self) -> "MathWorker":
         return self
@@ -123,64 +99,44 @@ class MathWorker:
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
-            self._pipe.close()
-            self._process = self._pipe = None
-
-    def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
-        """Whether math-verify takes two LaTeX expressions (no delimiters) for the same. No verdict: TimeoutError.
-
-        limit_s: what is left of the limit where this is not the first question about an answer.
-        """
-        self.start()
-        limit_s = self.timeout_s if limit_s is None else limit_s
-        try:
-            # JSON there and one byte back. Connection's send and recv would pickle, and who reads a pickle runs it.
-            self._pipe.send_bytes(json.dumps([gold, prediction]).encode())
-            if self._pipe.poll(max(limit_s, 0)):
-                return self._pipe.recv_bytes(1) == b"="
-        except (EOFError, OSError):
-            pass
-        self.timeouts += 1
-        self.close()
-        raise TimeoutError(f"no verdict within {limit_s:.1f} s on {gold!r} against {prediction!r}")
+            self._process.communicate()  # waits for its end and closes both pipes
+            self._process = None
 
     def start(self) -> None:
         """Start the child unless it runs; equal does it too."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()  # it may have died between two questions
-        # A fresh interpreter that gets the child's function as source: importing this file there would import torch
-        # (seconds, gigabytes of address space), and a fork would copy a process that may hold threads and a GPU.
-        source = inspect.getsource(_worker_main) + "\n\n_worker_main()\n"
-        limits = [str(self.memory_bytes), str(math.ceil(self.timeout_s) + 2)]
-        environment = {name: os.environ[name] for name in _CHILD_ENVIRONMENT if name in os.environ}
-        self._pipe, child_end = Pipe()
-        with child_end:
-            end = child_end.fileno()
-            # The hash seed sets the order in which sympy tries its rules, and so the time it takes: keep it the same.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", source, str(end), *limits], pass_fds=[end],
-                env=environment | {"PYTHONHASHSEED": "0"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-        try:
-            self._pipe.recv_bytes(1)  # the child is ready
-        except (EOFError, OSError):
+        # Not in this process: math-verify's signal.alarm fails off the main thread, and a power tower never ends.
+        command = [sys.executable, "-P", __file__, str(self.memory_bytes), str(int(self.timeout_s) + 3)]
+        # What it needs to find its packages, and no tokens or keys: it reads what a model wrote.
+        names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
+        environment = {name: os.environ[name] for name in names if name in os.environ}
+        environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
+        self._process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        if self._process.stdout.read(1) != b"!":
             self.close()
-            raise RuntimeError("the grader's process did not start (no math-verify?), its error is above") from None
+            raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
+
+    def equal(self, gold: str, prediction: str, limit_s: float) -> bool:
+        """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none within limit_s."""
+        self.start()
+        try:
+            self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
+            if wait([self._process.stdout], max(limit_s, 0)) and (verdict := self._process.stdout.read(1)):
+                return verdict == b"="
+        except BrokenPipeError:
+            pass
+        self.timeouts += 1
+        self.close()
+        raise TimeoutError(f"no verdict within {limit_s:.1f} s on {gold!r} against {prediction!r}")
 
 
-def _worker_main() -> None:
-    """Runs in the child only, without the rest of this file: answers [gold, prediction] until the pipe closes."""
-    import json
-    import logging
-    import os
+def _child(memory_bytes: int, alarm_s: int) -> None:
+    """Read [gold, prediction], a line of JSON each, and answer "=" or "/", until standard input ends."""
     import resource
-    import signal
-    import sys
-    from multiprocessing.connection import Connection
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's business; when it ends, so does the pipe
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's business; when it ends, so does the input
         signal.signal(number, signal.SIG_IGN)
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -191,41 +147,36 @@ def _worker_main() -> None:
 
     def equal(*texts: str) -> bool:
         g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
-        # 60 digits: the 6 and 15 that it takes by default drop 10^{-20}, and take 3e-9 pi for 5e-9 pi.
+        # 60 digits: its defaults, 6 and 15, drop 10^{-20} and take 3e-9 pi for 5e-9 pi.
         return bool(g and p) and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)
 
-    pipe, memory, alarm = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
-    logging.disable(logging.CRITICAL)
-    # One comparison to load what sympy and antlr import late: not on the clock of the first question.
+    # Up to here errors show on the terminal. What the parser says about bad texts must not, nor be taken for a verdict.
+    verdicts, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
-    # A file that it writes stays empty, and a crash leaves no core: nothing here has a reason to write.
-    for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    # Nothing here has a reason to write: files stay empty, and a crash leaves no core.
+    for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
-    os.dup2(1, 2)  # up to here an error shows on the terminal; what the parser says about each bad text must not
-    pipe.send_bytes(b"!")
-    while True:
+    os.write(verdicts, b"!")
+    for line in sys.stdin.buffer:
+        signal.alarm(alarm_s)  # its default action is death: if the parent is gone, no power tower outlives it for long
         try:
-            question = json.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        signal.alarm(alarm)  # its default action is death: with the parent gone, no power tower outlives it for long
-        try:
-            verdict = equal(*question)
+            verdict = equal(*json.loads(line))
         except MemoryError:
-            os._exit(1)  # sympy's caches may hold the memory: a fresh process is the only way to get it back
+            os._exit(1)  # sympy's caches may hold the memory: only a fresh process gets it back
         except Exception:  # whatever sympy raises on text that a model made up, it is not the answer
             verdict = False
         signal.alarm(0)
-        pipe.send_bytes(b"=" if verdict else b"/")
+        os.write(verdicts, b"=" if verdict else b"/")
 
-
-# -------------------------------------------------------------------------------------------- one notation
 
 _SYMBOLS = str.maketrans({
     "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≈": r"\approx ", "∪": r"\cup ", "’": "'", "′": "'", "…": r"\dots ",
 })  # fmt: skip
-# In this order, each from several ways of writing a thing to one: _clean's notation.
+# Applied in this order. Each brings several spellings of a thing to one.
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
     (r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|pi|text|displaystyle)(?![A-Za-z]))", r"\\"),  # escaped twice: \\frac{1}{2}
@@ -278,7 +229,7 @@ def _balanced(text: str) -> bool:
 
 
 def _split(text: str, separators: str) -> list[str]:
-    """[part, separator, part, ...], cut where `separators` (a regular expression) match outside all brackets."""
+    """[part, separator, part, ...], cut at each match of `separators` (a regular expression) outside all brackets."""
     cuts, depth, last = [], 0, 0
     for token in re.finditer(rf"{_BRACKET}|({separators})|\\.", text):
         depth += bool(token[1]) - bool(token[2])
@@ -295,7 +246,7 @@ def _key(text: str) -> str:
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
     if option := re.fullmatch(r"\(?([A-Z])\)?", text):  # (C), \text{(C)} and C
         return option[1]
-    # Folding stops short of single letters and pairs, which may be symbols (n and N, AB and ab). "No" is a word.
+    # Single letters and pairs keep their case, because they may be symbols (n and N, AB and ab). "No" is a word.
     if "\\" not in text and (re.search("[A-Za-z]{3}", text) or text.lower() == "no"):
         return text.casefold()
     return text
@@ -306,15 +257,10 @@ _NUMBER = re.compile(rf"([+-]?) ?(?:([0-9]+) )?([+-]?{_DECIMAL}(?:[eE][+-]?[0-9]
 
 
 def _number(text: str) -> Fraction | None:
-    r"""The exact value of a plain number, None for anything else.
-
-    Integers and decimals, with thousands separators and leading zeros; a/b and \frac{a}{b}; mixed numbers 1 4/5 and
-    1\frac{4}{5} where the fraction is proper; 2.5 \times 10^{-3} and 2.5e-3.
-    """
+    r"""The value of 1,234.50, 045, a/b, \frac{a}{b}, 1 4/5, 1\frac{4}{5}, 2.5 \times 10^{-3} or 2.5e-3; None for all else."""
     text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
-    match = _NUMBER.fullmatch(text)
-    if not match:
+    if not (match := _NUMBER.fullmatch(text)):
         return None
     sign, whole, *ratio = match.groups()
     top, bottom = (Fraction((part or "1").replace(",", "")) for part in ratio)
@@ -324,13 +270,13 @@ def _number(text: str) -> Fraction | None:
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
-# What may stand behind: % or °, a base, words in \text{}, bare words (a few short ones, or four letters and more: the
-# letters of "2 abc" are variables). No comma and no apostrophe: "7\text{ wait, eight}" is no 7.
+# A number's unit: % or °, a base, words in \text{}, bare words (a few short ones, or four letters and more: the letters of
+# "2 abc" are variables). No comma and no apostrophe: "7\text{ wait, eight}" is not 7.
 _UNIT = re.compile(
     r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[A-Za-z .()/^-]+\}|(?<=[0-9}] )"
     r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
 )
-# Words that change the number in front of them, or say that it is not the one answer.
+# Words that change the number before them, or say that it is not the one answer.
 _NO_UNIT = re.compile(
     r"\b(?:[a-z]*illion(?:th)?|thousand|hundred|dozen|score|gross|hal(?:f|ve|ved)|third|quarter"
     r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand)th|zero|one|two|three|four|five|six"
@@ -353,12 +299,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     core, unit = match.groups()
     if not unit.startswith(("%", r"\text")) and _number(core) is None:  # \sin 30°, and 2\pi meters may be a product
         return text, ""
-    # Case is folded in words only (mW is not MW), and a plural's s is dropped from words only (s and ms are seconds).
+    # Words lose their case (mW is not MW) and a plural's s (s and ms are seconds); shorter units keep both.
     unit = re.sub("[A-Za-z]{4,}", lambda word: word[0].lower(), re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit))
     return core, re.sub("(?<=..)s$", "", unit)
-
-
-# -------------------------------------------------------------------------------------------- the verdict
 
 
 def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
@@ -368,12 +311,10 @@ def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
 
 
 def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
-    r"""Whether two answers are the same, the second being the reference.
-
-    Decisions, each ours and each in the tests' table:
+    r"""Whether two answers are the same, the second being the reference. Our decisions, all in the tests' table:
       numbers   exact: 0.333333 is not 1/3, and 3.14159265 is not \pi
       percent   for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
-      units     ignored where one side has none; else the same words. Cents for dollars is wrong; no conversion
+      units     ignored if one side has none; else the same words. Cents for dollars is wrong; no conversion
       bases     the base of the reference 52_8 may be left out, never changed or added
       lists     bare lists, {...} and unions are sets with multiplicity; "or" is a comma; lists of words are ordered
       brackets  tuples and intervals must agree in both: (1,2) is not [1,2], {1,2} or a bare 1, 2
@@ -387,30 +328,26 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     if a is not None and b is not None:  # most comparisons end here, without any cleaning
         return a == b
     gold, prediction = _clean(answer), _clean(prediction)
-    if not gold or not prediction or not (_balanced(gold) and _balanced(prediction)):
+    if not (_balanced(gold) and _balanced(prediction)):
         return False
+    deadline = None
+
+    def ask(g: str, p: str) -> bool:
+        # One limit for all questions about an answer: two lists of ten items ask a hundred.
+        nonlocal deadline
+        worker.start()  # its second is not on the clock
+        deadline = deadline or time.monotonic() + worker.timeout_s
+        return worker.equal(g, p, deadline - time.monotonic())
+
     try:
-        return _same(gold, prediction, _one_limit(worker))
+        return _same(gold, prediction, ask)
     except TimeoutError:
         return False
 
 
-def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
-    """worker.equal for all questions about one answer, with the limit of one: two lists of ten items ask a hundred."""
-    deadline = None
-
-    def ask(gold: str, prediction: str) -> bool:
-        nonlocal deadline
-        worker.start()  # its second is not on the clock
-        deadline = deadline or time.monotonic() + worker.timeout_s
-        return worker.equal(gold, prediction, deadline - time.monotonic())
-
-    return ask
-
-
 def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """Two cleaned answers, taken apart level by level. `ask` judges single expressions; it may raise TimeoutError."""
-    if not gold or not prediction:  # nothing stands beside "="
+    """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
+    if not gold or not prediction:  # an empty answer, or an empty side of "="
         return False
     if _key(gold) == _key(prediction):
         return True
@@ -435,24 +372,18 @@ def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     return True
 
 
-# x = ..., f^{-1}(x) = ..., (x, y) = ..., x \in ...; but SRAC = LRAC and A = C are statements, which LRAC and C do not
-# answer, and who writes \log(x) = 2 has not solved for x
+# x = ..., f^{-1}(x) = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not
+# answer them. Not \log(x) = 2 either: that has not been solved for x.
 _NAMED = re.compile(
     r"(\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|sin|cos|tan|cot|sec|csc|not)\b)[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\^\{-1\})?"
-    r"(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in\b)"
-    r"(?! ?[A-Za-z]{2,}$| ?(?:\\text ?\{)?\(?[A-E]\)?\}?$) ?(.+)"
+    r"(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{2,}$| ?(?:\\text ?\{)?\(?[A-E]\)?\}?$) ?(.+)"
 )
-_MATRIX = re.compile(r"\\begin\{[pbB]?(?:small)?matrix\}(.*)\\end\{[pbB]?(?:small)?matrix\}")
 # What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
 _WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots")
 
 
 def _structure(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of a cleaned answer.
-
-    The kind is "item" for one thing, "list", the brackets of a tuple or interval as in "(]", a matrix's shape, or the
-    sign between the parts ("=", "<", a union's) where the whole is an equation, an inequality or a union.
-    """
+    """(kind, parts) of a cleaned answer: "item", "list", brackets such as "(]", a matrix's shape, or a sign such as "="."""
     if _number(_split_unit(text)[0]) is not None:  # 1,234 is not a list
         return "item", [text]
     if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
@@ -465,8 +396,9 @@ def _structure(text: str) -> tuple[str, list[str]]:
     if len(parts) > 1:
         signs = parts[1::2]
         return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
-    if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[1]:
-        rows = [row.split("&") for row in matrix[1].split(r"\\") if row.strip()]
+    matrix = r"\{[pbB]?(?:small)?matrix\}"
+    if (cells := re.fullmatch(rf"\\begin{matrix}(.*)\\end{matrix}", text)) and r"\begin" not in cells[1]:
+        rows = [row.split("&") for row in cells[1].split(r"\\") if row.strip()]
         return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
     return "item", [text]
 
@@ -474,30 +406,25 @@ def _structure(text: str) -> tuple[str, list[str]]:
 def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(g), _number(p)
-    if g_unit != p_unit:
-        if (g_unit and p_unit) or p_unit[:1] == "_":  # cents for dollars; a base that the reference does not have
-            return False
-        if "%" in (g_unit, p_unit):
-            if a is None or b is None:
-                return False
-            return b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1)
-    if a is not None and b is not None:
+    numbers = a is not None and b is not None
+    if g_unit != p_unit and ((g_unit and p_unit) or p_unit[:1] == "_"):  # cents for dollars; a base out of nowhere
+        return False
+    if g_unit != p_unit and "%" in (g_unit, p_unit):
+        return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
+    if numbers:
         return a == b
     return _key(g) == _key(p) or _symbolic_equal(g, p, ask)
 
 
-# What math-verify is asked about: plain expressions, in these commands and characters. Of others it drops some (it reads
-# 7"8 as 78 and \phantom{7} as 7) and reads some its own way: of (8 = 7) it takes the last side. No sums, integrals and
-# limits: they are no final answers, and can take for ever.
-_COMMANDS = frozenset(
-    r"""frac sqrt binom cdot times div pi lfloor rfloor lceil rceil
-    log ln exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh
-    alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega
-    Gamma Delta Theta Lambda Sigma Phi Psi Omega""".split()
+# math-verify is asked only about plain expressions in these characters and commands. It reads 7"8 as 78 and \phantom{7} as 7,
+# of (8 = 7) it takes the last side, and sums, integrals and limits, which are no final answers, can take for ever.
+_PLAIN = re.compile(
+    r"(?:[A-Za-z0-9 +*/^_(){}\[\]!|.-]|\\(?:frac|sqrt|binom|cdot|times|div|pi|lfloor|rfloor|lceil|rceil|log|ln|exp|(?:arc)?sin"
+    r"|(?:arc)?cos|(?:arc)?tan|cot|sec|csc|sinh|cosh|tanh|alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda"
+    r"|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
 )
-_CHARACTERS = re.compile(r"[A-Za-z0-9 +*/^_(){}\[\]!|.\\-]*")
-# What it misreads of these: **, !!, and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8,
-# 1e-5, 2\frac{3}{2}, \frac{1}{2}35, {2}{3}, 2[3]). Last, what it would compute for minutes.
+# Even of these it misreads **, !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
+# 2\frac{3}{2}, \frac{1}{2}35, {2}{3}, 2[3]). The last two are what it would compute for minutes.
 _MISREAD = re.compile(
     r"\*\*|//|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]|\\frac.*\} ?[0-9]"
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
@@ -505,25 +432,19 @@ _MISREAD = re.compile(
 )
 
 
-def _exact(decimal: re.Match) -> str:
-    """2.5 as \\frac{25}{10}: math-verify would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5."""
-    return rf"\frac{{{decimal[1]}{decimal[2]}}}{{1{'0' * len(decimal[2])}}}"
-
-
 def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """math-verify's verdict on two expressions, for those that it reads as they are meant."""
-    expressions, letters = [], []
+    """math-verify's verdict on two expressions, False if it may misread one of them."""
+    expressions = []
     for text in (gold, prediction):
-        if not (_CHARACTERS.fullmatch(text) and _COMMANDS.issuperset(re.findall(r"\\([A-Za-z]*)", text))):
+        if not _PLAIN.fullmatch(text) or _WORDS.search(text) or _MISREAD.search(text):
             return False
-        if _WORDS.search(text) or _MISREAD.search(text):
-            return False
-        text = re.sub(r"(?<![0-9.^_{A-Za-z])([0-9]+(?:\.[0-9]+)?) ?\(", r"\1 \\cdot (", text)  # 2(3) would be 5
-        # 5 too would be (2)(3) and \frac{2}{1}(3)
+        # Of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
+        text = re.sub(r"(?<![0-9.^_{A-Za-z])([0-9]+(?:\.[0-9]+)?) ?\(", r"\1 \\cdot (", text)
         text = re.sub(r"(\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\}) ?(?=[(0-9])", r"\1 \\cdot ", text)
-        expressions.append(re.sub(r"([0-9]+)\.([0-9]+)", _exact, text))
-        letters.append(set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text))))
-    g, p = letters
+        # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
+        text = re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}}", text)
+        expressions.append(text)
+    g, p = (set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text))) for text in (gold, prediction))
     if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
@@ -543,3 +464,7 @@ def why_unusable(answer: str) -> str:
         "cannot be read as numbers, an expression or a few words": re.search(torn, text),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+if __name__ == "__main__":  # in the child process of MathWorker
+    _child(int(sys.argv[1]), int(sys.argv[2]))

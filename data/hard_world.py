@@ -4,17 +4,17 @@
 
 makes data/hard again: the rows and base/, as tiny_world.py does for data/tiny, whose operations and trainer are used here.
 
-Why it is there. In the tiny world all right responses look alike, so it makes no difference which of them is the target, and no
-token is one the policy would never write. The paper's reachable target and KL clip are about guided trajectories that the
-policy would never produce alone. Here are such trajectories.
+Why it is there. In the tiny world all right responses look alike: it makes no difference which of them is the target, and there
+is no token that the policy would never write. The paper's reachable target and KL clip are about guided trajectories that the
+policy would never produce alone. This world has them.
 
 Two ways. A guided response takes the plain way or, half the time, the detour; both are right.
     plain     kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}
     detour    by the strategy add 3 4 = 7, double 7 = 4, max 4 3 = 4. \\boxed{4}
 Alone the base model takes the detour with probability 0.02, and that first token has d_t = 1.27, above delta = 1. The detour is
-a trap: it names the strategy and not the machine's words, and with no strategy in view the base model picks each operation by a
-coin (39 % right answers, and the plain way's 44 % are soon more). To do better it would have to look back for the words in the
-problem, which a model this small learns slowly. Imitating the detour is imitating the words of someone who can see more.
+a trap: it names the strategy and not the machine's words, and without a strategy the base model tosses a coin for each
+operation (39 % right answers; the plain way's 44 % soon become more). To do better it would have to look back for the words in
+the problem, which a model this small learns slowly. Imitating the detour is imitating someone who can see more.
 
 Type mixes. A machine's name is three words. The first decides between add and subtract, the second between double and
 increment, the third between larger and smaller; the hidden table says how. A family is one mix of three words. 32 families are
@@ -29,11 +29,11 @@ trained on; mixes.jsonl has 32 others, of the same words.
 Half of the low-quality strategies mislead (one to three steps name the wrong operation), half are incomplete (one or two steps
 are missing or say nothing). A row does not say which it is: compare it with train.jsonl.
 
-The base model follows a strategy wherever it says something. Where it says nothing, and alone, it knows each word's choice
-with probability KNOWN = 0.55 in the plain way, and not at all in the detour.
+The base model follows a strategy whenever it says something. Otherwise it knows each word's choice with probability
+KNOWN = 0.55 in the plain way, and not at all in the detour.
 
-What it is not: natural language, or evidence about large models. The ways, their shares and the trap are put in by hand, after
-the paper's argument; what the methods make of them is not.
+It is not natural language, nor evidence about large models. We put in the ways, their shares and the trap by hand, after the
+paper's argument; what the methods make of them we did not.
 """
 
 import random
@@ -71,8 +71,11 @@ def word_choices(seed: int) -> dict[str, int]:
 
 
 def families(seed: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) names. A pair of shifts (s, t) makes eight names, word i with i + s and i + t, and so uses every
-    word once: the shares of the words are equal in both lists, and different pairs have no name in common."""
+    """(training, held-out) names.
+
+    A pair of shifts (s, t) makes eight names, word i with i + s and i + t, and so uses every word once: all words are equally
+    frequent in both lists, and different pairs have no name in common.
+    """
     n = len(WORDS[0])
     shifts = random.Random(f"families {seed}").sample(list(product(range(n), range(n))), 2 * FAMILIES // n)
     names = [f"{WORDS[0][i]} {WORDS[1][(i + s) % n]} {WORDS[2][(i + t) % n]}" for s, t in shifts for i in range(n)]
@@ -125,7 +128,7 @@ def make_rows(seed: int) -> dict[str, list[dict]]:
     for rows in files.values():
         random.Random(f"order {seed}").shuffle(rows)
     order = random.Random(f"low {seed}").sample(range(len(files["train"])), len(files["train"]))
-    for file, share in LOW.items():  # the first so many of one order, so that the smaller share lies in the larger
+    for file, share in LOW.items():  # the first of one order, so that the smaller share lies in the larger
         low = {index: place for place, index in enumerate(order[: round(share * len(order))])}
         files[f"train-{file}"] = [
             lower_quality(row, misleading=low[i] % 2 == 0, truth=truth, seed=seed) if i in low else row
@@ -164,17 +167,19 @@ def build_tokenizer():
     for name in map(" ".join, zip(*WORDS, strict=True)):
         for choices in ((0, 0, 0), (1, 1, 1)):
             texts.append(guided_messages(problem_text(name, 0, 0), strategy_of(name, choices))[0]["content"])
-            texts.append(respond(name, choices, 0, 0)[0])  # the detour's words stand in the prompt
+            texts.append(respond(name, choices, 0, 0)[0])  # the detour's words are in the prompt
     return word_tokenizer(texts)
 
 
 def base_example(rng: random.Random, truth: dict[str, int]) -> tuple[list[dict], str]:
-    """One (chat messages, response): half of them guided by a strategy of random choices, of these one in five with steps
-    left open; half unguided. Names are of all mixes of words: what is held out is held out of RL, as with a real model."""
+    """One (chat messages, response): half are unguided, half guided by random choices, of these one in five with open steps.
+
+    Names are of all mixes of words: what is held out is held out of RL, as with a real model.
+    """
     name, x, y = " ".join(rng.choice(words) for words in WORDS), rng.randrange(10), rng.randrange(10)
     guided = rng.random() < 0.5
     detour = rng.random() < (DETOUR_GUIDED if guided else DETOUR_ALONE)
-    # what it does where it is not told: half knowledge in the plain way, a coin in the detour
+    # what it does when it is not told: half knowledge in the plain way, a coin in the detour
     known = 0.5 if detour else KNOWN
     choices = tuple(right if rng.random() < known else 1 - right for right in true_choices(name, truth))
     messages = auto_messages(problem_text(name, x, y))

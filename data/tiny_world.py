@@ -5,22 +5,22 @@
 makes data/tiny again: train.jsonl, valid.jsonl, test.jsonl, and base/, a Hugging Face folder with the trained base model and
 its tokenizer. The rows are the same bytes on every machine; the weights agree to floating-point noise.
 
-The world. A problem names a machine and two digits. Every machine makes three choices that its name does not give away: add
-or subtract the inputs, double or increment the value, keep the larger or the smaller of the value and the first input, all
-modulo ten. The strategy says which three, and contains no digit. A right response carries them out one by one.
+A problem names a machine and two digits. Every machine makes three choices that its name does not give away: add or subtract
+the inputs, double or increment the value, keep the larger or the smaller of the value and the first input, all modulo ten. The
+strategy says which three, and contains no digit. A right response carries them out one by one.
 
 The base model mirrors an instruct model. Given a strategy it carries it out, whatever it says. Given none it half knows each
 machine: at each choice it takes the right operation with probability KNOWN = 0.55. It never saw the machines' true choices
 more clearly than that, so to do better it has to learn from rewards or from its guided self.
 
-Why choices between two: a token is dropped by the KL clip when d_t > 1. With a confident guided side d_t = -log of the unguided
-probability, so a right operation with probability under e^-1 = 0.37 is an outlier. One choice out of eight (d_t = ln 8 = 2.08)
-would learn nothing at the paper's delta = 1.
+Why choices between two: the KL clip drops a token when d_t > 1. If the guided side is sure, d_t is -log of the unguided
+probability, so a right operation with a probability under e^-1 = 0.37 is dropped. From one choice out of eight
+(d_t = ln 8 = 2.08) nothing would be learned at the paper's delta = 1.
 
 The solutions are a strong model's: terse. They name the operations and the answer and skip the arithmetic, which the tiny
 model has to write out to get right. Imitating them teaches answers, not method: as the paper says of expert traces.
 
-What it is not: natural language (see starter.py for that). The tokenizer knows the words of this file and no others.
+It is not natural language (starter.py is). The tokenizer knows the words of this file and no others.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From raw data to table, for the variables that runs/paper_7b.sh, paper_1p5b.sh or smoke.sh set: benchmarks and training data,
-# strategies, SFT warm-up and SGPO, evaluation, table. Every step can be cut off: the same command goes on from there, and a step
-# that is finished is passed over. Not meant to be run by itself. Paths are taken from the repository's root.
+# From raw data to table: benchmarks and training data, strategies, SFT warm-up and SGPO, evaluation, table. Start
+# runs/paper_7b.sh, paper_1p5b.sh or smoke.sh, which set the variables. A run that was cut off goes on with the same command, and
+# passes over every step that is finished. Paths are taken from the repository's root.
 #
 #   BENCH_SOURCE    hub, a folder with the benchmarks' files, or none: then EVAL_FILES are what is evaluated
-#   TRAIN_COMMAND   data/prepare.py's command for TRAIN_SOURCE, with TRAIN_FLAGS; TRAIN_PART names the file that it writes, where
+#   TRAIN_COMMAND   data/prepare.py's command for TRAIN_SOURCE, with TRAIN_FLAGS; TRAIN_PART names the file that it writes if
 #                   that is not train.jsonl (mawps: singleop)
 #   STRATEGY_FLAGS  strategy.py's, or none: the rows have strategies
 #   LAUNCH          what starts train.py and eval.py. On several nodes something that starts all of them, such as

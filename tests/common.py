@@ -280,32 +280,20 @@ def _eval_row(i=1, **changes):
     return {key: value for key, value in row.items() if value is not ...}
 
 
-def _starter_data():
-    """The repository's data folder: next to this file, or where the tests are run."""
-    return ROOT / "data"
-
-
 def _starter_rows(*names):
     """The committed rows of the named files, one list."""
-    return [json.loads(line) for name in names for line in open(_starter_data() / "starter" / f"{name}.jsonl")]
+    return [json.loads(line) for name in names for line in (ROOT / f"data/starter/{name}.jsonl").read_text().splitlines()]
 
 
 def _starter_family(row):
     return re.fullmatch(r"starter-(.+)-\d+", row["id"])[1]
 
 
-def _prepare_write(path, rows):
-    """A jsonl file; a str among the rows is written as it stands."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-SYSTEM_MESSAGE = {"role": "system", "content": "Your task is to follow a systematic, thorough reasoning process."}
-
-
-def _openr1_row(problem, answer, target, system=True):
+def luffy_row(problem, answer, target, system=True):
+    """A row as LUFFY publishes OpenR1-Math."""
+    message = {"role": "system", "content": "Your task is to follow a systematic, thorough reasoning process."}
     return {
-        "data_source": "openr1", "prompt": [SYSTEM_MESSAGE] * system + [{"role": "user", "content": problem}],
+        "data_source": "openr1", "prompt": [message] * system + [{"role": "user", "content": problem}],
         "target": target and [{"role": "assistant", "content": target}], "ability": "math",
         "reward_model": {"ground_truth": answer, "style": "rule"}, "extra_info": {"index": 0, "split": "default"},
     }  # fmt: skip

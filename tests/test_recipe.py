@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import train
-from data import prepare, tiny_world
+from data import prepare
 from eval import load_problems
 from strategy import Strategy, format_strategy
-from tests.common import ROOT, TINY_BASE, ChatServer, _openr1_row, _prepare_write, read_metrics, tiny_rows, write_rows
+from tests.common import ROOT, TINY_BASE, ChatServer, luffy_row, read_metrics, tiny_rows, write_rows
 
 
 def strong_model(rows, handler, body, number):
-    """For ChatServer: answers with the row's own strategy, and with 0.8 for every criterion where it is asked for scores."""
+    """For ChatServer: answers with the row's own strategy, and with 0.8 for every criterion if it is asked for scores."""
     text = body["messages"][0]["content"]
     if "Score the attempts" in text:
         return "\n".join(f"{i}: 0.8 0.8 0.8 0.8" for i in range(1, text.count("<candidate ") + 1))
@@ -27,122 +27,86 @@ def strong_model(rows, handler, body, number):
     return format_strategy(Strategy.from_dict(strategy))
 
 
-def test_the_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
-    """runs/recipe.sh, which runs/paper_7b.sh and its like set the variables of, from raw rows to the comparison."""
-    rows = {row["problem"]: row for row in tiny_rows(14)}
-    raw = [{"question": row["problem"], "answer": row["answer"], "worked": row["solution"]} for row in rows.values()]
-    test = write_rows(tmp_path / "test.jsonl", [tiny_world.make_rows(0)["test"][0]])
-
-    with ChatServer(partial(strong_model, rows)) as server:
-        variables = {
-            "WORK": tmp_path / "work", "MODEL": TINY_BASE, "PYTHON": sys.executable, "LAUNCH": sys.executable,
-            "BENCH_SOURCE": "none", "EVAL_FILES": test, "TRAIN_COMMAND": "jsonl",
-            "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", raw),
-            "TRAIN_FLAGS": "--problem_column question --solution_column worked --count 12",
-            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 2",
-            "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 24 --eval_every 0 --device cpu "
-            "--sft_batch 4 --sft_epochs 1",
-            "EVAL_FLAGS": "--n 2 --max_new_tokens 24 --device cpu",
-        }  # fmt: skip
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-        asked = []
-        for _ in range(2):
-            done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            asked.append(len(server.requests))
-        assert asked[0] == asked[1] >= 12
-    assert "the run in" in done.stdout and "is finished" in done.stdout
-    assert {row.problem for row in load_problems(tmp_path / "work/strategies.jsonl")} <= set(rows)
-    first, *_, last = read_metrics(tmp_path / "work/run")
-    assert first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
-    for name in ("base.json", "trained.json", "run/model/config.json"):
-        assert (tmp_path / "work" / name).exists()
-
-    def refused(**changes):
-        now = {name: value for name, value in (settings | changes).items() if value is not None}
-        done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=now, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
-
-    for changes, status, words in (
-        ({"TRAIN_FLAGS": None}, 2, "the variable TRAIN_FLAGS is not set"),
-        ({"EVAL_FILES": None}, 2, "the variable EVAL_FILES is not set"),
-        ({"TRAIN_FLAGS": "--count 9"}, 2, "was made with other settings; name another WORK"),
-    ):
-        got, said = refused(**changes)
-        assert got == status and words in said, said
-    shutil.rmtree(tmp_path / "work/run/model")  # training that SIGTERM ended: exit status 0, but there is no model
-    got, said = refused(LAUNCH="true")
-    assert got == 1 and "training goes on with what it began with" in said and "stopped before its end" in said
-    shutil.rmtree(tmp_path / "work/run")
-    got, said = refused(LAUNCH="true", STRATEGY_FLAGS=settings["STRATEGY_FLAGS"] + " --seed 9")
-    assert got == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
+def run_bash(script, variables):
+    """(exit status, what it said) of a script in runs/; a variable that is None is not set."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
+    settings = {name: str(value) for name, value in settings.items() if value is not None}
+    done = subprocess.run(["bash", script], cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
-def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path):
-    """But where one of several rows fails, it goes on: exit status 3 of strategy.py."""
+@pytest.mark.parametrize("few", [True, False])
+def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path, few):
+    """But if one of several rows fails, it goes on: exit status 3 of strategy.py. LAUNCH only says what it would start."""
     rows = {row["problem"]: row for row in tiny_rows(6)}
-    first = next(iter(rows))
+    first, test = next(iter(rows)), write_rows(tmp_path / "test.jsonl", tiny_rows(20)[-1:])
 
-    def script(handler, body, number, wanted):
-        if wanted(body["messages"][0]["content"]):
-            return strong_model(rows, handler, body, number)
-        return "I cannot."
+    def script(handler, body, number):
+        text = body["messages"][0]["content"]
+        wanted = (first in text or "Score the" in text) if few else first not in text
+        return strong_model(rows, handler, body, number) if wanted else "I cannot."
 
-    for number, (wanted, words) in enumerate((
-        (lambda text: first in text or "Score the" in text, "fewer than half of the rows got a strategy"),
-        (lambda text: first not in text, "4/5 warm-up and SGPO"),
-    )):  # fmt: skip
-        with ChatServer(partial(script, wanted=wanted)) as server:
-            variables = {
-                "WORK": tmp_path / f"work{number}", "MODEL": "m", "PYTHON": sys.executable, "LAUNCH": "true",
-                "BENCH_SOURCE": "none", "EVAL_FILES": write_rows(tmp_path / "test.jsonl", tiny_rows(20)[-1:]),
-                "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
-                "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "", "EVAL_FLAGS": "",
-                "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 1 --rounds 1",
-            }  # fmt: skip
-            settings = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-            done = subprocess.run(["bash", "runs/recipe.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
-        assert done.returncode == 1 and words in done.stdout + done.stderr, done.stdout + done.stderr
-        assert (number == 1) == ("4/5" in done.stdout) and "rows failed, reasons above" in done.stderr
+    (tmp_path / "work/run/model").mkdir(parents=True)  # so that it goes on to the evaluation
+    with ChatServer(script) as server:
+        status, said = run_bash("runs/recipe.sh", {
+            "WORK": tmp_path / "work", "MODEL": "m", "LAUNCH": "echo", "BENCH_SOURCE": "none", "EVAL_FILES": test,
+            "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
+            "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "--steps 1", "EVAL_FLAGS": "--n 2",
+            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 1 --rounds 1",
+        })  # fmt: skip
+    assert status == 1 and "rows failed, reasons above" in said
+    assert ("fewer than half of the rows got a strategy" in said) == few
+    assert (f"--data {tmp_path}/work/strategies.jsonl --out {tmp_path}/work/run --resume --steps 1" in said) != few
+    assert (f"eval.py --model m --data {test} --out {tmp_path}/work/base.json --n 2" in said) != few
 
 
-def test_the_papers_recipe_runs_at_toy_size_on_two_ranks(tmp_path):
+def test_the_papers_recipe_runs_at_toy_size_on_two_ranks_and_passes_over_what_is_done(tmp_path):
     """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout to the table. The benchmarks are there."""
-    rows = {row["problem"]: row for row in tiny_rows(14)}
-    names = ["math500", "amc23", "olympiad", "aime24", "aime25", "minerva"]
-    raw = [_openr1_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
-    work = tmp_path / "work"
+    rows, work = {row["problem"]: row for row in tiny_rows(14)}, tmp_path / "work"
+    raw = [luffy_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
     (work / "bench").mkdir(parents=True)
-    for name in names:
+    for name in prepare.BENCHMARKS:
         group = [{"id": f"{name}-{i}", "problem": f"Of {name}: {i} + 1?", "answer": str(i + 1)} for i in range(2)]
         write_rows(work / f"bench/{name}.jsonl", group)
     sums = {file.name: {"sha256": prepare.sha256_of(file)} for file in (work / "bench").iterdir()}
     (work / "bench/manifest.json").write_text(json.dumps(sums))
+    run = partial(run_bash, "runs/paper_1p5b.sh")
     with ChatServer(partial(strong_model, rows)) as server:
         variables = {
-            "WORK": work, "MODEL": TINY_BASE, "PYTHON": sys.executable, "BENCH_SOURCE": tmp_path / "unread",
+            "WORK": work, "MODEL": TINY_BASE, "BENCH_SOURCE": tmp_path / "unread",
             "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
-            "OPENR1": _prepare_write(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
+            "OPENR1": write_rows(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
             "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
             "--sft_batch 4 --sft_epochs 1",
             "EVAL_FLAGS": "--n 1 --limit 2 --max_new_tokens 8 --device cpu",
         }  # fmt: skip
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-        done = subprocess.run(["bash", "runs/paper_1p5b.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert len(server.requests) >= 12 * 5  # k = 5 candidates, the default
+        status, said = run(variables)
+        assert status == 0, said[-3000:]
+        asked = len(server.requests)
+        results = {side: (work / f"{side}.json").read_bytes() for side in ("base", "trained")}
+        status, again = run(variables | {"LAUNCH": "echo"})
+        assert status == 0 and len(server.requests) == asked >= 12 * 5  # k = 5 candidates, the default
+    assert results == {side: (work / f"{side}.json").read_bytes() for side in results}
     train_rows = load_problems(work / "train/train.jsonl")
     assert len(train_rows) == 12 and all(row.solution.startswith("<think>\nhm\n</think>\n") for row in train_rows)  # kept
-    assert read_metrics(work / "run")[0]["ranks"] == 2
-    for side in ("base", "trained"):
-        result = json.loads((work / f"{side}.json").read_text())
-        assert {Path(file).stem for file in result["files"]} == set(names)
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert table[0] == "| model | MATH500 | AMC23 | Olympiad | AIME24 | avg |"
+    first, *_, last = read_metrics(work / "run")
+    assert first["ranks"] == 2 and first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
+    assert all({Path(file).stem for file in json.loads(r)["files"]} == set(prepare.BENCHMARKS) for r in results.values())
+    table = [line for line in said.splitlines() if line.startswith("|")]
     assert table[2].startswith(f"| {TINY_BASE} |") and table[3].startswith(f"| {work}/run/model |")
-    other = "max_new_tokens 8 (paper 32768), n 1 (paper 4), problems 2 (paper 500)"
-    assert f"MATH500 differs from the paper in {other}" in done.stdout
+    for changes, words in (
+        ({"TRAIN_FLAGS": "--count 9"}, "was made with other settings; name another WORK"),
+        ({"BENCH_SOURCE": "none", "EVAL_FILES": None}, "the variable EVAL_FILES is not set"),
+    ):
+        status, said = run(variables | changes)
+        assert status == 2 and words in said, said
+    shutil.rmtree(work / "run/model")  # training that SIGTERM ended: exit status 0, but there is no model
+    status, said = run(variables | {"LAUNCH": "true"})
+    assert status == 1 and "training goes on with what it began with" in said and "stopped before its end" in said
+    shutil.rmtree(work / "run")
+    status, said = run(variables | {"LAUNCH": "true", "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --seed 9"})
+    assert status == 1 and "no paid answer would fit" in said and "4/5" not in said  # the old strategies are not trained on
 
 
 @pytest.mark.parametrize("script", ["paper_7b", "paper_1p5b", "smoke"])

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -12,19 +13,22 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from data import hard_world, tiny_world
-from eval import load_problems
-from grader import MathWorker, extract_answer, is_correct
+from data.problems import load_problems
+from grader import is_correct
 from model import CausalLM, encode_chat, load_model
 from rollout import generate, pack
-from strategy import Strategy, auto_messages, format_strategy, guided_messages, parse_strategy
-from tests.common import CPU, ROOT, TINY_BASE
+from strategy import Strategy, auto_messages, guided_messages
+from tests.common import CPU, ROOT
 
 
-def test_tiny_world_rows_are_those_committed():
-    for name, rows in tiny_world.make_rows(0).items():
-        committed = (ROOT / f"data/tiny/{name}.jsonl").read_text(encoding="utf-8")
-        assert committed == "".join(json.dumps(row) + "\n" for row in rows)
-        assert len(load_problems(ROOT / f"data/tiny/{name}.jsonl")) == len(rows)
+@pytest.mark.parametrize(("world", "folder"), [(tiny_world, "tiny"), (hard_world, "hard")])
+def test_rows_are_those_committed(world, folder):
+    files = world.make_rows(0)
+    assert sorted(files) == sorted(path.stem for path in (ROOT / "data" / folder).glob("*.jsonl"))
+    for name, rows in files.items():
+        path = ROOT / f"data/{folder}/{name}.jsonl"
+        assert path.read_text(encoding="utf-8") == "".join(json.dumps(row) + "\n" for row in rows)
+        assert len(load_problems(path)) == len(rows)
 
 
 def test_tiny_world_splits_by_operands_and_hides_the_answer():
@@ -43,45 +47,43 @@ def test_tiny_world_splits_by_operands_and_hides_the_answer():
         assert row["answer"] == str(max(value, x) if keep == 0 else min(value, x))
 
 
-def test_tiny_tokenizer_knows_every_word_and_keeps_digits_apart():
-    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
-    for row in tiny_world.make_rows(0)["test"]:
-        strategy = Strategy.from_dict(row["strategy"])
-        ids = encode_chat(tokenizer, guided_messages(row["problem"], strategy)) + tokenizer.encode(row["solution"])
-        assert tokenizer.unk_token_id not in ids
+@pytest.mark.parametrize(("world", "folder"), [(tiny_world, "tiny"), (hard_world, "hard")])
+def test_tokenizer_knows_every_word_and_keeps_digits_apart(world, folder):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / f"data/{folder}/base")
+    assert tokenizer.get_vocab() == world.build_tokenizer().get_vocab()
     assert tokenizer.decode(tokenizer.encode("max 9 3 = 9. \\boxed{9}")) == "max 9 3 = 9 . \\boxed{ 9 }"
-    assert tokenizer.get_vocab() == tiny_world.build_tokenizer().get_vocab()
+    rng, truth = random.Random(0), world.machine_choices(0) if world is tiny_world else world.word_choices(0)
+    for _ in range(200):  # all words, both ways, and steps that say nothing
+        messages, response = world.base_example(rng, truth)
+        ids = encode_chat(tokenizer, messages) + tokenizer.encode(response)
+        assert tokenizer.unk_token_id not in ids
 
 
 def test_the_base_learns_no_response_without_its_context(monkeypatch):
-    """Equal contexts that stand next to each other are packed once: without `prefixes` the responses would stand alone."""
-    packs, passed = [], []
-
-    def twice_the_same(contexts, responses, **settings):
-        packs.append(pack([[5, 6], [5, 6]], [[7, 8], [9, 7]], **settings))
-        return packs[-1]
-
-    monkeypatch.setattr(tiny_world, "pack", twice_the_same)
-    forward = CausalLM.forward
+    """Equal contexts next to each other are packed once: without `prefixes` the responses after the first would have none."""
+    passed = []
 
     def spy(self, *arguments, **settings):
         passed.append((settings["lengths"], settings["prefixes"]))
-        return forward(self, *arguments, **settings)
+        raise StopIteration
 
+    monkeypatch.setattr(tiny_world, "pack", lambda *_, **settings: pack([[5, 6]] * 2, [[7, 8], [9, 7]], **settings))
     monkeypatch.setattr(CausalLM, "forward", spy)
-    tiny_world.train_base(seed=3, steps=2, batch=2, learning_rate=1e-3)
-    assert passed == [(packed.lengths, packed.prefixes) for packed in packs] == [([2, 1, 1], [None, 0, 0])] * 2
+    with pytest.raises(StopIteration):
+        tiny_world.train_base(seed=3, steps=2, batch=2, learning_rate=1e-3)
+    assert passed == [([2, 1, 1], [None, 0, 0])]
 
 
-def test_tiny_world_script_trains_a_model_from_its_seed(tmp_path):
-    first, _ = tiny_world.train_base(seed=3, steps=2, batch=4, learning_rate=1e-3)
-    second, _ = tiny_world.train_base(seed=3, steps=2, batch=4, learning_rate=1e-3)
-    other, _ = tiny_world.train_base(seed=4, steps=2, batch=4, learning_rate=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert not torch.equal(first.head_weight, other.head_weight)
+@pytest.mark.parametrize("world", [tiny_world, hard_world])
+def test_training_the_base_has_a_seed_for_the_examples_and_one_for_the_weights(world):
+    def weights(**seeds):
+        model, _ = world.train_base(**{"seed": 3, **seeds}, steps=2, batch=2, learning_rate=1e-3)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
+    first, other_examples, other_weights = weights(), weights(seed=4), weights(init_seed=1)
+    assert torch.equal(first, weights(init_seed=0)) and not torch.equal(first, other_examples)
+    assert (first - other_weights).abs().mean() > 3 * (first - other_examples).abs().mean()
 
-HARD = ROOT / "data/hard"
 
 # sentence -> operation, written out again: the world's own table is what is tested
 SENTENCES = {
@@ -92,8 +94,7 @@ SENTENCES = {
     "Keep the larger of the value and the first input.": "max",
     "Keep the smaller of the value and the first input.": "min",
 }
-
-OTHER = {"add": "sub", "double": "inc", "max": "min"} | {"sub": "add", "inc": "double", "min": "max"}
+PAIRS = (("add", "sub"), ("double", "inc"), ("max", "min"))
 
 
 def parts_of(row):
@@ -105,8 +106,7 @@ def parts_of(row):
 def operations_of(row):
     """The three operations that the row's strategy names, None for a step that is missing or says nothing."""
     named = [SENTENCES[step] for step in row["strategy"]["steps"] if step in SENTENCES]
-    pairs = (("add", "sub"), ("double", "inc"), ("max", "min"))
-    return [next((name for name in pair if name in named), None) for pair in pairs]
+    return [next((name for name in pair if name in named), None) for pair in PAIRS]
 
 
 def work_out(text, x, y):
@@ -121,17 +121,6 @@ def work_out(text, x, y):
     return [f, g, h], k
 
 
-def test_hard_world_rows_are_those_committed(hard):
-    assert sorted(hard) == sorted(path.stem for path in HARD.glob("*.jsonl"))
-    assert {name: len(rows) for name, rows in hard.items()} == {
-        "train": 640, "train-low06": 640, "train-low30": 640, "test": 256, "mixes": 256
-    }  # fmt: skip
-    for name, rows in hard.items():
-        committed = (HARD / f"{name}.jsonl").read_text(encoding="utf-8")
-        assert committed == "".join(json.dumps(row) + "\n" for row in rows)
-        assert len(load_problems(HARD / f"{name}.jsonl")) == len(rows)
-
-
 def test_hard_world_splits_by_families_and_by_operands(hard):
     families = {name: {" ".join(parts_of(row)[0]) for row in rows} for name, rows in hard.items()}
     assert len(families["train"]) == len(families["mixes"]) == 32
@@ -141,8 +130,6 @@ def test_hard_world_splits_by_families_and_by_operands(hard):
     for name in ("train", "test", "mixes"):  # every word in equal number, so that no word is practised more than another
         counts = Counter(word for row in hard[name] for word in parts_of(row)[0])
         assert len(counts) == 24 and set(counts.values()) == {len(hard[name]) // 8}
-    orders = [[row["problem"] for row in hard[name]] for name in ("train", "train-low06", "train-low30")]
-    assert orders[0] == orders[1] == orders[2]
 
 
 def test_hard_world_words_decide_and_both_ways_give_the_answer(hard):
@@ -158,147 +145,66 @@ def test_hard_world_words_decide_and_both_ways_give_the_answer(hard):
         plain, detour = (hard_world.respond(" ".join(words), choices, x, y, way)[0] for way in (False, True))
         assert plain.startswith(words[0]) and detour.startswith("by the strategy ") and not set(words) & set(detour.split())
         assert work_out(plain, x, y) == work_out(detour, x, y) == (operations, int(row["answer"]))
-        assert extract_answer(plain) == extract_answer(detour) == row["answer"]
         named = ", ".join(map(" ".join, zip(words, operations, strict=True)))
         assert row["solution"] == f"{named}. \\boxed{{{row['answer']}}}"
     assert len(decides) == 24
 
 
 def test_hard_world_low_quality_strategies(hard):
-    low = {}
+    changed = {}
     for name, count in (("train-low06", 38), ("train-low30", 192)):
-        changed = [i for i, (a, b) in enumerate(zip(hard["train"], hard[name], strict=True)) if a != b]
-        assert len(changed) == count
-        low[name] = {i: hard[name][i] for i in changed}
+        changed[name] = [i for i, row in enumerate(hard[name]) if row != hard["train"][i]]
         kinds = Counter()
-        for i, row in low[name].items():
-            assert {**row, "strategy": None} == {**hard["train"][i], "strategy": None}
-            right, said = operations_of(hard["train"][i]), operations_of(row)
-            assert all(operation in (None, right[p], OTHER[right[p]]) for p, operation in enumerate(said))
-            misleads = sum(operation == OTHER[right[p]] for p, operation in enumerate(said))
-            silent = said.count(None)
-            assert (misleads and not silent) or (not misleads and silent in (1, 2))
-            kinds["misleads" if misleads else "silent"] += 1
-        assert kinds == {"misleads": count // 2, "silent": count // 2}
-    assert low["train-low06"].items() <= low["train-low30"].items()
-    for rows in hard.values():
-        assert not any(character.isdigit() for row in rows for character in json.dumps(row["strategy"]))
+        for good, low in ((hard["train"][i], hard[name][i]) for i in changed[name]):
+            assert {**low, "strategy": None} == {**good, "strategy": None}
+            right, said = operations_of(good), operations_of(low)
+            wrong = sum(a not in (None, b) for a, b in zip(said, right, strict=True))
+            kinds[wrong > 0, said.count(None) > 0] += 1
+            assert said.count(None) < 3
+        assert kinds == {(True, False): count // 2, (False, True): count // 2}  # misleads, or leaves open
+    assert set(changed["train-low06"]) <= set(changed["train-low30"])
+    assert not any(character.isdigit() for rows in hard.values() for row in rows for character in json.dumps(row["strategy"]))
 
 
-def test_hard_tokenizer_knows_every_word(hard):
-    tokenizer = AutoTokenizer.from_pretrained(HARD / "base")
-    assert tokenizer.get_vocab() == hard_world.build_tokenizer().get_vocab()
-    rows = hard["train-low30"][:200] + hard["mixes"][:100]  # encoding a chat is slow
-    assert {word for row in rows for word in parts_of(row)[0]} == {word for words in hard_world.WORDS for word in words}
-    sentences = {step for row in rows for step in row["strategy"]["steps"]}
-    assert sentences == set(SENTENCES) | set(hard_world.SAYS_NOTHING)
-    seen = set()
-    for row in rows:
-        words, x, y = parts_of(row)
-        texts = [hard_world.respond(" ".join(words), (way, way, way), x, y, bool(way))[0] for way in (0, 1)]
-        ids = encode_chat(tokenizer, guided_messages(row["problem"], Strategy.from_dict(row["strategy"])))
-        seen |= {*ids, *(i for text in [row["solution"], *texts] for i in tokenizer.encode(text))}
-    assert tokenizer.unk_token_id not in seen and tokenizer.convert_tokens_to_ids("by") in seen
-
-
-def count_examples(n):
-    """Of n of the base model's examples: (number per (guided, detour), share of right operations per (guided, detour))."""
+def test_hard_base_examples_have_the_stated_shares(monkeypatch):
+    monkeypatch.setattr(hard_world, "DETOUR_ALONE", 0.5)  # 0.02, of which one would see little
     rng, truth = random.Random("test"), hard_world.word_choices(0)
-    counts, right = Counter(), Counter()
-    for _ in range(n):
+    kinds, right = Counter(), Counter()  # (guided, detour) -> examples, operations that are the machine's
+    for _ in range(6000):
         messages, response = hard_world.base_example(rng, truth)
         text = messages[0]["content"]
         words, x, y = parts_of({"problem": text.split("\n\n")[-2]})
         kind = ("Follow this strategy." in text, response.startswith("by the strategy"))
         operations, _ = work_out(response, x, y)
-        steps = [SENTENCES[step[3:]] for step in text.split("\n") if step[3:] in SENTENCES]
-        assert set(steps) <= set(operations)  # a step that says something is followed
-        takes_second = [operation in ("sub", "inc", "min") for operation in operations]
-        counts[kind] += 1
-        right[kind] += sum(second == truth[word] for word, second in zip(words, takes_second, strict=True)) / 3
-    return counts, {kind: right[kind] / counts[kind] for kind in counts}
-
-
-def test_hard_base_examples_have_the_stated_shares(monkeypatch):
-    counts, right = count_examples(6000)
-    assert counts[True, False] / 6000 == pytest.approx(0.25, abs=0.02) == counts[True, True] / 6000
-    assert counts[False, True] / 6000 == pytest.approx(0.01, abs=0.005)
-    assert right[False, False] == pytest.approx(0.55, abs=0.02)  # half knowledge
-    assert right[True, False] == pytest.approx(0.5, abs=0.04)  # strategies of any choices say nothing about the machine
-    monkeypatch.setattr(hard_world, "DETOUR_ALONE", 1.0)
-    assert count_examples(6000)[1][False, True] == pytest.approx(0.5, abs=0.02)  # a coin: the strategy is not there
-
-
-def prompt_of(tokenizer, row, guided):
-    strategy = Strategy.from_dict(row["strategy"])
-    return encode_chat(tokenizer, guided_messages(row["problem"], strategy) if guided else auto_messages(row["problem"]))
-
-
-def next_logprobs(model, tokenizer, rows, prefixes, guided):
-    """log pi(next token | prompt, prefix), one row a problem: (B, V)."""
-    contexts = [
-        prompt_of(tokenizer, row, guided) + tokenizer.encode(prefix, add_special_tokens=False)
-        for row, prefix in zip(rows, prefixes, strict=True)
-    ]
-    packed = pack(contexts, [[0]] * len(contexts), device=CPU)
-    logits = model(packed.input_ids, lengths=packed.lengths, head=lambda h, w: F.linear(h[0, packed.predict], w))
-    return torch.log_softmax(logits, dim=-1)
+        assert {SENTENCES[step[3:]] for step in text.split("\n") if step[3:] in SENTENCES} <= set(operations)  # it is followed
+        kinds[kind] += 1
+        right[kind] += sum((op in ("sub", "inc", "min")) == truth[word] for word, op in zip(words, operations, strict=True))
+    assert len(kinds) == 4 and all(count == pytest.approx(1500, abs=150) for count in kinds.values())
+    share = {kind: right[kind] / 3 / kinds[kind] for kind in kinds}
+    assert share[False, False] == pytest.approx(0.55, abs=0.025)  # half knowledge
+    assert share[False, True] == pytest.approx(0.5, abs=0.025)  # a coin: the strategy is not there
+    assert share[True, False] == pytest.approx(0.5, abs=0.04)  # strategies of any choices say nothing about the machine
 
 
 @torch.no_grad()
-def test_hard_base_model_knows_the_ways_as_stated(hard):
-    """Exact next-token probabilities: the share of the detour, the divergence there, and what each way knows alone."""
-    model, tokenizer = load_model(str(HARD / "base"), dtype=torch.float32, device="cpu")
-    rows = hard["test"][:128]
+def test_hard_base_model_is_as_stated(hard, worker):
+    """Exact probabilities of the first token, and the marks of sampled responses: right when guided, and not alone."""
+    model, tokenizer = load_model(str(ROOT / "data/hard/base"), dtype=torch.float32, device="cpu")
+    settings = {"n": 4, "max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "eos_ids": model.config.eos_ids}
+    rows, seeds, logprobs, marks = hard["mixes"][:64], list(range(64)), [], {}
+    for guided in (False, True):
+        asks = [(row["problem"], Strategy.from_dict(row["strategy"])) for row in rows]
+        prompts = [encode_chat(tokenizer, guided_messages(*ask) if guided else auto_messages(ask[0])) for ask in asks]
+        packed = pack(prompts, [[0]] * len(rows), device=CPU)
+        head = partial(lambda packed, hidden, weight: F.linear(hidden[0, packed.predict], weight), packed)
+        logprobs.append(torch.log_softmax(model(packed.input_ids, lengths=packed.lengths, head=head), dim=-1))
+        for row, group in zip(rows, generate(model, prompts, **settings, seed=seeds, max_rows=256), strict=True):
+            for text in (tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in group):
+                kind = guided, text.startswith("by the strategy")
+                marks.setdefault(kind, []).append(is_correct(text, row["answer"], worker))
+    alone, guided = logprobs
     by = tokenizer.convert_tokens_to_ids("by")
-    alone, guided = (next_logprobs(model, tokenizer, rows, [""] * len(rows), kind) for kind in (False, True))
-    assert 0.01 < alone[:, by].exp().mean() < 0.04 and 0.4 < guided[:, by].exp().mean() < 0.6
+    assert 0.01 < alone[:, by].exp().mean() < 0.04 and 0.4 < guided[:, by].exp().mean() < 0.6  # the detour's share
     assert (guided.exp() * (guided - alone)).sum(-1).mean() > 1.0  # above delta: the clip drops the token where the ways part
-    first = tokenizer.convert_tokens_to_ids([operations_of(row)[0] for row in rows])
-    for way, low, high in (("plain", 0.5, 0.62), ("detour", 0.42, 0.54)):
-        prefixes = [parts_of(row)[0][0] if way == "plain" else "by the strategy" for row in rows]
-        knows = next_logprobs(model, tokenizer, rows, prefixes, guided=False)[range(len(rows)), first].exp().mean()
-        told = next_logprobs(model, tokenizer, rows, prefixes, guided=True)[range(len(rows)), first].exp().mean()
-        assert low < knows < high and told > 0.9, way
-
-
-def test_hard_base_model_is_right_when_guided_and_not_alone(hard):
-    model, tokenizer = load_model(str(HARD / "base"), dtype=torch.float32, device="cpu")
-    rows = hard["mixes"][:64]
-    share = {}
-    with MathWorker() as worker:
-        for guided in (False, True):
-            groups = generate(
-                model, [prompt_of(tokenizer, row, guided) for row in rows], n=4, max_new_tokens=32, temperature=1.0, top_p=1.0,
-                eos_ids=model.config.eos_ids, seed=list(range(len(rows))), max_rows=256,
-            )  # fmt: skip
-            graded = [
-                (text := tokenizer.decode(one.response_ids, skip_special_tokens=True), is_correct(text, row["answer"], worker))
-                for row, group in zip(rows, groups, strict=True)
-                for one in group
-            ]
-            for way in (False, True):
-                marks = [right for text, right in graded if text.startswith("by the strategy") == way]
-                share[guided, way] = len(marks) / len(graded)
-                if guided:
-                    assert sum(marks) / len(marks) > 0.9  # in both ways
-            if not guided:
-                assert 0.3 < sum(right for _, right in graded) / len(graded) < 0.55
-    assert share[False, True] < 0.06 and 0.4 < share[True, True] < 0.6
-
-
-def test_hard_base_training_has_a_seed_for_the_examples_and_one_for_the_weights():
-    def weights(**seeds):
-        model, _ = hard_world.train_base(**{"seed": 3, **seeds}, steps=2, batch=4, learning_rate=1e-3)
-        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-    first = weights()
-    assert torch.equal(first, weights(init_seed=0))
-    assert not torch.equal(first, weights(seed=4)) and not torch.equal(first, weights(init_seed=1))
-    assert (first - weights(init_seed=1)).abs().mean() > 3 * (first - weights(seed=4)).abs().mean()
-
-
-def test_hard_strategies_read_back(hard):
-    for row in hard["train-low30"]:
-        strategy = Strategy.from_dict(row["strategy"])
-        assert parse_strategy(format_strategy(strategy)) == strategy
+    assert all(sum(marks[True, way]) / len(marks[True, way]) > 0.9 for way in (False, True))
+    assert 0.3 < sum(marks[False, False]) / len(marks[False, False]) < 0.55 and len(marks.get((False, True), [])) < 0.06 * 256
