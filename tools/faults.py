@@ -3,27 +3,25 @@
     python tools/faults.py --out runs/faults --log results/faults.txt        30 kills and the rest, on one and on two ranks
     python tools/faults.py --out runs/faults --log x.txt --ranks 2 --kills 1 --also lost-rank --steps 25
 
-One run of the tiny world that writes a checkpoint behind every step goes through all of this, in an order drawn by --seed, and
-is started again with --resume each time:
+One run of the tiny world writes a checkpoint after every step. All of this happens to it, in an order drawn by --seed, and each
+time it is started again with --resume:
 
     kill         SIGKILL to all processes at a random moment
     torn         SIGKILL while a checkpoint is being written
-    full-disk    a file system with less room than a checkpoint needs (a limit on the size of files where none may be mounted)
+    full-disk    no file may grow beyond 1 MB, less than a checkpoint needs
     flipped      one bit of the newest checkpoint is changed on the disk, at a random place
     cut          a file of the newest checkpoint loses its second half
     terminated   SIGTERM at a random moment: a checkpoint, and exit status 0
     lost-rank    SIGKILL to one of two ranks: the other one ends by itself, and says why
 
-At its end weights, moments, metrics and samples must be those of the other run, bit for bit (the metrics but for their times).
-Every event goes to the log, with what the run said about it. Exit status 1 where anything was not as it should be. Linux only.
-
-What it is not: a test of a file system, or of a GPU. It starts processes and imports nothing of ours.
+In the end weights, moments, metrics and samples must be those of the other run, bit for bit (except for times). Every event
+goes to the log, with what the run said about it. Exit status 1 if anything went wrong. Linux only. It starts processes and
+imports nothing of ours.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -32,8 +30,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+import safetensors
 
 HERE = Path(__file__).resolve().parent.parent
 TIMES = ("sampling_s", "step_s", "tokens_per_s")  # the only metrics that may differ
@@ -59,34 +60,27 @@ class Trial:
         self.log.write(line + "\n")
         self.log.flush()
 
-    def start(self, out: Path, *, file_bytes: int | None = None) -> subprocess.Popen:
-        """Start the run, or go on with it, in a process group of its own; what it says goes to a file beside its folder."""
+    def start(self, out: Path, *, file_bytes: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+        """Start the run or resume it, in a process group of its own. What it says goes to a file beside its folder."""
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone"]
         flags = f"--device cpu --steps {self.steps} --problems_per_step 4 --minibatches 2 --eval_limit 4 --eval_every 4"
         flags += " --sft_fraction 0.03 --sft_batch 6 --sft_epochs 2 --sft_validation 0.2 --checkpoint_minutes 0 --resume"
-
-        def limit() -> None:
-            if file_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         with open(f"{out}.said", "ab") as said:
             command = [*launcher, str(HERE / "train.py"), *flags.split(), "--out", str(out)]
             settings = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(
-                command, stdout=said, stderr=said, env=settings, start_new_session=True, preexec_fn=limit
-            )
+            return subprocess.Popen(command, stdout=said, stderr=said, env=settings, start_new_session=True, preexec_fn=limit)
 
     def said(self, since: int = 0) -> str:
-        path = Path(f"{self.out}.said")
-        return path.read_text(errors="replace")[since:] if path.exists() else ""
+        return Path(f"{self.out}.said").read_text(errors="replace")[since:]
 
     def checkpoints(self) -> list[Path]:
         return sorted(path for path in (self.out / "checkpoints").glob("step-*") if path.suffix != ".part")
 
     def progress(self) -> str:
-        """Where the logs are, in words."""
+        """How far the run is, in words."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text(errors="replace").count("\n") if path.exists() else 0
         newest = self.checkpoints()[-1:]
@@ -94,8 +88,8 @@ class Trial:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to launcher, ranks and graders alike. The launcher gives each rank a session of its own, so it is stopped first
-    and asked for its children: ranks that outlive it would go on training."""
+    """SIGKILL to launcher, ranks and graders alike. Each rank has a session of its own and would outlive the launcher, so the
+    launcher is stopped first and asked for its children."""
     if process.poll() is None:
         os.kill(process.pid, signal.SIGSTOP)
         for leader in (*children_of(process), process.pid):
@@ -107,7 +101,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def wait_until(condition, process: subprocess.Popen) -> bool:
-    """Whether the condition came true before the process ended or our patience did."""
+    """Whether the condition came true before the process ended or PATIENCE was over."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and process.poll() is None:
         if condition():
@@ -117,13 +111,10 @@ def wait_until(condition, process: subprocess.Popen) -> bool:
 
 
 def wait_for_a_checkpoint(trial: Trial, process: subprocess.Popen, text: str) -> None:
-    """Until the run has come further than it was."""
+    """Wait until the run has written one more checkpoint."""
     before = trial.checkpoints()
     if not wait_until(lambda: trial.checkpoints() != before, process) and process.poll() != 0:
         trial.say(f"{text}: no new checkpoint came ({tail(trial.said())})", wrong=True)
-
-
-# ------------------------------------------------------------------------------------------------------ the faults
 
 
 def kill(trial: Trial, seconds: float) -> None:
@@ -147,27 +138,12 @@ def torn(trial: Trial) -> None:
 
 
 def full_disk(trial: Trial) -> None:
-    """On a small file system of its own where mounting is allowed: the folder moves there, and back."""
-    home, begin = trial.out.with_name(trial.out.name + ".home"), len(trial.said())
-    size = sum(file.stat().st_size for file in trial.out.rglob("*") if file.is_file())
-    trial.out.rename(home)
-    trial.out.mkdir()
-    room = int(size * 1.1) + 2_000_000
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(trial.out)], capture_output=True)
-    shutil.copytree(home, trial.out, dirs_exist_ok=True)
-    how = f"a file system with {(room - size) / 1e6:.1f} MB of room" if mounted.returncode == 0 else "files of at most 1 MB"
-    process = trial.start(trial.out, file_bytes=None if mounted.returncode == 0 else 1_000_000)
-    status = process.wait(PATIENCE)
-    shutil.rmtree(home)
-    shutil.copytree(trial.out, home)
-    if mounted.returncode == 0:
-        subprocess.run(["umount", str(trial.out)], check=True)
-    shutil.rmtree(trial.out)
-    home.rename(trial.out)
+    """With a limit on the size of files: unlike a small file system it needs no right to mount."""
+    begin = len(trial.said())
+    status = trial.start(trial.out, file_bytes=1_000_000).wait(PATIENCE)
     said = trial.said(begin)
-    named = "No space left" in said or "File too large" in said
-    text = f"full-disk: {how}: exit status {status}, {tail(said, 'rror')}; {trial.progress()}"
-    trial.say(text, wrong=not status or not named)
+    text = f"full-disk: files of at most 1 MB: exit status {status}, {tail(said, 'rror')}; {trial.progress()}"
+    trial.say(text, wrong=not status or "File too large" not in said)
 
 
 def harm(trial: Trial, kind: str) -> None:
@@ -220,7 +196,7 @@ def lost_rank(trial: Trial) -> None:
 
 
 def modified(path: Path) -> float:
-    """When a file was last written; 0 where it is gone by now."""
+    """When a file was last written; 0 if it is gone by now."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -228,7 +204,7 @@ def modified(path: Path) -> float:
 
 
 def ranks_of(process: subprocess.Popen, ranks: int) -> list[int]:
-    """The process ids of the ranks: the launcher's children, or the process itself where there is no launcher."""
+    """The process ids of the ranks: the launcher's children, or the process itself if there is no launcher."""
     if ranks == 1:
         return [process.pid]
     return [child for child in children_of(process) if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
@@ -244,68 +220,57 @@ def tail(said: str, word: str = "") -> str:
     return lines[-1][:300] if lines else "it said nothing about it"
 
 
-# ------------------------------------------------------------------------------------------------------ the trial
-
-
 def attack(trial: Trial, kills: int, also: list[str], reference: Path) -> None:
     """All faults in random order, then the run to its end, then the comparison."""
     shutil.rmtree(trial.out, ignore_errors=True)
     events = ["kill"] * kills + [event for event in also if event != "lost-rank" or trial.ranks > 1]
     trial.draw.shuffle(events)
     began = time.monotonic()
-    process = trial.start(trial.out)  # how long a start takes, to the first checkpoint: kills come before and behind that
+    process = trial.start(trial.out)
     wait_for_a_checkpoint(trial, process, "first start")
     kill_all(process)
-    seconds = 1.35 * (time.monotonic() - began)
+    seconds = 1.35 * (time.monotonic() - began)  # so that kills come before and after the first checkpoint of a start
     trial.say(f"a start takes {seconds / 1.35:.1f} s to its first step; kills come within {seconds:.1f} s")
+    what = {"kill": partial(kill, seconds=seconds), "torn": torn, "full-disk": full_disk, "terminated": terminated}
+    what |= {"flipped": partial(harm, kind="flipped"), "cut": partial(harm, kind="cut"), "lost-rank": lost_rank}
     for event in events:
         if (trial.out / "model").exists():
             trial.say(f"{event}: left out, the run is finished", wrong=True)
-        elif event == "kill":
-            kill(trial, seconds)
-        elif event in ("flipped", "cut"):
-            harm(trial, event)
         else:
-            {"torn": torn, "full-disk": full_disk, "terminated": terminated, "lost-rank": lost_rank}[event](trial)
+            what[event](trial)
     status = trial.start(trial.out).wait(PATIENCE)
     trial.say(f"left alone to its end: exit status {status}; {trial.progress()}", wrong=status != 0)
     compare(trial, reference)
 
 
 def compare(trial: Trial, reference: Path) -> None:
-    """Say for each part whether it is that of the run that was left alone."""
+    """Say for each part whether it equals that of the run that was left alone."""
     newest = sorted((reference / "checkpoints").iterdir())[-1]
     files = ["model/model.safetensors", "samples.jsonl"]
     files += [f"checkpoints/{newest.name}/{file.name}" for file in sorted(newest.glob("*.safetensors"))]
     for name in files:
-        paths = reference / name, trial.out / name
-        read = tensor_file if name.endswith(".safetensors") else Path.read_bytes
-        same = paths[1].exists() and read(paths[0]) == read(paths[1])
+        read = tensors if name.endswith(".safetensors") else Path.read_bytes
+        same = (trial.out / name).exists() and read(reference / name) == read(trial.out / name)
         trial.say(f"{name}: {'the same, bit for bit' if same else 'differs'}", wrong=not same)
-    one, two = metrics(reference), metrics(trial.out)
-    same = one == two
-    trial.say(f"metrics.jsonl: {len(two)} lines, {'the same' if same else f'not the {len(one)} of the other'}", wrong=not same)
+    same = metrics(reference) == metrics(trial.out)
+    trial.say(f"metrics.jsonl: {'the same but for the times' if same else 'differs'}; {trial.progress()}", wrong=not same)
 
 
-def tensor_file(path: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, data) of a safetensors file: the order of the entries in its header is not the same in two runs."""
-    content = path.read_bytes()
-    begin = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:begin])
-    header.get("__metadata__", {}).pop("DCP_SHARDING_INFO", None)  # JSON in JSON, whose order differs as well
-    return header, content[begin:]
+def tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file by name, as shape, dtype and bytes: their order in it is not the same in two runs."""
+    return dict(safetensors.deserialize(path.read_bytes()))
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """The records without times, and without the settings of the first, which name the folder."""
+    """The records without times, and without the settings in the first, which name the folder."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in (*TIMES, "config")} for record in records]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; earlier ones there are removed")
-    parser.add_argument("--log", type=Path, required=True, help="file for the events, written anew")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; its earlier runs are removed")
+    parser.add_argument("--log", type=Path, required=True, help="file for the events; an earlier one is replaced")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks, a trial each")
     parser.add_argument("--kills", type=int, default=30, help="kills at random moments in each trial")
     parser.add_argument("--also", nargs="*", choices=ONCE, default=list(ONCE), help="what else happens, once each")
@@ -317,7 +282,7 @@ def main() -> int:
     faults = 0
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     with args.log.open("w", encoding="utf-8") as log:
-        log.write(f"python {' '.join(sys.argv)}\ncommit {git.stdout.strip()}, {platform.machine()}, {os.cpu_count()} cores\n")
+        log.write(f"python {' '.join(sys.argv)}\ncommit {git.stdout.strip()}, {os.cpu_count()} cores\n")
         for ranks in args.ranks:
             reference = args.out / f"{ranks}-alone"
             shutil.rmtree(reference, ignore_errors=True)

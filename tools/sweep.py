@@ -5,22 +5,19 @@
     python tools/sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
     python tools/sweep.py hard --results results/tiny     the proximal constraints in data/hard, and strategies of low quality
     python tools/sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
-                                                    the methods on a model and problems of yours, every one from the same model
+                                                    the methods on a model and problems of yours, all from the same model
 
-A row of a table is a list of train.py flags (METHODS, ABLATIONS, KNOBS below): to try an idea of yours, add a line. The runs of
-a suite go to runs/<suite>/<row>/<seed>/, as many side by side as there are cores, one thread each. A finished run is not run
-again, one that was cut off is. At the end a suite is one csv line a run, one csv line a row and step, pictures, and for `table`
-a page with means, paired differences against SGPO and a verdict on each claim of the paper, written from the csv files alone.
+A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to runs/<suite>/<row>/<seed>/,
+as many at a time as there are cores, one thread each. A finished run is not run again, one that was cut off is. The results are
+csv files, pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
 
-The sampling budget is counted in sampled responses: every method of METHODS but sft draws 60 * 16 * 12 = 11,520 of them, SGPO
-12 a problem (8 alone, 4 guided) and the others 8 a problem for half as many steps again. LUFFY's solution counts as one of its
-8. The ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take
-SGPO's.
+The budget is counted in sampled responses: every method of METHODS but sft draws 60 * 16 * 12 = 11,520 of them. SGPO draws 12 a
+problem (8 alone, 4 guided), the others 8 a problem in half as many steps again. LUFFY's solution counts as one of its 8. The
+ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take SGPO's.
 """
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import json
 import math
@@ -29,10 +26,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +36,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
+from tools import report
+
 HERE = Path(__file__).resolve().parent.parent
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
-
 PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
 
 METHODS = {
@@ -73,7 +70,7 @@ KNOBS = {
     "alpha_0": ("0.05", "0.1", "0.25", "0.5", "1.0", "2.0"),
     "gamma": ("0.01", "0.03", "0.1", "0.3", "1.0"),
 }
-# The hard world is not the default data, so what train.py presets for the tiny world is spelt out.
+# train.py presets these flags for the tiny world only
 HARD = (
     "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 --sft_fraction 0 "
     "--max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0"
@@ -88,13 +85,12 @@ HARD_ROWS = {
     "no-proximal-constraints": "--delta inf --target all",
 }
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
-MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the warm-up is in the model that --base names: grpo is the paper's SFT+GRPO
+MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the model of --base has had its warm-up: grpo is the paper's SFT+GRPO
 DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
 CURVES = {  # pictures of training curves: folder -> rows, at most as many as there are colours; sft takes no RL steps
     "methods": ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"),
     "ablations": ("sgpo", "no-distillation", "no-autonomous-grpo", "no-proximal-constraints", "reverse-kl", "sft-on-target"),
     "proximal": ("sgpo", "no-kl-clip", "no-target-selection", "no-proximal-constraints", "random-target"),
-    "weights": ("sgpo", "fixed-weight", "group-advantage-weight", "guided-advantage-weight", "shuffled-strategies"),
 }
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
 RATES |= {name: ("5e-5", "1e-4", "2e-4", "4e-4") for name in METHODS if name != "sft"}
@@ -117,44 +113,28 @@ def rate_flag(method: str, rate: str) -> list[str]:
     return ["--sft_learning_rate" if method == "sft" else "--learning_rate", rate]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks of a suite; base and steps are for `model` alone."""
-
-    seeds: int
-    results: Path
-    base: tuple[str, ...] = ()  # train.py flags of every run
-    steps: int = 0  # SGPO's steps
-
-
-def rates_suite(ask: Request) -> list[Job]:
-    """Every method at every rate, evaluated on the validation problems with seeds that no table uses."""
-    valid = ["--eval_data", "data/tiny/valid.jsonl", "--eval_every", "0", "--no-eval_guided"]
-    return [
-        Job(f"{method}@{rate}", 100 + seed, (*METHODS[method].split(), *rate_flag(method, rate), *valid))
-        for seed in range(ask.seeds)
+def rates_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Every method at every rate, evaluated on the validation problems."""
+    valid = "--eval_data data/tiny/valid.jsonl --eval_every 0 --no-eval_guided".split()
+    return {
+        f"{method}@{rate}": [*METHODS[method].split(), *rate_flag(method, rate), *valid]
         for method, rates in RATES.items()
         for rate in rates
-    ]
+    }
 
 
-def table_suite(ask: Request) -> list[Job]:
+def table_rows(args: argparse.Namespace) -> dict[str, list[str]]:
     """Every method at its best rate and every ablation at SGPO's."""
-    best = best_rates(ask.results / "rates.csv")
-    rows = {name: (*flags.split(), *rate_flag(name, best[name])) for name, flags in METHODS.items()}
-    rows |= {name: (*flags.split(), *rate_flag("sgpo", best["sgpo"])) for name, flags in ABLATIONS.items()}
-    return [Job(row, seed, flags) for seed in range(ask.seeds) for row, flags in rows.items()]
+    best = best_rates(args.results / "rates.csv")
+    rows = {name: [*flags.split(), *rate_flag(name, best[name])] for name, flags in METHODS.items()}
+    return rows | {name: [*flags.split(), *rate_flag("sgpo", best["sgpo"])] for name, flags in ABLATIONS.items()}
 
 
-def knobs_suite(ask: Request) -> list[Job]:
+def knobs_rows(args: argparse.Namespace) -> dict[str, list[str]]:
     """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
-    rate = tuple(rate_flag("sgpo", best_rates(ask.results / "rates.csv")["sgpo"]))
+    rate = rate_flag("sgpo", best_rates(args.results / "rates.csv")["sgpo"])
     others = [(name, value) for name, values in KNOBS.items() for value in values if value != DEFAULTS[name]]
-    jobs = []
-    for seed in range(ask.seeds):
-        jobs.append(Job("default", seed, rate))
-        jobs += [Job(f"{name}={value}", seed, (f"--{name}", value, *rate)) for name, value in others]
-    return jobs
+    return {"default": rate} | {f"{name}={value}": [f"--{name}", value, *rate] for name, value in others}
 
 
 def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,69 +148,59 @@ def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def hard_suite(ask: Request) -> list[Job]:
-    """The hard world with good strategies, then with 6 % and 30 % of low quality; families held out whole are evaluated too."""
-    best = best_rates(ask.results / "rates.csv")
-    rows = {name: (flags, "train") for name, flags in HARD_ROWS.items()}
-    for share in ("low06", "low30"):
-        for name in LOW_QUALITY_ROWS:
-            rows[f"{name}@{share}"] = ({**HARD_ROWS, **ABLATIONS}[name], f"train-{share}")
-    return [
-        Job(
-            row,
-            seed,
-            (*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags.split(), "--learning_rate", rate_of(row, best)),
-            "data/hard/mixes.jsonl",
-        )
-        for seed in range(ask.seeds)
-        for row, (flags, data) in rows.items()
-    ]
+def hard_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The hard world with good strategies, then with 6 % and 30 % of low quality."""
+    best, rows = best_rates(args.results / "rates.csv"), {}
+    for suffix, data in (("", "train"), ("@low06", "train-low06"), ("@low30", "train-low30")):
+        for name in LOW_QUALITY_ROWS if suffix else HARD_ROWS:
+            flags = {**HARD_ROWS, **ABLATIONS}[name].split()
+            rate = rate_flag("sgpo", best["grpo" if name == "grpo" else "sgpo"])
+            rows[name + suffix] = [*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags, *rate]
+    return rows
 
 
-def model_suite(ask: Request) -> list[Job]:
-    """Every sampling method and more SFT from the model of --base, with equal numbers of sampled responses.
-
-    All begin at one checkpoint, so a warm-up is paid once and is the same for all; sft reads each problem's solution once.
-    """
-    if "--model" not in ask.base or ask.steps < 2 or ask.steps % 2:
+def model_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Every sampling method from the model of --base, with equal numbers of sampled responses; sft reads each solution once."""
+    base = args.base.split()
+    if "--model" not in base or args.steps < 2 or args.steps % 2:
         raise ValueError("model needs --base with a --model among its flags, and --steps: an even number of SGPO's steps")
-    if "--data" in ask.base and "--eval_data" not in ask.base:
+    if "--data" in base and "--eval_data" not in base:
         raise ValueError("--base: --data without --eval_data, so no run would have an accuracy to compare")
-    if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(ask.base):
+    if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(base):
         raise ValueError(f"--base: {', '.join(sorted(fixed))} would make the numbers of sampled responses unequal")
-    rows = {"sft": ("--method", "sft", "--sft_epochs", "1", *PLAIN_SFT.split())}
+    rows = {"sft": [*base, "--method", "sft", "--sft_epochs", "1", *PLAIN_SFT.split()]}
     for name in MODEL_ROWS:
-        steps = ask.steps if name == "sgpo" else ask.steps * 12 // 8
-        rows[name] = ("--method", name, "--steps", str(steps), "--sft_fraction", "0")
-    return [Job(row, seed, (*ask.base, *flags)) for seed in range(ask.seeds) for row, flags in rows.items()]
+        steps = args.steps if name == "sgpo" else args.steps * 12 // 8
+        rows[name] = [*base, "--method", name, "--steps", str(steps), "--sft_fraction", "0"]
+    return rows
 
 
-def rate_of(row: str, best: dict[str, str]) -> str:
-    return best["grpo" if row.startswith("grpo") else "sgpo"]
-
-
-SUITES = {  # with the default number of seeds
-    "rates": (rates_suite, 2),
-    "table": (table_suite, 5),
-    "knobs": (knobs_suite, 3),
-    "hard": (hard_suite, 3),
-    "model": (model_suite, 3),
+SUITES = {  # name -> (what makes its rows {name: train.py flags} from the command line's arguments, default number of seeds)
+    "rates": (rates_rows, 2),
+    "table": (table_rows, 5),
+    "knobs": (knobs_rows, 3),
+    "hard": (hard_rows, 3),
+    "model": (model_rows, 3),
 }
 
 
+def make_jobs(args: argparse.Namespace) -> list[Job]:
+    """All runs of a suite, seed by seed. `rates` has seeds that no table uses; `hard` evaluates families held out whole too."""
+    rows, first = SUITES[args.suite][0](args), 100 if args.suite == "rates" else 0
+    also = "data/hard/mixes.jsonl" if args.suite == "hard" else ""
+    return [Job(row, first + seed, tuple(flags), also) for seed in range(args.seeds) for row, flags in rows.items()]
+
+
 def best_rates(path: Path) -> dict[str, str]:
-    """The rate of highest mean accuracy per method, the larger of two equal ones; ValueError where a run of one is missing."""
+    """The rate of highest mean accuracy for each method, the larger of two equal ones. ValueError if a rate has no run."""
     if not path.exists():
         raise ValueError(f"{path}: not there; run `python tools/sweep.py rates` first")
-    runs = read_csv(path)
-    best = {}
+    runs, best = read_csv(path), {}
     for method, rates in RATES.items():
-        scores = {rate: [float(run["accuracy"]) for run in runs if run["row"] == f"{method}@{rate}"] for rate in rates}
-        missing = [rate for rate, values in scores.items() if not values]
-        if missing:
+        scores = {rate: column(runs, f"{method}@{rate}", "accuracy").values() for rate in rates}
+        if missing := [rate for rate in rates if not scores[rate]]:
             raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python tools/sweep.py rates`")
-        means = {rate: round(statistics.fmean(values), 6) for rate, values in scores.items()}
-        best[method] = max(rates, key=lambda rate, means=means: (means[rate], float(rate)))
+        best[method] = max((round(statistics.fmean(scores[rate]), 6), float(rate), rate) for rate in rates)[-1]
     return best
 
 
@@ -238,7 +208,7 @@ def best_rates(path: Path) -> dict[str, str]:
 
 
 def is_done(folder: Path, job: Job) -> bool:
-    """Whether this very job has finished there. ValueError where the folder holds a finished run with other flags."""
+    """Whether this very job has finished there. ValueError if the folder holds a finished run with other flags."""
     if not (folder / "done.json").exists():
         return False
     flags = json.loads((folder / "done.json").read_text(encoding="utf-8"))["flags"]
@@ -248,29 +218,27 @@ def is_done(folder: Path, job: Job) -> bool:
 
 
 def run_job(job: Job, folder: Path) -> str | None:
-    """Run train.py into a fresh folder; None, or what went wrong. done.json is written last and makes a run complete."""
+    """Run train.py into a fresh folder: None, or what went wrong. A run is complete when it has its done.json, written last."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()  # the commands run in the repository's root, where the data's paths begin
-    alone = ["--seed", str(job.seed), "--out", str(folder), "--checkpoint_minutes", "inf"]  # a run that was cut off starts anew
-    commands = [["train.py", *job.flags, *alone]]
+    own = ["--seed", str(job.seed), "--out", str(folder), "--checkpoint_minutes", "inf"]  # a run that was cut off starts anew
+    commands = [["train.py", *job.flags, *own]]
     if job.also_eval:
         settings = ["--n", "4", "--max_new_tokens", "32", "--max_rows", "1024", "--out", str(folder / "also.json")]
         commands.append(["eval.py", "--model", str(folder / "model"), "--data", job.also_eval, *settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs of two threads each fight over two cores
-    start = time.perf_counter()
     for command in commands:
         done = subprocess.run([sys.executable, *command], cwd=HERE, env=environment, capture_output=True, text=True)
         if done.returncode:
             return f"{job.row}, seed {job.seed}: exit {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-5:])
-    shutil.rmtree(folder / "model")  # 3 MB a run; the log is what the table needs
-    record = {"flags": list(job.flags), "wall_s": round(time.perf_counter() - start, 1)}
-    (folder / "done.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "model")  # 3 MB a run; the table needs only the log
+    (folder / "done.json").write_text(json.dumps({"flags": job.flags}) + "\n", encoding="utf-8")
     return None
 
 
 def run_suite(jobs: Sequence[Job], runs: Path, parallel: int) -> None:
-    """Run what is not done yet, `parallel` at a time; SystemExit naming the runs that failed once all others are through."""
+    """Run what is not done yet, `parallel` at a time. SystemExit that names the failed runs, after all others have ended."""
     todo = [job for job in jobs if not is_done(runs / job.row / str(job.seed), job)]
     failures = []
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run") as bar:
@@ -281,7 +249,7 @@ def run_suite(jobs: Sequence[Job], runs: Path, parallel: int) -> None:
                 bar.set_postfix_str(f"{futures[future].row} seed {futures[future].seed}")
                 bar.update()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # ctrl-c reaches the running ones by itself
+            pool.shutdown(cancel_futures=True)  # ctrl-c also reaches the runs that are going
             raise
     if failures:
         sys.exit(f"{len(failures)} of {len(jobs)} runs failed; the same command runs them again\n\n" + "\n\n".join(failures))
@@ -299,8 +267,7 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
     head, *records = read_log(folder)
     steps = [r for r in records if "step_s" in r]
     evals = [r for r in records if r["stage"] == "eval"]
-    alone = [r["accuracy"] for r in evals if not r["guided"]]
-    guided = [r["accuracy"] for r in evals if r["guided"]]
+    alone, guided = ([r["accuracy"] for r in evals if r["guided"] == kind] for kind in (False, True))
     last = steps[-10:]
     also = {}
     if job.also_eval:
@@ -323,19 +290,18 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
         "steps": len(steps),
         "sampled_tokens": int(sum(r["sampled_tokens"] for r in steps)),
         "step_s": round(sum(r["step_s"] for r in steps), 1),
-        "wall_s": json.loads((folder / "done.json").read_text(encoding="utf-8"))["wall_s"],
         "commit": head["commit"],
         "flags": " ".join(job.flags),
     }
 
 
-# a metric that is logged as 0 where there is nothing to measure -> the metric that says whether there is
+# a metric that is logged as 0 if there is nothing to measure -> the metric that says whether there is
 MEASURED_WHERE = dict.fromkeys(("kl", "kept", "reach_gap"), "target_tokens")
 MEASURED_WHERE |= dict.fromkeys(("alpha", "reward_guided", "with_target"), "length_guided")
 
 
 def mean_of(records: Sequence[dict[str, Any]], name: str) -> float | str:
-    """The mean of a metric over the records that measured it, six digits; empty where none did (GRPO has no alpha)."""
+    """The mean of a metric over the records that measured it, six digits; empty if none did (GRPO has no alpha)."""
     values = [r[name] for r in records if r[MEASURED_WHERE.get(name, name)] or name not in MEASURED_WHERE]
     return round(statistics.fmean(values), 6) if values else ""
 
@@ -347,8 +313,8 @@ def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
     for row in dict.fromkeys(job.row for job in jobs):
         logs = [[r for r in read_log(runs / job.row / str(job.seed)) if "step_s" in r] for job in jobs if job.row == row]
         for records in zip(*logs, strict=True):
-            lines.append({"row": row, "step": records[0]["step"], "seeds": len(records)})
-            lines[-1] |= {name: mean_of(records, name) for name in names}
+            means = {name: mean_of(records, name) for name in names}
+            lines.append({"row": row, "step": records[0]["step"], "seeds": len(records)} | means)
     return lines
 
 
@@ -370,29 +336,22 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard error over seeds); the error of a single value is nan."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def paired_difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float, float]:
+def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[float, float, float]:
     """first - second over the seeds that both have: (mean, low, high) of its 95 % confidence interval (Student's t).
 
     Paired, because a seed fixes the data order and the evaluation's draws for both. ValueError with fewer than two seeds in
-    common or more than the table of quantiles knows.
+    common, or with more than T95 has quantiles for.
     """
     seeds = sorted(first.keys() & second.keys())
     if not 2 <= len(seeds) <= len(T95) + 1:
         raise ValueError(f"a paired interval needs 2 to {len(T95) + 1} seeds in common, got {len(seeds)}")
-    mean, stderr = mean_and_stderr([first[seed] - second[seed] for seed in seeds])
+    mean, stderr = report.mean_and_stderr([first[seed] - second[seed] for seed in seeds])
     return mean, mean - T95[len(seeds) - 2] * stderr, mean + T95[len(seeds) - 2] * stderr
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper that says `more` > `less`, each a (row, column) of table.csv; with `denied`, that it is not."""
+    """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv; or with `denied`, that it is not."""
 
     text: str
     more: tuple[str, str]
@@ -408,10 +367,8 @@ TABLE_CLAIMS = (
     Claim("SGPO improves the base model", ("sgpo", "accuracy"), ("sgpo", "base")),
     Claim(
         "SFT on the strong model's solutions alone does not (1.5B: -1.0 points, 7B: +0.5)",
-        ("sft", "accuracy"),
-        ("sft", "base"),
-        denied=True,
-    ),
+        ("sft", "accuracy"), ("sft", "base"), denied=True,
+    ),  # fmt: skip
     beaten_by_sgpo("sft", "SGPO beats SFT"),
     beaten_by_sgpo("sft+grpo", "SGPO beats SFT+GRPO"),
     beaten_by_sgpo("luffy", "SGPO beats LUFFY"),
@@ -421,16 +378,10 @@ TABLE_CLAIMS = (
     beaten_by_sgpo("no-distillation", "without strategy distillation it is worse (7B: -2.2)"),
     beaten_by_sgpo("no-autonomous-grpo", "without autonomous GRPO it is worse (7B: -3.5)"),
     beaten_by_sgpo("no-proximal-constraints", "without all proximal constraints it is worse (7B: -6.8)"),
-    Claim(
-        "and its entropy collapses",
-        ("sgpo", "entropy_last10"),
-        ("no-proximal-constraints", "entropy_last10"),
-    ),
+    Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
     beaten_by_sgpo("no-kl-clip", "without the KL clip it is worse (7B: -3.4)"),
     beaten_by_sgpo("random-target", "with a random target instead of the most reachable it is worse (ours)"),
-    beaten_by_sgpo(
-        "fixed-weight", "with a fixed weight instead of alpha(q) it is worse (7B: -1.2)"
-    ),
+    beaten_by_sgpo("fixed-weight", "with a fixed weight instead of alpha(q) it is worse (7B: -1.2)"),
     beaten_by_sgpo("group-advantage-weight", "with a group-advantage weight instead of alpha(q) it is worse"),
     beaten_by_sgpo("reverse-kl", "with the reverse KL it is worse (7B: -1.2)"),
     beaten_by_sgpo("sft-on-target", "with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)"),
@@ -444,18 +395,15 @@ HARD_CLAIMS = (
     Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
     Claim(
         "a fixed weight instead of alpha(q) is worse (7B: -1.2), with 6 % of the strategies of low quality",
-        ("sgpo@low06", "accuracy"),
-        ("fixed-weight@low06", "accuracy"),
-    ),
+        ("sgpo@low06", "accuracy"), ("fixed-weight@low06", "accuracy"),
+    ),  # fmt: skip
     Claim("and with 30 %", ("sgpo@low30", "accuracy"), ("fixed-weight@low30", "accuracy")),
     Claim("6 % of low quality, the paper's share, do no harm", ("sgpo", "accuracy"), ("sgpo@low06", "accuracy"), denied=True),
     Claim("30 % do none either (not a claim of the paper)", ("sgpo", "accuracy"), ("sgpo@low30", "accuracy"), denied=True),
     Claim(
         "the strategies carry over: mixes of types never trained on are solved as well as known ones",
-        ("sgpo", "accuracy"),
-        ("sgpo", "accuracy_also"),
-        denied=True,
-    ),
+        ("sgpo", "accuracy"), ("sgpo", "accuracy_also"), denied=True,
+    ),  # fmt: skip
 )
 CLAIMS = {"table": TABLE_CLAIMS, "hard": HARD_CLAIMS}
 OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
@@ -473,20 +421,18 @@ def column(lines: Sequence[dict[str, str]], row: str, name: str) -> dict[str, fl
 
 
 def verdict(difference: tuple[float, float, float], denied: bool = False) -> str:
-    """The claim's fate by the 95 % interval of more - less; a denied difference is one that the interval does not show."""
+    """What the 95 % interval of more - less says of the claim. A denied difference is one that the interval must not show."""
     _, low, high = difference
     if denied:
         return "not reproduced" if low > 0 else "reproduced"
-    if low > 0:
-        return "reproduced"
-    return "the opposite" if high < 0 else "not reproduced"
+    return "reproduced" if low > 0 else "the opposite" if high < 0 else "not reproduced"
 
 
 def with_error(lines: Sequence[dict[str, str]], row: str, name: str, digits: int = 3) -> str:
     values = list(column(lines, row, name).values())
     if not values:
         return ""
-    mean, stderr = mean_and_stderr(values)
+    mean, stderr = report.mean_and_stderr(values)
     return f"{mean:,.{digits}f}" + ("" if math.isnan(stderr) else f" ± {stderr:,.{digits}f}")
 
 
@@ -494,10 +440,8 @@ TITLES = {
     "table": "Methods and ablations on the tiny world",
     "knobs": "The effect of delta, alpha_0 and gamma on the tiny world",
     "hard": "Several right ways, mixes never trained on, strategies of low quality: the hard world",
-    "model": "The methods on a model of one's own",
+    "model": "The methods on a model of your own",
 }
-
-
 HOW_TO_READ = (
     "Accuracy: held-out problems, 4 responses each (or --eval_n) at temperature 0.6; ± is the standard error over seeds. "
     "Differences are in accuracy, against SGPO on the same data at the paper's settings, paired by seed, with their 95 % "
@@ -509,10 +453,8 @@ HOW_TO_READ = (
 
 def reference_of(row: str) -> str:
     """The row that a row is compared with: SGPO on the same data, with a knob at the paper's value."""
-    if "=" in row:
-        name = row.split("=")[0]
-        return f"{name}={DEFAULTS[name]}"
-    return "sgpo" + row[row.index("@") :] if "@" in row else "sgpo"
+    knob, is_knob, _ = row.partition("=")
+    return f"{knob}={DEFAULTS[knob]}" if is_knob else "sgpo" + "".join(row.partition("@")[1:])
 
 
 def shared_flags(lines: Sequence[dict[str, str]]) -> str:
@@ -525,7 +467,7 @@ def shared_flags(lines: Sequence[dict[str, str]]) -> str:
 
 
 def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
-    """One line of markdown a row of the csv: mean and standard error over seeds, the paired difference, and the cost."""
+    """One line of markdown for each row: mean and standard error over seeds, the paired difference, and the cost."""
     shared = shared_flags(lines)
     names = {"accuracy": "accuracy", "accuracy_also": "on mixes", "guided": "guided", "kept": "kept"}
     names |= {"reach_gap": "reach gap", "entropy_last10": "entropy, last 10 steps"}
@@ -539,8 +481,8 @@ def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
         reference = reference_of(row)
         difference = "(reference)"
         if row != reference:
-            first, second = (column(lines, name, "accuracy") for name in (row, reference))
-            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_difference(first, second))
+            interval = seed_interval(column(lines, row, "accuracy"), column(lines, reference, "accuracy"))
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval)
         cells = [with_error(lines, row, name) for name in names] + [with_error(lines, row, "steps", 0).split(" ")[0]]
         cells += [with_error(lines, row, name, 0) for name in costs]
         flags = next(line["flags"] for line in lines if line["row"] == row).removeprefix(shared).strip()
@@ -548,61 +490,62 @@ def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
     return page
 
 
-def suite_page(
-    suite: str, lines: Sequence[dict[str, str]], rates: dict[str, str] | None, tokens: Sequence[dict[str, str]] = ()
-) -> str:
-    """<suite>.csv as a page: what was run, the table, and for `table` the claims with their verdicts.
-
-    rates: the learning rates found by the suite `rates`; None where a suite was given its rate. tokens: the lines of
-    divergence.csv, for the claim about single tokens.
-    """
+def suite_page(suite: str, results: Path) -> str:
+    """The page of a suite, from the csv files in `results` alone: what was run, the table, the claims with their verdicts."""
+    lines = read_csv(results / f"{suite}.csv")
     seeds = sorted({line["seed"] for line in lines}, key=int)
     runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
-    page = [f"# {TITLES[suite]}", ""]
-    page += [
+    page = [
+        f"# {TITLES[suite]}",
+        "",
         f"Written by `python tools/sweep.py {suite}` from {suite}.csv: {runs} runs, seeds {', '.join(seeds)}, code at "
         f"{', '.join(sorted({line['commit'] for line in lines}))}. {HOW_TO_READ}",
         "",
+        *rows_table(lines),
     ]
-    page += rows_table(lines)
     if shared := shared_flags(lines):
         page += ["", f"All rows: `{shared}`."]
     if suite == "hard":
         page[-1] += " low06, low30: 6 % and 30 % of the training strategies are of low quality."
-    if rates:
+    if suite != "model":  # which was given its rate
+        rates = best_rates(results / "rates.csv")
         tried = "; ".join(f"{name} {', '.join(values)} (taken: {rates[name]})" for name, values in RATES.items())
         page += ["", f"Learning rates tried, by accuracy on 240 validation problems over two other seeds (rates.csv): {tried}."]
     if suite in CLAIMS:
         page += claims_section(lines, CLAIMS[suite])
     if suite == "table":
-        page += token_claim(tokens) + [f"| {text} | | not testable here |" for text in NOT_TESTABLE]
+        page += token_claim(results / "divergence.csv") + [f"| {text} | | not testable here |" for text in NOT_TESTABLE]
     return "\n".join([*page, ""])
 
 
 def claims_section(lines: Sequence[dict[str, str]], claims: Sequence[Claim]) -> list[str]:
-    page = ["", "## The paper's claims", ""]
-    page += [
-        "A claim says that one figure is above another. Reproduced: the 95 % interval of the paired difference lies above "
-        "zero. Not reproduced: it holds zero. The opposite: it lies below. Where the claim is that there is no gain, it is "
-        "reproduced unless the interval lies above zero.",
+    page = [
         "",
+        "## The paper's claims",
+        "",
+        "A claim says that one figure is above another. Reproduced: the 95 % interval of the paired difference lies above "
+        "zero. Not reproduced: it holds zero. The opposite: it lies below. A claim that there is no gain is reproduced unless "
+        "the interval lies above zero.",
+        "",
+        "| claim | difference here | verdict |",
+        "|---|---|---|",
     ]
-    page += ["| claim | difference here | verdict |", "|---|---|---|"]
     for claim in claims:
-        difference = paired_difference(column(lines, *claim.more), column(lines, *claim.less))
+        difference = seed_interval(column(lines, *claim.more), column(lines, *claim.less))
         mean, low, high = difference
         page.append(f"| {claim.text} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict(difference, claim.denied)} |")
     return page
 
 
-def token_claim(tokens: Sequence[dict[str, str]]) -> list[str]:
-    """The claim about single tokens, from the lines of divergence.csv; nothing where there are none."""
-    if not tokens:
+def token_claim(path: Path) -> list[str]:
+    """The claim about single tokens, from what `report.py divergence` wrote; nothing if it was not run."""
+    if not path.exists():
         return []
-    high, low = (
-        sum(float(t["mean_d"]) * int(t["count"]) for t in part) / sum(int(t["count"]) for t in part)
-        for part in ([t for t in tokens if t["token"] in OPERATIONS], [t for t in tokens if t["token"] not in OPERATIONS])
-    )
+    tokens, means = read_csv(path), []
+    for kind in (True, False):
+        part = [(int(token["count"]), float(token["mean_d"])) for token in tokens if (token["token"] in OPERATIONS) == kind]
+        means.append(sum(count * d for count, d in part) / sum(count for count, _ in part))
+    high, low = means
     return [
         f"| d_t is large on the tokens that carry the strategy and near zero on routine ones | mean {high:.4f} nats on the "
         f"six operations, {low:.5f} on all other tokens (base model, divergence.csv) | "
@@ -618,64 +561,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("suite", choices=tuple(SUITES))
     parser.add_argument("--results", type=Path, required=True, help="folder for the csv files and the page, e.g. results/tiny")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs themselves")
-    parser.add_argument("--seeds", type=int, default=0, help="seeds a row; 0: the suite's own number")
+    parser.add_argument("--seeds", type=int, default=0, help="seeds for each row; 0: the suite's own number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
-    parser.add_argument("--rows", nargs="+", default=[], help="only these rows; writes no csv")
-    parser.add_argument("--extra", default="", help="further train.py flags for every run, for a quick trial; writes no csv")
     parser.add_argument("--base", default="", help="model: train.py flags of every run, --model among them")
     parser.add_argument("--steps", type=int, default=0, help="model: SGPO's steps; the others take half as many again")
     args = parser.parse_args(argv)
-    build, seeds = SUITES[args.suite]
+    args.seeds = args.seeds or SUITES[args.suite][1]
     if args.suite != "model" and (args.base or args.steps):
         parser.error(f"--base and --steps are for the suite model, {args.suite} has its own")
-    if not (args.suite == "rates" or args.rows or args.extra or 2 <= (args.seeds or seeds) <= len(T95) + 1):
+    if args.suite != "rates" and not 2 <= args.seeds <= len(T95) + 1:
         parser.error(f"--seeds {args.seeds}: the page's intervals need 2 to {len(T95) + 1} seeds")
     try:
-        jobs = build(Request(args.seeds or seeds, args.results, tuple(args.base.split()), args.steps))
-        unknown = set(args.rows) - {job.row for job in jobs}
-        if unknown:
-            raise ValueError(f"--rows {' '.join(sorted(unknown))}: {args.suite} has {', '.join({job.row: 0 for job in jobs})}")
-        jobs = [job for job in jobs if not args.rows or job.row in args.rows]
-        jobs = [replace(job, flags=(*job.flags, *args.extra.split())) for job in jobs]
+        jobs = make_jobs(args)
         run_suite(jobs, args.runs / args.suite, args.jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if args.rows or args.extra:
-        return
     write_results(args.suite, jobs, args.runs / args.suite, args.results)
 
 
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
-    """<suite>.csv, <suite>_steps.csv and the page made from them."""
+    """<suite>.csv, <suite>_steps.csv, the page, and last the pictures, which need matplotlib (requirements-dev.txt)."""
     results.mkdir(parents=True, exist_ok=True)
-    commits = {read_log(runs / job.row / str(job.seed))[0]["commit"] for job in jobs}
-    if len(commits) > 1:
-        print(
-            f"note: the runs are of {len(commits)} states of the code ({', '.join(sorted(commits))}); to have all of one, "
-            f"remove the folders in {runs} that are not of it, and give the same command again"
-        )
     lines = [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs]
     write_csv(results / f"{suite}.csv", knob_lines(lines) if suite == "knobs" else lines)
     if suite == "rates":
-        for method, rate in best_rates(results / "rates.csv").items():
-            print(f"{method}: {rate}")
-        return
+        return print(best_rates(results / "rates.csv"))
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
-    divergence = results / "divergence.csv"  # of `report.py divergence`
-    tokens = read_csv(divergence) if divergence.exists() else []
-    rates = None if suite == "model" else best_rates(results / "rates.csv")
-    page = suite_page(suite, read_csv(results / f"{suite}.csv"), rates, tokens)
-    (results / f"{suite}.md").write_text(page, encoding="utf-8")
-    print(page)
-    draw_results(suite, jobs, runs, results)
-
-
-def draw_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
-    """<suite>.png and .svg, every row with its seeds; for `table` the training curves of methods and ablations too."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return print("no pictures without matplotlib: pip install -r requirements-dev.txt, and the same command again")
-    from tools import report
-
+    (results / f"{suite}.md").write_text(suite_page(suite, results), encoding="utf-8")
     report.main(["rows", str(results / f"{suite}.csv"), "--out", str(results / suite)])
     if suite == "table":
         for name, rows in CURVES.items():

@@ -1,0 +1,351 @@
+"""The token map: where along a response the strategy speaks, as an HTML page; and the same over many problems, as a csv.
+
+    python tools/report.py tokens --data data/tiny/test.jsonl --model data/tiny/base --after runs/x/model --out map.html
+    python tools/report.py divergence --data data/tiny/test.jsonl --model data/tiny/base --out divergence.csv
+
+`tokens` colours every token of one problem's reachable target o+ by its divergence d_t [eq 3], before training and (--after)
+after it, for the same token ids. `divergence` gives the mean d_t of every token of the vocabulary over the targets of many
+problems. Both use the functions of training. The picture is the paper's (arXiv 2606.24064) in kind, the layout is ours.
+
+Axes: M response tokens, D width, V vocabulary, K next tokens shown (--top).
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
+
+from data.problems import Problem, load_problems
+from grader import MathWorker, is_correct
+from loss import chunked_head, forward_kl, kl_clip_mask, token_logprobs
+from model import CausalLM, encode_chat, load_model
+from rollout import pack, sample_and_grade, stream_seed
+from strategy import auto_messages, guided_messages
+from weighting import reachable_target
+
+# ---------------------------------------------------------------------------------------------------- the map as data
+
+
+def contexts(tokenizer: Any, problem: Problem) -> tuple[list[int], list[int]]:
+    """The ids of a problem's two prompts: (without the strategy, with it)."""
+    guided = guided_messages(problem.problem, problem.strategy)
+    return encode_chat(tokenizer, auto_messages(problem.problem)), encode_chat(tokenizer, guided)
+
+
+def sample_group(
+    model: CausalLM, tokenizer: Any, worker: MathWorker, problem: Problem, args: argparse.Namespace, *, guided: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """One group of responses, sampled as in training (temperature 1, top_p 0.95): (their ids, which of them are correct)."""
+    (rows,), (correct,) = sample_and_grade(
+        model,
+        tokenizer,
+        [contexts(tokenizer, problem)[guided]],
+        lambda row, member, text: is_correct(text, problem.answer, worker),
+        n=args.group_guided if guided else args.group_auto,
+        max_new_tokens=args.max_new_tokens,
+        temperature=1.0,
+        top_p=0.95,
+        seed=[stream_seed(args.seed, "report", guided, problem.id)],
+    )
+    return [row.response_ids for row in rows], correct
+
+
+def map_terms(unguided: Tensor, guided: Tensor, targets: Tensor, *, delta: float, top: int) -> dict[str, Tensor]:
+    """What the map shows of m tokens, from their logits (m, V) without and with the strategy: (m,) or (m, K) tensors."""
+    divergence = forward_kl(guided, unguided)  # d_t [eq 3]
+    # chunked_head adds up a "loss", and there is none here
+    values = {"loss": 0 * divergence, "divergence": divergence, "kept": kl_clip_mask(divergence, delta)}
+    for side, logits in (("guided", guided), ("auto", unguided)):
+        best = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]))
+        values |= {f"logp_{side}": token_logprobs(logits, targets), f"top_{side}": best.values, f"ids_{side}": best.indices}
+    return values
+
+
+@torch.no_grad()
+def token_map(
+    model: CausalLM, tokenizer: Any, problem: Problem, response_ids: list[int], *, delta: float, top: int
+) -> list[dict[str, Any]]:
+    """One dict per response token: what the policy thinks of it with and without the strategy in its prompt.
+
+    id, text, blank         the token; blank is the white space that decoding the whole response puts before it
+    divergence, kept        d_t in nats [eq 3], and whether the KL clip keeps it: d_t <= delta [eq 5]
+    logp_auto, logp_guided  log-probability of the token without and with the strategy, natural log
+    top_auto, top_guided    the K = `top` most probable next tokens as (id, text, probability), best first
+
+    The same functions as in training, in the weights' dtype, at temperature 1. Logits exist for 256 tokens at a time.
+    """
+    auto_ids, guided_ids = contexts(tokenizer, problem)
+    guided = pack([guided_ids], [response_ids], device=model.device)
+    unguided = pack([auto_ids], [response_ids], device=model.device)  # row m of both predicts the same token
+    teacher = model(**guided.layout, head=lambda hidden, _: hidden[0, guided.predict])  # (M, D)
+    terms, inputs = partial(map_terms, delta=delta, top=top), (unguided.targets,)
+    head = partial(chunked_head, terms=terms, inputs=inputs, chunk_tokens=256, at=unguided.predict, teacher=teacher)
+    _, stats = model(**unguided.layout, head=head)
+    rows = {name: value.tolist() for name, value in stats.items()}
+    tokens = []
+    for m, (blank, text) in enumerate(token_texts(tokenizer, response_ids)):
+        token = {"id": response_ids[m], "text": text, "blank": blank}
+        token |= {"divergence": rows["divergence"][m], "kept": bool(rows["kept"][m])}
+        for side in ("auto", "guided"):
+            best = zip(rows[f"ids_{side}"][m], rows[f"top_{side}"][m], strict=True)
+            token[f"logp_{side}"] = rows[f"logp_{side}"][m]
+            token[f"top_{side}"] = [(one, token_text(tokenizer, one), math.exp(logp)) for one, logp in best]
+        tokens.append(token)
+    return tokens
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as text, or its name in the vocabulary if it is no text by itself (part of a character, nothing at all)."""
+    text = tokenizer.decode([token_id])
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, str]]:
+    """[(white space before it, text)] of every token. Word-level vocabularies put blanks between tokens that are in none."""
+    whole, at, texts = tokenizer.decode(ids), 0, []
+    for token_id in ids:
+        text = token_text(tokenizer, token_id)
+        found = whole.find(text, at, at + len(text) + 8)  # nearby only: a name from the vocabulary must not match far away
+        blank = whole[at:found] if found >= 0 else ""
+        at = found + len(text) if found >= 0 else at
+        texts.append((blank if blank.isspace() else "", text))
+    return texts
+
+
+def totals(tokens: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The map in numbers: |o+|, the sum and mean of d_t, the kept share, L_KD^clip [eq 5], and log pi(o+) in both contexts."""
+    divergences = [token["divergence"] for token in tokens]
+    return {
+        "tokens": len(tokens),
+        "divergence_sum": sum(divergences),
+        "divergence_mean": statistics.fmean(divergences),
+        "kept": statistics.fmean(token["kept"] for token in tokens),
+        "loss": sum(token["divergence"] for token in tokens if token["kept"]) / len(tokens),
+        "logp_guided": sum(token["logp_guided"] for token in tokens),
+        "logp_auto": sum(token["logp_auto"] for token in tokens),
+    }
+
+
+def find_targets(
+    model: CausalLM, tokenizer: Any, worker: MathWorker, args: argparse.Namespace
+) -> Iterator[tuple[Problem, list[int]]]:
+    """(problem, ids of o+) of every problem (with --id: of that one) that has a correct guided response.
+
+    o+ is the correct one most probable without the strategy, by the summed log-probability [eq 4]. ValueError if no problem
+    has a strategy, or none a correct response.
+    """
+    problems = [problem for problem in load_problems(args.data, worker) if args.id in (None, problem.id) and problem.strategy]
+    if not problems:
+        raise ValueError(f"{args.data}: no row{'' if args.id is None else f' with the id {args.id!r}'} has a strategy")
+    found = False
+    for problem in problems:
+        responses, correct = sample_group(model, tokenizer, worker, problem, args, guided=True)
+        if any(correct):
+            maps = [token_map(model, tokenizer, problem, response, delta=args.delta, top=1) for response in responses]
+            alone = torch.tensor([totals(tokens)["logp_auto"] for tokens in maps])
+            yield problem, responses[reachable_target(alone, torch.tensor(correct))]
+            found = True
+        else:
+            print(f"{problem.id}: none of {args.group_guided} guided responses is correct")
+    if not found:
+        raise ValueError(f"{args.data}: no correct guided response; another --seed or a larger --group_guided may find one")
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+# The page with its {{fields}}, style and script. Its colours are one hue, mixed in oklab: lightness falls evenly (in the dark
+# theme it rises), so any colour vision can read the order, and text stays readable on every shade (contrast at least 4.5:1).
+# The script fills the tooltip through textContent only, so no token can become markup.
+TEMPLATE = Path(__file__).with_name("token_map.html")
+
+
+def visible(text: str, blanks: bool) -> str:
+    """A token's text with line ends, tabs and the unprintable made visible; blanks too, if asked or if it is all blank."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    if blanks or not text.strip(" ⏎⇥"):
+        text = text.replace(" ", "␣")
+    # control and formatting characters are not printable: one that reverses the direction would garble the page
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+def token_html(token: Mapping[str, Any], view: int, m: int, delta: float) -> str:
+    """One token as a focusable span: --t in [0, 1] is sqrt(d_t / delta), its place on the colour scale."""
+    place = math.sqrt(min(max(token["divergence"], 0.0), delta) / delta)  # rounding can leave d_t a little below 0
+    name = "token" if view == 0 else "after"
+    attributes = f'class="t{"" if token["kept"] else " masked"}" style="--t:{place:.3f}" data-view="{view}" data-m="{m}"'
+    text = escape(visible(token["text"], blanks=False))
+    # the line ends themselves come after the span, so that the lines of the response stay lines
+    return f'{token["blank"]}<span {attributes} id="{name}-{m}" tabindex="0">{text}</span>' + "\n" * token["text"].count("\n")
+
+
+def tip_data(token: Mapping[str, Any], m: int, count: int, delta: float) -> list[Any]:
+    """The tooltip of one token: [heading, line, next tokens guided, next tokens alone], each (text, p, is it this)."""
+    verdict = f"kept (≤ {delta:g})" if token["kept"] else f"dropped by the KL clip (> {delta:g})"
+    guided, alone = (_probability(math.exp(token[name])) for name in ("logp_guided", "logp_auto"))
+    line = f"d = {token['divergence']:.4f} nats, {verdict}; p = {guided} with strategy, {alone} alone"
+    tops = [
+        [(visible(text, blanks=True), _probability(p), one == token["id"]) for one, text, p in token[side]]
+        for side in ("top_guided", "top_auto")
+    ]
+    return [f"token {m} of {count}: {visible(token['text'], blanks=True)}", line, *tops]
+
+
+def _probability(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else f"{p:.0e}"
+
+
+def totals_html(views: Sequence[Mapping[str, Any]]) -> str:
+    """The summary: one row for each number, one column for each model."""
+    rows = {
+        "length of o⁺, tokens": ("tokens", "d"),
+        "sum of d, nats": ("divergence_sum", ".4f"),
+        "mean of d": ("divergence_mean", ".4f"),
+        "kept by the KL clip": ("kept", ".1%"),
+        "clipped loss, (1/|o⁺|) Σ kept d": ("loss", ".4f"),
+        "log π(o⁺ | q, s), with strategy": ("logp_guided", ".3f"),
+        "log π(o⁺ | q), alone": ("logp_auto", ".3f"),
+        "p_guide, sampled": ("p_guide", ".3f"),
+        "p_auto, sampled": ("p_auto", ".3f"),
+    }
+    cells = ["<tr><th></th>" + "".join(f'<th class="n">{escape(view["name"])}</th>' for view in views) + "</tr>"]
+    for name, (key, form) in rows.items():
+        values = "".join(f'<td class="n">{view["totals"][key]:{form}}</td>' for view in views)
+        cells.append(f"<tr><th>{escape(name)}</th>{values}</tr>")
+    return "<table>" + "".join(cells) + "</table>"
+
+
+def page_html(page: Mapping[str, Any]) -> str:
+    """The whole page from plain data. Every text that comes from outside is escaped.
+
+    page: "problem", "delta", "settings" (a text), and "views": one or two of {"name", "model", "tokens" (from token_map),
+    "totals" (from totals, and p_auto, p_guide)}, over the same token ids.
+    """
+    problem, delta, views = page["problem"], page["delta"], page["views"]
+    tips = [[tip_data(token, m, len(v["tokens"]), delta) for m, token in enumerate(v["tokens"], 1)] for v in views]
+    maps = []
+    for index, view in enumerate(views):
+        spans = "".join(token_html(token, index, m, delta) for m, token in enumerate(view["tokens"], start=1))
+        head = f'<h2>{escape(view["name"])} <span class="soft">{escape(view["model"])}</span></h2>'
+        maps.append(f'<section class="card">{head}<div class="tokens">{spans}</div></section>')
+    fields = {
+        "id": escape(problem.id),
+        "problem": escape(problem.problem),
+        "answer": escape(problem.answer),
+        "type": escape(problem.strategy.type),
+        "strategy": escape(problem.strategy.strategy),
+        "steps": "".join(f"<li>{escape(step)}</li>" for step in problem.strategy.steps),
+        "delta": f"{delta:g}",
+        "ticks": "".join(f"<span>{delta * (k / 5) ** 2:.3g}</span>" for k in range(6)),  # even steps of a square-root scale
+        "maps": "".join(maps),
+        "totals": totals_html(views),
+        "settings": escape(page["settings"]),
+        "tips": json.dumps(tips, ensure_ascii=False).replace("<", "\\u003c"),  # a token "</script>" must not end the script
+    }
+    # in one pass, so that a text with "{{id}}" in it stays as it is
+    return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def write_tokens(args: argparse.Namespace) -> dict[str, Any]:
+    """Sample, choose o+, map it under --model and under --after, write the page: its data."""
+    folders, views = {"model": args.model} if args.after is None else {"before": args.model, "after": args.after}, []
+    with MathWorker() as worker:
+        for name, folder in folders.items():
+            model = None  # the first model's memory, before the second one needs its own
+            model, tokenizer = load_model(folder, dtype=torch.float32, device=args.device)
+            if not views:
+                vocabulary = tokenizer.get_vocab()
+                problem, response_ids = next(find_targets(model, tokenizer, worker, args))
+            elif tokenizer.get_vocab() != vocabulary:
+                raise ValueError(f"--after {folder}: its vocabulary is not that of {args.model}, the ids would not match")
+            tokens = token_map(model, tokenizer, problem, response_ids, delta=args.delta, top=args.top)
+            rates = {
+                rate: statistics.fmean(sample_group(model, tokenizer, worker, problem, args, guided=guided)[1])
+                for rate, guided in (("p_auto", False), ("p_guide", True))
+            }
+            views.append({"name": name, "model": folder, "tokens": tokens, "totals": totals(tokens) | rates})
+    flags = ("data", "seed", "group_auto", "group_guided", "max_new_tokens")
+    settings = ", ".join(f"--{flag} {getattr(args, flag)}" for flag in flags)
+    page = {"problem": problem, "delta": args.delta, "views": views, "settings": settings}
+    args.out.write_text(page_html(page), encoding="utf-8")
+    print(f"{problem.id}: {len(response_ids)} tokens in {args.out}")
+    return page
+
+
+def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Write the mean d_t of every token over the targets of many problems, largest first: the lines of the csv."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with MathWorker() as worker:
+        model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
+        for problem, response_ids in islice(find_targets(model, tokenizer, worker, args), args.problems):
+            for token in token_map(model, tokenizer, problem, response_ids, delta=args.delta, top=1):
+                found.setdefault(token["text"], []).append(token)
+    lines = [
+        {
+            "token": text,
+            "count": len(tokens),
+            "mean_d": round(statistics.fmean(token["divergence"] for token in tokens), 6),
+            "dropped": round(1 - statistics.fmean(token["kept"] for token in tokens), 6),
+        }
+        for text, tokens in found.items()
+    ]
+    lines.sort(key=lambda line: -line["mean_d"])
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    print("\n".join(f"{line['token']!r:>16}  {line['count']:>6}  mean d_t {line['mean_d']:.4f}" for line in lines[:10]))
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    options = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
+    divergence = commands.add_parser("divergence", help="mean d_t of every token over many problems, as a csv", **options)
+    for command in (tokens, divergence):
+        command.add_argument("--data", required=True, help="jsonl file of problems with strategies")
+        command.add_argument("--id", help="only this problem; None: tokens takes the first that has a target")
+        command.add_argument("--model", required=True, help="model folder or hub name")
+        command.add_argument("--out", type=Path, required=True, help="the file to write")
+        command.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; the colours end there too")
+        command.add_argument("--seed", type=int, default=0, help="of the sampling")
+        command.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
+        command.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
+        command.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
+    tokens.add_argument("--after", help="the trained model, to compare on the same tokens")
+    tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto")
+    tokens.add_argument("--top", type=int, default=5, help="next tokens to list")
+    divergence.add_argument("--problems", type=int, default=100, help="the first with a correct guided response, this many")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> Any:
+    args = build_parser().parse_args(arguments)
+    for name in ("group_auto", "group_guided", "max_new_tokens", "top", "problems"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.delta < math.inf:
+        raise ValueError(f"--delta must be positive and finite, the colour scale ends there; got {args.delta}")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"{args.out}: its folder does not exist")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"tokens": write_tokens, "divergence": write_divergence}[args.command](args)
