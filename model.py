@@ -524,11 +524,15 @@ def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch
     return model.to(device)
 
 
-def resolve_model(name_or_path: str) -> Path:
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*")
+
+
+def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Path:
     """The folder a name stands for: an existing folder, else `org/name` on the hub, else a known family's bare name.
 
     A bare `Qwen2.5-7B-Instruct` becomes Qwen/Qwen2.5-7B-Instruct, `Llama-3.1-8B-Instruct` becomes meta-llama/..., and
-    `SmolLM2-135M-Instruct` HuggingFaceTB/... . Only weights in safetensors, JSON and tokenizer files are fetched, never code.
+    `SmolLM2-135M-Instruct` HuggingFaceTB/... . Only the `wanted` files are fetched, by default weights in safetensors, JSON and
+    tokenizer files, and never code.
     Raises ValueError where nothing of the kind exists or the hub cannot be reached.
     """
     path = Path(name_or_path).expanduser()
@@ -547,9 +551,8 @@ def resolve_model(name_or_path: str) -> Path:
         raise ValueError(f"--model {name_or_path}: no such folder")
     from huggingface_hub import snapshot_download  # imported here: only names that are no folder need it
 
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*.py", "original/*"]))
+        return Path(snapshot_download(repo, allow_patterns=list(wanted), ignore_patterns=["*.py", "original/*"]))
     except Exception as error:  # the hub library raises a dozen kinds; each means "not there" to our caller
         raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
 
