@@ -233,7 +233,7 @@ def compare(
         figures[name], ratios[name] = spread(values), spread([a / b for a, b in zip(bases, values, strict=True)])
         peak = max(run["peak_mb"] for run in runs if run["side"] == name)
         line = f"  {title:17}{name:15}{figure} {figures[name]['median']:.1f}, peak +{peak:.0f} MB"
-        print(f"{line}; {base} / {name}: {ratios[name]['median']:.2f}", flush=True)
+        print(line if name == base else f"{line}; {base} / {name}: {ratios[name]['median']:.2f}", flush=True)
     del ratios[base]
     return {"left_out": left_out, "runs": runs, figure: figures, "ratio": ratios}
 
