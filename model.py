@@ -486,12 +486,15 @@ def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch
     return model.to(device)
 
 
-def resolve_model(name_or_path: str) -> Path:
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*")
+
+
+def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model: an existing folder, or `org/name` on the hub. A known family's name needs no org: a bare
     `Qwen2.5-7B-Instruct` is Qwen/Qwen2.5-7B-Instruct.
 
-    Only JSON files, safetensors and tokenizer files are fetched, never code. ValueError if there is no such model or the hub
-    cannot be reached.
+    Only the `wanted` files are fetched, by default JSON files, safetensors and tokenizer files, and never code. ValueError if
+    there is no such model or the hub cannot be reached.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -504,9 +507,8 @@ def resolve_model(name_or_path: str) -> Path:
         repo = f"{org}/{repo}"
     from huggingface_hub import snapshot_download  # imported here: a folder does not need it
 
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*.py", "original/*"]))
+        return Path(snapshot_download(repo, allow_patterns=list(wanted), ignore_patterns=["*.py", "original/*"]))
     except Exception as error:  # the hub library raises a dozen kinds; each means "not there" to our caller
         raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
 

@@ -543,9 +543,9 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:
-        from tools.plan import plan_run
+        from tools import plan
 
-        return plan_run(argv, parse_config)
+        return plan.main(argv, parse_config)
     cfg = parse_config(argv)
     try:
         with ranks_of(cfg.device, cfg.timeout_minutes) as device:

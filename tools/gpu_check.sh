@@ -5,8 +5,8 @@
 #     bash tools/gpu_check.sh OUT --parts "tests step"         these
 #     bash tools/gpu_check.sh OUT --device cpu                 the same at toy size, anywhere: does it run
 #
-# Each part has its own time limit, its own log OUT/PART.txt and its own row in OUT/rows.md, written when it ends; none ends the
-# others. What a part measures is in its log and in OUT/PART.json (tests, run and torchrun have none).
+# Each part has a time limit, a log OUT/PART.txt and a row in OUT/rows.md, which is written when it ends. If one fails, the others
+# go on. What a part measures is in its log and in OUT/PART.json (tests, run and torchrun have none).
 #
 #     tests      the tests for a GPU                            step      one 1.5B step: memory against the plan, sampler against
 #     run        the default run                                          trainer, time by kernel (tools/gpu_step.py)

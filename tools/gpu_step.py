@@ -4,11 +4,11 @@
     python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
     sampling   256 rows at top_p 1 and 0.95: tokens/s, the share of the machine's floor (bench.py), time by kernel
-    step       one sgpo_step in its two halves, each with its peak of memory beside the one that plan.py predicts, how far the
-               sampler's log-probabilities are from the trainer's, and the update's tokens/s and time by kernel, with and
-               without recomputation
+    step       the two halves of sgpo_step, each with its peak of memory beside the one that plan.py predicts; how far the
+               sampler's log-probabilities are from the trainer's; the update's tokens/s and time by kernel, with and without
+               recomputation
 
-What it is not: a comparison with a rival; that is bench.py.
+It compares with no rival; that is bench.py.
 """
 
 import argparse
@@ -27,74 +27,62 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kv_cache import pages_for
-from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import apply_gradients, leave, ranks_of, whole_model
 from rollout import generate, micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, set_advantages, target_items, update
 from tools import bench, plan
+from train import Config
 
 # ---------------------------------------------------------------------------------------------------- what plan.py predicts
 
 
-def job_of(model: CausalLM, settings: Method, dtype: torch.dtype, *, ranks: int = 1, shard_ranks: int = 1) -> plan.Job:
-    """How the tensors of this run are laid out, for plan.py."""
-    cuda, kernel = model.device.type == "cuda", model.device.type == "cuda" and dtype == torch.bfloat16
-    return plan.Job(
-        plan.shape_of(model.config), dtype.itemsize, shard_ranks, shard_ranks < ranks, kernel=kernel, cuda=cuda,
-        recompute=model.model.recompute, offload=False, chunk_tokens=settings.chunk_tokens, temperature=settings.temperature,
-        top_p=settings.top_p,
-    )  # fmt: skip
+def job_of(model: CausalLM, settings: Config, ranks: int = 1) -> plan.Job:
+    """This run, for plan.py."""
+    settings = replace(settings, recompute=model.model.recompute)
+    return plan.Job(plan.shape_of(model.config), settings, ranks, cuda=model.device.type == "cuda")
 
 
-def pass_of(contexts: Sequence[list[int]], responses: Sequence[list[int]], distillation: bool, first: bool) -> plan.Pass:
-    """The numbers that plan.py wants of one packed pass, from what `pack` makes."""
+def micro_batch(contexts: Sequence[list[int]], responses: Sequence[list[int]], distills: bool, first: bool) -> plan.MicroBatch:
+    """The numbers that plan.py needs of one packed pass, from what `pack` makes."""
     packed = pack(contexts, responses, device=torch.device("cpu"))
     pairs = [(packed.lengths[p], own) for own, p in zip(packed.lengths, packed.prefixes, strict=True) if p is not None]
     continued, mask = sum(map(sum, pairs)), sum(own * (before + own) for before, own in set(pairs))
-    return plan.Pass(packed.input_ids.numel(), packed.targets.numel(), continued, mask, distillation, first)
+    return plan.MicroBatch(packed.input_ids.numel(), packed.targets.numel(), continued, mask, distills, first)
 
 
-def passes_of(samples: Sequence[ProblemSamples], settings: Method) -> Iterator[plan.Pass]:
+def passes_of(samples: Sequence[ProblemSamples], settings: Config) -> Iterator[plan.MicroBatch]:
     """Every forward and backward pass that sgpo.update makes of these samples."""
     rows = [item.trajectory for item in policy_items(samples, settings)]
     contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     for part in micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)):
-        yield pass_of([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
+        yield micro_batch([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
     targets = [item[:3] for item in target_items(samples, settings)]
     costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
     for part in micro_batches(costs, settings.micro_tokens):
-        yield pass_of([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
+        yield micro_batch([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
 
 
-def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], settings: Method, pages: int) -> tuple[str, float]:
-    """(moment, bytes) of the peak of sampling both groups into a cache of so many pages and scoring the guided one."""
-    prompts = [s.example.auto_ids for s in samples] + [s.example.guided_ids for s in samples]
+def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], pages: int) -> tuple[str, float]:
+    """(phase, bytes) of the peak of sampling both groups into a cache of this many pages and scoring the guided one."""
+    settings, prompts = job.settings, [s.example.auto_ids for s in samples] + [s.example.guided_ids for s in samples]
     pairs = [(s.example.auto_ids, row.response_ids) for s in samples for row in s.guided]
     costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
     parts = micro_batches(costs, settings.micro_tokens, saved)
-    scored = max(pass_of(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
+    scored = max(micro_batch(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
     rows = min(settings.max_rows, len(samples) * (settings.group_auto + settings.group_guided))
     prefill = min(sum(map(len, prompts)), plan.PREFILL_TOKENS)
-    moments = plan.sampling_moments(
-        job, pages=pages, rows=rows, prefill_tokens=prefill, prompts=len(prompts), scored_tokens=scored
-    )
-    return plan.peak(moments)
+    return plan.peak(plan.sampling_phases(job, pages=pages, rows=rows, prefill_tokens=prefill, scored_tokens=scored))
 
 
-def predicted_update(job: plan.Job, samples: Sequence[ProblemSamples], settings: Method) -> tuple[str, float]:
-    peaks = [plan.peak(plan.update_moments(job, one)) for one in passes_of(samples, settings)]
+def predicted_update(job: plan.Job, samples: Sequence[ProblemSamples]) -> tuple[str, float]:
+    """(phase, bytes) of the peak of one update on these samples."""
+    peaks = [plan.peak(plan.update_phases(job, batch)) for batch in passes_of(samples, job.settings)]
     return max(peaks, key=lambda item: item[1])
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
-
-
-def peak_of(work: Callable[[], Any], device: torch.device, resident: float) -> tuple[Any, float, float]:
-    """(result, seconds, bytes at the peak, with what the run holds all the time)."""
-    result, seconds, beyond = bench.measured(work, device)
-    return result, seconds, beyond + resident
 
 
 def time_by_kernel(work: Callable[[], Any], device: torch.device, most: int = 12) -> dict[str, Any]:
@@ -118,12 +106,12 @@ def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, f
     """A row for each top_p: 32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each."""
     workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
     if args.quick:
-        workload = bench.QUICK_WORKLOADS[0]
+        workload = bench.SAMPLER_WORKLOADS["quick"][0]
     prompts = bench.make_prompts(workload, model.config.vocab_size, args.seed)
     tokens, rows = workload.prompts * workload.group * workload.longest, []
     lengths = [workload.longest] * (workload.prompts * workload.group)
     with whole_model(model) as policy:
-        floor = bench.sampling_floor(policy, prompts, lengths, workload.group, limits)
+        floor = bench.sampling_floor(policy, prompts, lengths, limits)
         for top_p in (1.0, 0.95):
             call = partial(
                 generate, policy, prompts, n=workload.group, temperature=1.0, top_p=top_p, max_rows=1024,
@@ -141,8 +129,8 @@ def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, f
     return rows
 
 
-def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.Namespace, dtype: torch.dtype) -> dict:
-    """sgpo_step by hand in its two halves, so that each has its own peak and time."""
+def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.Namespace) -> dict:
+    """The two halves of sgpo_step, so that each has its own peak and time."""
     device, rng, V = model.device, random.Random(args.seed), model.config.vocab_size
     tokenizer = bench.word_tokenizer(V)
     size = (5, 9) if args.quick else (300, 600)
@@ -152,7 +140,7 @@ def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.
 
     examples = [Example(None, ids(rng.randint(*size)), ids(2 * size[1]), None) for _ in range(settings.problems_per_step)]
     apply_gradients(model, optimizer, 0.0, 0.0, 1.0)  # a step of nothing, which makes AdamW's moments
-    job = job_of(model, settings, dtype)
+    job = job_of(model, settings)
     resident = sum(plan.resident(job).values())
 
     def sampling() -> list[ProblemSamples]:
@@ -162,48 +150,40 @@ def step_part(model: CausalLM, optimizer: Any, settings: Method, args: argparse.
             choose(settings, policy, samples, step=1)
         return samples
 
-    samples, seconds, peak = peak_of(sampling, device, resident)
+    samples, seconds, peak = bench.measured(sampling, device)
     pages = settings.cache_tokens // plan.PAGE
-    result = {"sampling": memory_row(predicted_sampling(job, samples, settings, pages), peak) | {"seconds": seconds}}
+    result = {"sampling": memory_row("sampling", predicted_sampling(job, samples, pages), peak + resident, seconds)}
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
-    show("sampling", result["sampling"])
     for recompute in (True, False):
         name = "update, recomputed" if recompute else "update"
         model.model.recompute = recompute
-        job = job_of(model, settings, dtype)
+        job = job_of(model, settings)
         try:
-            metrics, seconds, peak = peak_of(lambda: update(model, optimizer, settings, samples, 1e-6), device, resident)
+            metrics, seconds, peak = bench.measured(lambda: update(model, optimizer, settings, samples, 1e-6), device)
         except torch.OutOfMemoryError as error:  # without recomputation a card of 80 GB may be too small
             model.zero_grad()
-            moment, planned = predicted_update(job, samples, settings)
-            result[name] = {"moment": moment, "planned_gb": planned / 1e9, "failed": bench.one_line(error)}
+            phase, planned = predicted_update(job, samples)
+            result[name] = {"phase": phase, "planned_gb": planned / 1e9, "failed": bench.one_line(error)}
             print(f"  {name:19} {result[name]}", flush=True)
             continue
         if recompute:  # of the first update alone: then the policy has moved
             result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
-            errors = f"log-probabilities {result['logprob_error']:.3f}, ratio {result['ratio_error']:.3f}"
-            print(f"  sampler against trainer: {errors} at most", flush=True)
-        row = memory_row(predicted_update(job, samples, settings), peak)
-        row |= {"seconds": seconds, "tokens_per_s": tokens / seconds}
+        row = memory_row(name, predicted_update(job, samples), peak + resident, seconds) | {"tokens_per_s": tokens / seconds}
         part = partial(update, model, optimizer, settings, samples[:4], 1e-6)
         result[name] = row | {"time_of_4_problems": time_by_kernel(part, device)}
-        show(name, row)
     return result
 
 
-def show(name: str, row: dict[str, Any]) -> None:
-    memory = f"{row['measured_gb']:7.2f} GB, planned {row['planned_gb']:7.2f} ({row['moment']})"
-    print(f"  {name:19} {memory}, {row['seconds']:.2f} s", flush=True)
-
-
-def memory_row(predicted: tuple[str, float], measured: float) -> dict[str, Any]:
-    return {"moment": predicted[0], "planned_gb": predicted[1] / 1e9, "measured_gb": measured / 1e9}
+def memory_row(name: str, predicted: tuple[str, float], measured: float, seconds: float) -> dict[str, Any]:
+    phase, planned = predicted[0], predicted[1] / 1e9
+    print(f"  {name:19} {measured / 1e9:7.2f} GB, planned {planned:7.2f} ({phase}), {seconds:.2f} s", flush=True)
+    return {"phase": phase, "planned_gb": planned, "measured_gb": measured / 1e9, "seconds": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
-    parser.add_argument("--shape", choices=tuple(bench.SHAPES), default="qwen2.5-1.5b")
+    parser.add_argument("--shape", choices=tuple(plan.SHAPES), default="Qwen2.5-1.5B-Instruct")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3, help="of the sampling")
@@ -213,19 +193,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.threads = torch.get_num_threads()
     with ranks_of(args.device, timeout_minutes=10) as device:
         report = bench.environment(args, device)
-        dtype, raw = getattr(torch, args.dtype), bench.TOY if args.quick else bench.SHAPES[args.shape]
+        raw = bench.TOY if args.quick else plan.SHAPES[args.shape]
         generator = torch.Generator("cpu").manual_seed(args.seed)
         config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
         model = build_model(config, generator=generator, dtype=torch.float32, device=device)
-        changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
-        if not args.quick:  # 192 rows, of which none waits
-            pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))
-            changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE)
-            changes["micro_tokens"] = 16384
-        model, optimizer, settings = bench.trained(model, args, device, method="sgpo", **changes)
-        limits = bench.machine_limits(dtype, device)
+        pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))  # 192 rows, of which none waits
+        changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
+        if args.quick:
+            changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
+        model, optimizer, method = bench.trained(model, args, device, method="sgpo", **changes)
+        settings = Config(**vars(method), dtype=args.dtype)
+        limits = bench.machine_limits(args, device)
         for name, part in (
-            ("step", lambda: step_part(model, optimizer, settings, args, dtype)),
+            ("step", lambda: step_part(model, optimizer, settings, args)),
             ("sampling", lambda: sampling_part(model, args, limits, device)),
         ):
             try:
