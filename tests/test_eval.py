@@ -294,7 +294,7 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
     changes = {"--temperature 1.0": "temperature", "--top_p 1.0": "top_p", "--seed 1": "seed", "--dtype bfloat16": "dtype"}
     changes |= {"--max_new_tokens 9": f"{data}: max", "--n 1": f"{data}: n", "--guided --out eval-tiny.json": f"{data} guided"}
     for change, name in changes.items():
-        with pytest.raises(ValueError, match=rf"eval-tiny-responses: of another evaluation \({name} .* now "):
+        with pytest.raises(ValueError, match=rf"eval-tiny-responses: of another evaluation \({name}.* now "):
             grading.main([*arguments, *change.split()])
     for path in (tmp_path / "tiny").iterdir():  # another model in the same folder
         path.write_text("2")
