@@ -14,6 +14,7 @@ The model is any callable with model.py's forward (ids, positions, lengths=, cac
 
 import hashlib
 import math
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -160,12 +161,14 @@ def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, tok
         pages = tokens // PAGE
     else:
         pages = sum(needed) + longest * min(max_rows, sum(map(len, groups)))
+        config = model.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
         if model.device.type == "cuda":
-            config = model.config
-            numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
             torch.cuda.empty_cache()  # what training has freed goes back to the device
-            free = torch.cuda.mem_get_info(model.device)[0]
-            pages = min(pages, int(0.9 * free / (numbers * model.compute_dtype.itemsize)))
+            room = 0.9 * torch.cuda.mem_get_info(model.device)[0]
+        else:
+            room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # of the machine's memory
+        pages = min(pages, int(room / (numbers * model.compute_dtype.itemsize)))
     for p, least in enumerate(needed):
         if least > pages:
             raise ValueError(
