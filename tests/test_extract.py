@@ -208,7 +208,7 @@ def test_extraction_waits_as_long_as_the_server_says(tmp_path):
         assert extract.main(flags) == 0
     assert len(times) == 3 and 1.2 <= times[1] - times[0]  # the package alone would wait half a second
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
-        with pytest.raises(ValueError, match="daily limit; Retry-After: 86400\n.*goes on from there"):
+        with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))
 
 
