@@ -208,7 +208,7 @@ def test_extraction_waits_as_long_as_the_server_says(tmp_path):
         assert extract.main(flags) == 0
     assert len(times) == 3 and 1.2 <= times[1] - times[0]  # the package alone would wait half a second
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
-        with pytest.raises(ValueError, match="daily limit; Retry-After: 86400\n.*goes on from there"):
+        with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))
 
 
@@ -269,12 +269,12 @@ def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
             assert len(server.requests) - before == requests
             assert re.search("failed: row-1: the server refuses .*content filter", capsys.readouterr().err)
     assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
-    # but a server that refuses row after row is not asked by thousands of them
-    data, out = extraction_data(tmp_path, 30), tmp_path / "new.jsonl"
-    with ChatServer(lambda h, b, i: (fake_model if i < 6 else refuse)(h, b, i)) as server:
+    # but a server that refuses row after row is not asked by thousands of them; one answer starts the count anew
+    data, out = extraction_data(tmp_path, 40), tmp_path / "new.jsonl"
+    with ChatServer(lambda h, b, i: (fake_model if i < 6 or i == 16 else refuse)(h, b, i)) as server:
         with pytest.raises(ValueError, match="20 requests in a row failed for good, the last with: .*content filter"):
             extract.main(extraction_flags(server.url, data, out))
-        assert len(server.requests) == 6 + 20
+        assert len(server.requests) == 17 + 20
 
 
 def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):

@@ -41,10 +41,10 @@ def test_leaks_leaves_harmless_numbers_alone(step, answer):
 
 def test_leaks_outlasts_what_a_stuck_model_writes():
     start = time.process_time()  # of this process alone: the machine may be busy
-    for piece in ("9", "9,", "/9", "9 9/", "{", "x9", "twenty ", "\\frac", "\\sqrt(", "divide 9 ", "\u4e009"):
-        text = (piece * 2000).strip()
+    for piece in ("9", "9,", "/9", "9 9/", "{", "x9", "twenty ", "\\frac", "\\sqrt(", "divide 9 " * 4, "\u4e009"):
+        text = (piece * 1500).strip()
         leaks(with_step(text), "What is 9?", text, text[:1000])
-    assert time.process_time() - start < 5  # about 1 s; without the limit to 80 characters 10 s
+    assert time.process_time() - start < 8  # about 1 s; without the limit to 80 characters 20 s
     assert leaks(with_step("It is 8" + "9" * 5000), "p", "9" * 5000, "9" * 99) == []
 
 

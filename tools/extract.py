@@ -121,8 +121,8 @@ class Server:
     """A chat server, asked through the openai package.
 
     The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times.
-    It waits as long as a Retry-After header says, without one half a second at first and eight in the end. If the header
-    asks for more than a minute or two, depending on the package's version, it gives up.
+    It waits as long as a Retry-After header says; without one, half a second at first and eight in the end. If the header asks
+    for more than a minute or two (versions differ), it gives up, at once or after its own waits.
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
