@@ -37,7 +37,7 @@ from tools import faults
 def same_run(a, b):
     """Weights of the model folder and of the last checkpoint bit for bit, metrics but for the times, samples byte for byte."""
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    assert faults.tensor_file(a / "model/model.safetensors") == faults.tensor_file(b / "model/model.safetensors")
+    assert faults.tensors(a / "model/model.safetensors") == faults.tensors(b / "model/model.safetensors")
     one, two = (
         [{k: v for k, v in record.items() if k not in TIMES and k != "config"} for record in read_metrics(f)] for f in (a, b)
     )
@@ -48,7 +48,7 @@ def same_run(a, b):
     last = [sorted((f / "checkpoints").iterdir())[-1] for f in (a, b)]
     assert last[0].name == last[1].name
     for file in last[0].glob("*.safetensors"):
-        assert faults.tensor_file(file) == faults.tensor_file(last[1] / file.name), file.name
+        assert faults.tensors(file) == faults.tensors(last[1] / file.name), file.name
 
 
 @pytest.mark.parametrize(
