@@ -15,6 +15,7 @@ As a module it needs the standard library only, so it can be copied into another
 """
 
 import random
+import re
 import statistics
 import sys
 from collections import Counter
@@ -87,25 +88,34 @@ def format_strategy(strategy: Strategy) -> str:
     return f"Problem type: {strategy.type}\nStrategy: {strategy.strategy}\nSteps:\n{steps}"
 
 
-def parse_strategy(text: str) -> Strategy:
-    """The inverse of format_strategy: parse_strategy(format_strategy(s)) == s for every s.
+# A model's reply to extraction_prompt: these lines and no others. Steps are marked (a), (b), ... as in the paper [tab 4],
+# or 1., 2., ... as in our own text form; models set labels in bold whatever the prompt says.
+LABELS = [rf"(?:\*\*)?{label}(?:\*\*:|:\*\*|:)" for label in ("Problem type", "Strategy", "Steps")]
 
-    text: a model's reply to extraction_prompt, which asks for exactly this form. Empty lines and blanks around a line do
-    no harm; anything else raises ValueError. It is better to lose a candidate, of which there are five, than to guess
-    which lines of a reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a form
-    feed and "rac", and few models write \\\\frac every time.
+
+def parse_strategy(text: str) -> Strategy:
+    """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s.
+
+    Empty lines and blanks around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of
+    which there are five, than to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a
+    JSON string reads \\frac as a form feed and "rac", and few models write \\\\frac every time.
     """
     if not isinstance(text, str):
         raise ValueError(f"strategy reply: expected a string, got {text!r}")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    heads = ["Problem type: ", "Strategy: ", "Steps:"] + [f"{i}. " for i in range(1, len(lines) - 2)]
-    if len(lines) < 4 or lines[2] != "Steps:":
-        raise ValueError(f"strategy reply: expected 'Problem type: ', 'Strategy: ', 'Steps:' and steps, got {text[:200]!r}")
-    for head, line in zip(heads, lines, strict=True):
-        if not line.startswith(head):
-            raise ValueError(f"strategy reply: expected a line that begins with {head!r}, got {line[:200]!r}")
-    values = [line.removeprefix(head) for head, line in zip(heads, lines, strict=True)]
-    return Strategy(values[0], values[1], tuple(values[3:]))
+    if len(lines) < 4:
+        raise ValueError(f"strategy reply: expected three labels and at least one step, got {text[:200]!r}")
+    marks = [rf"(?:\({re.escape(chr(96 + i))}\)|{i}\.)" for i in range(1, len(lines) - 2)]  # chr(97) is "a"
+    values = []
+    for head, line in zip(LABELS + marks, lines, strict=True):
+        found = re.fullmatch(rf"{head}\s*(.*)", line)
+        if not found:
+            raise ValueError(f"strategy reply: expected a line that matches {head}, got {line[:200]!r}")
+        values.append(found[1])
+    kind, idea, nothing, *steps = values
+    if nothing:
+        raise ValueError(f"strategy reply: expected nothing after 'Steps:', got {nothing[:200]!r}")
+    return Strategy(kind, idea, tuple(steps))
 
 
 # ------------------------------------------------------------------------------------------ prompts for the policy
@@ -154,8 +164,7 @@ step that matters with its reason, in order, without false starts and without re
 def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
     """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
 
-    solution: the strong model's whole response, thoughts included. The reply's form is parse_strategy's [ours: the
-    paper's steps are marked (a), (b), (c)].
+    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
     """
     return _user(f"""A strong model solved the problem below. Write down the strategy in its response, for another model \
 that will have to solve similar problems without seeing this response.
@@ -182,7 +191,12 @@ Rules:
 Reply in English with nothing but the form below: plain text without Markdown, the labels as they are here, each of the \
 three things and each step on one line, as many steps as there are.
 
-{format_strategy(Strategy("...", "...", ("...", "...", "...")))}""")
+Problem type: ...
+Strategy: ...
+Steps:
+(a) ...
+(b) ...
+(c) ...""")
 
 
 def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> list[dict[str, str]]:

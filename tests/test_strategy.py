@@ -64,6 +64,10 @@ def test_strategy_text_is_the_documented_one_and_reads_back():
         assert parse_strategy(text) == strategy and strategy.to_dict() == json.loads(data)
         # What a model may add without a word: blank lines and blanks around lines.
         assert parse_strategy("\n " + text.replace("\n", " \r\n\n  ") + "\n\n") == strategy
+    # The paper's marks of steps [tab 4], and labels in bold.
+    for form in ("{0}: t\n{1}: s\n{2}:\n(a) x\n(b) y", "**{0}:** t\n**{1}**: s\n**{2}:**\n1. x\n2. y"):
+        text = form.format("Problem type", "Strategy", "Steps")
+        assert parse_strategy(text) == Strategy("t", "s", ("x", "y"))
 
 
 def test_strategy_odd_ones_round_trip():
