@@ -21,7 +21,7 @@ SAVED = save(WEIGHTS)
         ("model/model.safetensors", SAVED[:-1] + b"\1", 1),
         ("checkpoints/step-000002/shard.safetensors", SAVED[:-1] + b"\1", 1),
         ("samples.jsonl", b"{}\n{}\n", 1),
-        ("metrics.jsonl", b'{"step": 1, "loss": 0.25}\n', 1),
+        ("metrics.jsonl", b'{}\n{"step": 1, "loss": 0.25}\n', 1),
     ],
 )
 def test_the_comparison_sees_one_changed_bit(tmp_path, file, content, wrong):

@@ -40,7 +40,7 @@ def test_every_row_of_every_suite_is_a_valid_command():
         assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and all("/" not in job.row for job in jobs)
         configs[suite] = {job.row: train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"]) for job in jobs}
     rows, own = configs["table"], configs["model"]
-    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS}
+    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS} and {cfg.seed for cfg in configs["rates"].values()} == {101}
     assert {row for picture in sweep.CURVES.values() for row in picture} <= set(rows) - {"sft"}
     for name in ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"):  # LUFFY's solution counts as one response
         assert responses(rows[name]) == 11_520, name

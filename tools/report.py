@@ -1,6 +1,6 @@
 """Pictures of runs: training curves over seeds, and one column of a sweep's csv.
 
-    python tools/report.py curves runs/sgpo runs/grpo --out pictures      one folder a method, in it one run a seed
+    python tools/report.py curves runs/sgpo runs/grpo --out pictures      a folder for each method, in it a run for each seed
     python tools/report.py rows results/tiny/table.csv --out pictures/table
     python tools/report.py tokens ...                                     (or divergence) the token map: token_map.py
 
@@ -38,7 +38,7 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
 GUIDED = ("reward_guided", "alpha")  # methods without a guided group log 0 for these, which is no measurement
 STEP = ("step", "reward_auto", "entropy", "length_auto", "length_guided", *GUIDED)
 SEEDS = ("seed", "data_seed", "sampling_seed")
-MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # in one group, beside train.MAY_CHANGE
+MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # inside a group, and what is in train.MAY_CHANGE
 
 
 # ---------------------------------------------------------------------------------------------------- reading runs
@@ -156,7 +156,7 @@ def trailing_mean(series: Mapping[int, float], window: int) -> dict[int, float]:
 
 
 def over_seeds(series: Sequence[Mapping[int, float]]) -> dict[str, list]:
-    """One {step: value} a seed -> {"step", "mean", "stderr", "seeds"}: parallel lists over all steps that any seed reached."""
+    """{step: value} of each seed -> {"step", "mean", "stderr", "seeds"}: parallel lists over all steps that a seed reached."""
     steps = sorted(set().union(*series))
     values = [[one[step] for one in series if step in one] for step in steps]
     mean, stderr = zip(*map(mean_and_stderr, values), strict=True)
@@ -278,7 +278,7 @@ def write_curves(args: argparse.Namespace) -> list[Path]:
 
 
 def read_rows(path: Path, column: str) -> dict[str, list[float]]:
-    """Row -> one value a seed, from a csv of sweep.py, in the file's order; ValueError "file:line: what" for any other file."""
+    """{row: its value for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
     rows: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
@@ -292,7 +292,7 @@ def read_rows(path: Path, column: str) -> dict[str, list[float]]:
 
 
 def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
-    """A Figure of every row: a dot a seed, and the mean with its standard error. Rows named knob=value get one panel a knob."""
+    """A Figure: each row with its seeds, mean and standard error. Rows named knob=value get a panel for each knob."""
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, Sequence[float]]] = {}
@@ -337,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     more = "tokens, divergence: where the strategy speaks along a response; see `report.py tokens --help`"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more, **options)
     commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser("curves", help="training curves, one line a method, mean and band over seeds", **options)
+    curves = commands.add_parser("curves", help="training curves, a line for each method, mean and band over seeds", **options)
     curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
     curves.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     curves.add_argument("--only", nargs="+", choices=(*PANELS, "overview"), help="only these pictures; None: all")

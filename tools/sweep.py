@@ -307,7 +307,7 @@ def mean_of(records: Sequence[dict[str, Any]], name: str) -> float | str:
 
 
 def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
-    """One csv line per row and step: the mean over seeds of what the pictures show."""
+    """One csv line for each row and step: the mean over seeds of what the pictures show."""
     names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
     lines = []
     for row in dict.fromkeys(job.row for job in jobs):
@@ -351,7 +351,7 @@ def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[fl
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv; or with `denied`, that it is not."""
+    """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv. With `denied` it says the contrary."""
 
     text: str
     more: tuple[str, str]
@@ -416,7 +416,7 @@ NOT_TESTABLE = (
 
 
 def column(lines: Sequence[dict[str, str]], row: str, name: str) -> dict[str, float]:
-    """seed -> value of one row and column of table.csv; empty cells are left out."""
+    """{seed: value} of one row and column of a csv; empty cells are left out."""
     return {line["seed"]: float(line[name]) for line in lines if line["row"] == row and line[name]}
 
 
