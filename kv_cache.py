@@ -13,6 +13,7 @@ V vocabulary; H query heads, K key/value heads, G = H / K, E head width, M rows 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -323,8 +324,12 @@ def capture_stream(device: torch.device) -> Any:
 
 def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
     """`paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
-    can_run = triton is not None and device.type == "cuda" and head_dim in (16, 32, 64, 128, 256)
-    return paged_attention if can_run else None
+    if device.type != "cuda":
+        return None
+    if triton is None or head_dim not in (16, 32, 64, 128, 256):
+        warnings.warn(f"sampling without Triton's kernel (head width {head_dim}), which is slower", stacklevel=1)
+        return None
+    return paged_attention
 
 
 if triton is not None:

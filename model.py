@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -288,7 +289,10 @@ def packed_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     kernel = varlen_kernel()
-    return kernel if kernel_is_right(kernel, device, dtype, heads, kv_heads, head_dim) else None
+    if kernel_is_right(kernel, device, dtype, heads, kv_heads, head_dim):
+        return kernel
+    warnings.warn(f"no variable-length attention on {torch.cuda.get_device_name(device)}: training is slower", stacklevel=1)
+    return None
 
 
 def kernel_is_right(
