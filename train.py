@@ -2,7 +2,7 @@
 
     python train.py                                                     the tiny world, 2 CPU cores, no network
     python train.py --model DIR --data problems.jsonl --out runs/x      a Hugging Face checkpoint on your problems
-    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8         what that would need (plan.py)
+    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8         what that would need (tools/plan.py)
     torchrun --nproc_per_node=2 train.py ...                            the same, the problems shared out over the ranks
 
 This file is the run around the method: settings, stages (warm-up, RL, evaluation), logging. The step itself is sgpo.py.
