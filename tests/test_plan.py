@@ -191,6 +191,7 @@ def test_plan_of_the_largest_terms_by_hand():
     assert head["activations kept for the backward pass"] == T * L * D * 2
     assert head["chunks of logits"] == 4 * 256 * V * 4 and head["gradient of the head"] == V * D * 2
     assert head["embedding and head, gathered"] == (2 * V + 1) * D * 2
+    assert head["hidden states and their gradient"] == 3 * T * D * 2
     kl = update["loss at the head (KL)"]
     tokens = 500 + 16384  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
     assert kl["hidden states of the guided pass"] == tokens * D * 2 and kl["chunks of logits"] == 6.5 * 256 * V * 4
