@@ -12,24 +12,17 @@ import torch
 
 from model import ModelConfig, build_model
 from tests.common import CPU, ROOT
-from tools import bench, plan
+from tools import bench
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can restart its peak")
-def test_bench_peak_memory_counts_memory_that_was_used_before():
-    def work():  # 50 MB in pieces so small that the C library keeps them when they are freed
-        return sum(len(piece) for piece in [torch.ones(12_500) for _ in range(1000)])
+def test_bench_peak_memory_restarts_and_counts_memory_that_was_used_before():
+    def work(pieces):  # so small that the C library keeps them when they are freed
+        return sum(len(piece) for piece in [torch.ones(12_500) for _ in range(pieces)])
 
-    for _ in range(3):
-        _, _, peak = bench.measured(work, CPU)
-        assert 45e6 < peak < 60e6
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can restart its peak")
-def test_bench_memory_counter_restarts():
-    for megabytes in (200, 50):  # a counter that did not restart would show 200 again
-        mean, seconds, peak = bench.measured(lambda size=megabytes * 250_000: torch.ones(size).mean().item(), CPU)
-        assert mean == 1.0 and seconds > 0 and 0.9 * megabytes < peak / bench.MB < 1.5 * megabytes + 20
+    for pieces in (4000, 1000, 1000):  # 200 MB, then 50 MB
+        _, _, peak = bench.measured(lambda pieces=pieces: work(pieces), CPU)
+        assert 0.9 < peak / (pieces * 50_000) < 1.2
 
 
 def test_bench_quick_runs_and_all_ways_agree(tmp_path, capsys):
@@ -48,7 +41,6 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path, capsys):
         assert set(result["left_out"]) == {"generate_batch"} - set(rivals) and set(result["ratio"]) == set(rivals)
         for run in result["runs"]:  # the same lengths for every side
             assert run["tokens"] == run["prescribed"] and 0 < run["floor_share"] < 1
-    assert {run["prescribed"] for run in report["sampler"]["workloads"][0]["runs"]} == {3 * 2 * 6}
     assert [run["side"] for run in report["update"]["runs"]] == ["ours", "transformers"]
     trl = importlib.util.find_spec("trl") is not None
     assert [run["side"] for run in report["step"]["runs"]] == (["trl", "ours"] if trl else ["ours"])
@@ -75,17 +67,21 @@ def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, mo
         monkeypatch.setattr(bench, check, lambda *_, **__: {"ok": True})
     flags = "--quick --repeats 2 --threads 1 --only head sampler update --device cpu --out".split()
     assert bench.main([*flags, str(tmp_path / "b.json")]) == 1
-    report, said = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
+    report = json.loads((tmp_path / "b.json").read_text())
     assert report["head"]["failed"] == "OutOfMemoryError: no message"
+    assert "not run: RuntimeError: gone" in capsys.readouterr().out
     first, second = report["sampler"]["workloads"]
     assert first["left_out"].pop("silent") == second["left_out"].pop("silent") == "it made no tokens"
     assert "mortal" not in first["left_out"] and list(first["ratio"]) == ["mortal"]
     assert [run["side"] for run in first["runs"]] == ["ours", "mortal"] * 2  # in alternation
+    rates = [run["tokens_per_s"] for run in first["runs"]]
+    assert first["ratio"]["mortal"]["max"] == max(rates[0] / rates[1], rates[2] / rates[3])
+    with pytest.raises(RuntimeError, match="gone"):  # our own errors are errors
+        bench.alternate("mine", {"ours": dies}, 1, CPU, {})
     assert second["left_out"]["mortal"] == "RuntimeError: gone" and not second["ratio"]
     assert [run["side"] for run in second["runs"]] == ["ours"] * 2 and second["tokens_per_s"]["ours"]["median"] > 0
     update = report["update"]
     assert update["left_out"] == {"transformers": "RuntimeError: gone"} and [r["side"] for r in update["runs"]] == ["ours"] * 2
-    assert "not run: RuntimeError: gone" in said
 
 
 def test_the_script_for_a_device_runs_at_toy_size_and_a_part_that_fails_is_a_row(tmp_path):
@@ -123,7 +119,7 @@ def test_the_script_for_a_device_runs_at_toy_size_and_a_part_that_fails_is_a_row
 def test_bench_workloads_and_their_floor_by_hand():
     tail = bench.Workload("tail", 8, 8, 40, 160, median=200, longest=4096)
     lengths = bench.make_lengths(tail, 0)
-    assert len(lengths) == 64 and max(lengths) == 4096 and min(lengths) >= 1 and 120 < sorted(lengths)[32] < 330
+    assert len(lengths) == 64 and max(lengths) == 4096 and 1 <= min(lengths) and 120 < sorted(lengths)[32] < 330
     assert set(bench.make_lengths(bench.Workload("flat", 2, 3, 4, 9, 7, 7), 0)) == {7}
     small = build_model(ModelConfig.from_dict(bench.TOY), generator=torch.Generator(), dtype=torch.float32, device=CPU)
     parameters, head = sum(p.numel() for p in small.parameters()), 512 * 48
@@ -135,9 +131,6 @@ def test_bench_workloads_and_their_floor_by_hand():
     block = 48 * 48 + 2 * 48 * 16 + 48 * 48 + 3 * 48 * 96  # queries, keys and values, output, MLP
     prefill = 2 * 2 * block * 5 + 2 * 4 * 6 * 8 * (1 + 2 + 3 + 4 + 5) + 2 * head
     assert slow_product == pytest.approx(2 * parameters * 3 + prefill)
-    shape = plan.shape_of(small.config)
-    after = plan.forward_flops(shape, [(3, 2)], 2) - plan.forward_flops(shape, [(0, 2)], 2)
-    assert after == 2 * 4 * 6 * 8 * (2 * 3)  # two tokens see three more
 
 
 def test_bench_checks_find_a_different_model(monkeypatch):

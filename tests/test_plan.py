@@ -151,8 +151,8 @@ def test_plan_predicts_the_measured_peak(case):
 
 
 def rank_of_eight():
-    """In a process of its own: one update of one rank of eight, the others left out of every exchange; with all eight sharing
-    one copy of the weights, and with four."""
+    """In a process of its own: one update of one rank of eight, with exchanges that do nothing. First all eight share one copy
+    of the weights, then four."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
@@ -191,6 +191,7 @@ def test_plan_of_the_largest_terms_by_hand():
     assert head["activations kept for the backward pass"] == T * L * D * 2
     assert head["chunks of logits"] == 4 * 256 * V * 4 and head["gradient of the head"] == V * D * 2
     assert head["embedding and head, gathered"] == (2 * V + 1) * D * 2
+    assert head["hidden states and their gradient"] == 3 * T * D * 2
     kl = update["loss at the head (KL)"]
     tokens = 500 + 16384  # a micro-batch of 16384 counts both contexts and the response twice; one response is longer
     assert kl["hidden states of the guided pass"] == tokens * D * 2 and kl["chunks of logits"] == 6.5 * 256 * V * 4
@@ -230,8 +231,8 @@ def test_plan_of_each_method_samples_what_it_samples():
 
     assert groups("sgpo") == groups("hinted") == [(200, 8), (500, 4)]
     assert groups("grpo") == groups("hpt") == [(200, 8)] and groups("luffy") == [(200, 7)]
-    long = plan.Workload(solution_tokens=30_000)
-    for method, tokens in (("luffy", 30_200), ("hpt", 30_200), ("sgpo", 16_584)):  # their updates have the solutions
+    long = plan.Workload(solution_tokens=30_000)  # in the updates of luffy and hpt
+    for method, tokens in (("luffy", 30_200), ("hpt", 30_200), ("sgpo", 16_584), ("hinted", 16_884)):
         assert plan.largest_batches(job_for("Qwen2.5-7B-Instruct", workload=long, method=method))[0].tokens == tokens
     sampling = plan.memory_of(job_for("Qwen2.5-7B-Instruct", method="hinted")).parts["sampling"]  # it has no target to find
     assert sampling["scoring the guided trajectories"]["activations"] == 0
@@ -302,7 +303,7 @@ def test_plan_decoding_is_a_slow_loop(places):
     while waiting or alive:  # token by token; a row is [tokens that it holds, tokens to come]
         while waiting and len(alive) < places:
             alive.append(list(waiting.pop(0)))
-        # the middle of what a step begins and ends with, where the planner's mean over steps lies
+        # the middle of what a step begins and ends with, as in the planner's mean over steps
         seconds += 1 + 0.5 * len(alive) + 0.25 * sum(held + 0.5 for held, _ in alive)
         alive = [[held + 1, left - 1] for held, left in alive if left > 1]
     assert plan.decode_seconds(rows, places, lambda n, tokens: 1 + 0.5 * n + 0.25 * tokens) == pytest.approx(seconds)

@@ -164,7 +164,6 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.
             model.zero_grad()
             phase, planned = predicted_update(job, samples)
             result[name] = {"phase": phase, "planned_gb": planned / 1e9, "failed": bench.one_line(error)}
-            print(f"  {name:19} {result[name]}", flush=True)
             continue
         if recompute:  # of the first update alone: then the policy has moved
             result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
