@@ -117,5 +117,5 @@ def test_the_readme_names_files_that_are_there():
         source = (ROOT / name).read_text(encoding="utf-8")
         for function in re.findall(r"\w+", functions):
             assert re.search(rf"\b(def|class) {function}\b|^{function}\b", source, re.M), f"{name}: {function}"
-    for link in re.findall(r"\]\(([^)#:]+)", text):
+    for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
         assert (ROOT / link).exists(), link
