@@ -165,10 +165,12 @@ class Packing:
         device: torch.device,
     ) -> None:
         self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
-        self.before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]  # the tokens of each one's prefix
-        sizes = list(zip(self.before, lengths, strict=True))
+        # (tokens of its prefix, own tokens) of each sequence
+        sizes = [(0 if prefix is None else lengths[prefix], own) for prefix, own in zip(prefixes, lengths, strict=True)]
+        # (1, T): a token's place in its sequence, the prefix included
+        self.positions = torch.cat([torch.arange(before, before + own, device=device) for before, own in sizes])[None]
         if kernel is None:
-            self.masks = {}  # (tokens of the prefix, own tokens) -> (own, both), added to the scores
+            self.masks = {}  # by size: (own, both), added to the scores
             for before, own in {size for size in sizes if size[0]}:
                 forbidden = torch.full((own, before + own), -math.inf, dtype=dtype, device=device)
                 self.masks[before, own] = forbidden.triu(before + 1)
@@ -181,17 +183,12 @@ class Packing:
         self.longest = max(lengths), max(both)
         # (T_k,) the keys of each sequence, its prefix's and then its own. None: no prefixes, so they are those of the row
         self.keys = None
-        if any(self.before):
+        if any(before for before, _ in sizes):
             spans = [torch.arange(*span) for span in itertools.pairwise(ends)]
             keys = []
             for prefix, own in zip(prefixes, spans, strict=True):
                 keys += [own] if prefix is None else [spans[prefix], own]
             self.keys = torch.cat(keys).to(device)
-
-    def positions(self, device: torch.device) -> Tensor:
-        """(1, T): a token's place in its sequence, the prefix included."""
-        spans = zip(self.before, self.lengths, strict=True)
-        return torch.cat([torch.arange(before, before + own, device=device) for before, own in spans])[None]
 
 
 @dataclass(frozen=True)
@@ -426,7 +423,7 @@ class CausalLM(nn.Module):
             prefixes = (None,) * len(lengths) if prefixes is None else prefixes
             kernel = packed_kernel(self.device, self.compute_dtype)
             packing = Packing(lengths, prefixes, kernel=kernel, dtype=self.compute_dtype, device=device)
-            positions = packing.positions(device)
+            positions = packing.positions
         elif positions is None:
             positions = torch.arange(T, device=device)[None].expand(B, T)
         cos, sin = self.rotary(positions)
@@ -492,7 +489,8 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
     """
     folder = resolve_model(name_or_path)
     model, tokenizer = blank_model(folder)
-    load_weights(model, folder, dtype=dtype, device=torch.device(device))
+    weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
+    model.load_state_dict(weights, assign=True)
     return model.to(device), tokenizer
 
 
@@ -553,14 +551,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_weights(model: CausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill the model from the folder's safetensors; every name and shape must match. It may be on the meta device."""
-    weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
-    model.load_state_dict(weights, strict=True, assign=True)
-
-
 def read_weights(
-    model: CausalLM, folder: Path, *, device: torch.device, rows: Callable[[str], slice] = lambda name: slice(None)
+    model: CausalLM, folder: Path, *, device: torch.device | str, rows: Callable[[str], slice] = lambda name: slice(None)
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name with its tensor, or some rows of it, from the folder's safetensors, in the order of the files.
 
