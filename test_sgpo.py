@@ -560,8 +560,9 @@ def test_hpt_loss_by_hand():
     old = torch.tensor([math.log(0.25), -700.0])  # e^700 is inf, and its gradient nan
     advantages = torch.tensor([0.5, -3.0])
     demonstration = torch.tensor([False, True])
-    loss, _, _ = losses.hpt_loss(logprobs, old, advantages, demonstration, sft_weight=0.3)
+    loss, ratio, _ = losses.hpt_loss(logprobs, old, advantages, demonstration, sft_weight=0.3)
     assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
+    assert ratio.tolist() == pytest.approx([2.0, 0.25], rel=1e-5)
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
 
