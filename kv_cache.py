@@ -60,12 +60,6 @@ def pages_for(tokens: int) -> int:
     return math.ceil(tokens / PAGE)
 
 
-def smallest_cache(prompt: int, response: int) -> int:
-    """The size in tokens of the smallest cache that can finish a response of this length to a prompt of this length."""
-    # one page more than the two need: a preempted row starts again with part of its response in its prompt
-    return PAGE * (pages_for(prompt) + pages_for(response) + 1)
-
-
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers."""
     tensor = torch.as_tensor(values, dtype=dtype)

@@ -255,14 +255,12 @@ def chunked_head(
         collected: list[dict[str, Tensor]] = []
         for start in range(0, h.shape[0], chunk_tokens):
             span = slice(start, start + chunk_tokens)
-            given = [x[span] for x in inputs]
-            if teacher is not None:
-                given.insert(0, F.linear(teacher[span].to(dtype), w))
+            guided = [] if teacher is None else [F.linear(teacher[span].to(dtype), w)]
             with torch.set_grad_enabled(wants_grad):
                 logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V), a leaf of the chunk's own graph
-                values = terms(logits, *given)
+                values = terms(logits, *guided, *(x[span] for x in inputs))
                 chunk_loss = values["loss"].sum()
-            given = None  # frees the teacher's logits before the gradient is computed
+            guided = None  # frees the teacher's logits before the gradient is computed
             if wants_grad:
                 (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
                 grad_logits = grad_logits.to(dtype)

@@ -25,7 +25,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -164,37 +164,31 @@ class Packing:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.lengths, self.prefixes = tuple(lengths), tuple(prefixes)
-        self.kernel = kernel
-        self.before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]  # the tokens of each one's prefix
-        sizes = list(zip(self.before, lengths, strict=True))
-        # without a kernel: (tokens of the prefix, own tokens) -> (own, both), added to the scores
-        self.masks = {}
+        self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
+        # (tokens of its prefix, own tokens) of each sequence
+        sizes = [(0 if prefix is None else lengths[prefix], own) for prefix, own in zip(prefixes, lengths, strict=True)]
+        # (1, T): a token's place in its sequence, the prefix included
+        self.positions = torch.cat([torch.arange(before, before + own, device=device) for before, own in sizes])[None]
         if kernel is None:
+            self.masks = {}  # by size: (own, both), added to the scores
             for before, own in {size for size in sizes if size[0]}:
-                later = torch.ones(own, before + own, dtype=torch.bool, device=device).triu(before + 1)
-                self.masks[before, own] = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)
+                forbidden = torch.full((own, before + own), -math.inf, dtype=dtype, device=device)
+                self.masks[before, own] = forbidden.triu(before + 1)
             return
         ends = [0, *itertools.accumulate(lengths)]
+        both = [before + own for before, own in sizes]
+        # (sequences + 1,) int32 each: the first query of each sequence, and its first key
+        starts = ends, [0, *itertools.accumulate(both)]
+        self.starts = [torch.tensor(first, dtype=torch.int32).to(device) for first in starts]
+        self.longest = max(lengths), max(both)
         # (T_k,) the keys of each sequence, its prefix's and then its own. None: no prefixes, so they are those of the row
         self.keys = None
-        if any(self.before):
+        if any(before for before, _ in sizes):
             spans = [torch.arange(*span) for span in itertools.pairwise(ends)]
             keys = []
             for prefix, own in zip(prefixes, spans, strict=True):
                 keys += [own] if prefix is None else [spans[prefix], own]
             self.keys = torch.cat(keys).to(device)
-        both = [before + own for before, own in sizes]
-        # (sequences + 1,) int32 each: the first query of each sequence, and its first key
-        first_query = torch.tensor(ends, dtype=torch.int32)
-        first_key = torch.tensor([0, *itertools.accumulate(both)], dtype=torch.int32)
-        self.starts = first_query.to(device), first_key.to(device)
-        self.longest = max(lengths), max(both)
-
-    def positions(self, device: torch.device) -> Tensor:
-        """(1, T): a token's place in its sequence, the prefix included."""
-        spans = zip(self.before, self.lengths, strict=True)
-        return torch.cat([torch.arange(before, before + own, device=device) for before, own in spans])[None]
 
 
 @dataclass(frozen=True)
@@ -265,59 +259,34 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return torch.cat(out, dim=2)
 
 
-def varlen_kernel() -> Callable[..., Tensor] | None:
-    """PyTorch's variable-length attention, made causal:
+def varlen_kernel() -> Callable[..., Tensor]:
+    """PyTorch's variable-length attention, causal and with key/value heads that are shared:
 
     (q (T, H, E), k, v (T_k, K, E), starts of q, starts of k, longest q, longest k) -> (T, H, E)
     """
     from torch.nn.attention.varlen import varlen_attn  # imported here: only a GPU needs it
 
-    shares_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
+    causal = partial(varlen_attn, window_size=(-1, 0))  # the last query of a sequence sees all of its keys
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return partial(causal, enable_gqa=True)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
-        if shares_heads:
-            return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=True)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, *lengths, window_size=(-1, 0))
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:  # torch 2.11 has no shared heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return causal(q, k, v, *lengths)
 
     return kernel
 
 
-@cache
-def packed_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Callable | None:
-    """The kernel for packed sequences, if one can run here and is right. None means one attention call a sequence."""
+@cache  # the warning comes once
+def packed_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """The kernel for packed sequences, if it can run here. None means one attention call a sequence."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    kernel = varlen_kernel()
-    if kernel_is_right(kernel, device, dtype, heads, kv_heads, head_dim):
-        return kernel
-    warnings.warn(f"no variable-length attention on {torch.cuda.get_device_name(device)}: training is slower", stacklevel=1)
-    return None
-
-
-def kernel_is_right(
-    kernel: Callable, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
-) -> bool:
-    """Whether it gives a small example with a prefix the values and gradients that one attention call a sequence gives.
-
-    With more keys than queries, kernels have put the causal diagonal in different places, and a wrong one would train without
-    an error.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, n, 16, head_dim) for n in (heads, kv_heads, kv_heads)]
-    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
-    results = []
-    for choice in (kernel, None):
-        packing = Packing((5, 7, 4), (None, 0, None), kernel=choice, dtype=dtype, device=device)
-        try:
-            with torch.enable_grad():
-                out = attend_packed(*inputs, packing)
-                results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # the card is too old for it, or this build lacks it
-            return False
-    return all(torch.allclose(a.float(), b.float(), atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(f"no variable-length attention on {name}: training is slower", stacklevel=1)
+        return None
+    return varlen_kernel()
 
 
 class Attention(nn.Module):
@@ -424,11 +393,6 @@ class CausalLM(nn.Module):
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
 
-    def attention_kernel(self) -> Callable | None:
-        """packed_kernel for this model's device, dtype and shape."""
-        c = self.config
-        return packed_kernel(self.device, self.compute_dtype, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -457,8 +421,9 @@ class CausalLM(nn.Module):
         packing = None
         if lengths is not None:
             prefixes = (None,) * len(lengths) if prefixes is None else prefixes
-            packing = Packing(lengths, prefixes, kernel=self.attention_kernel(), dtype=self.compute_dtype, device=device)
-            positions = packing.positions(device)
+            kernel = packed_kernel(self.device, self.compute_dtype)
+            packing = Packing(lengths, prefixes, kernel=kernel, dtype=self.compute_dtype, device=device)
+            positions = packing.positions
         elif positions is None:
             positions = torch.arange(T, device=device)[None].expand(B, T)
         cos, sin = self.rotary(positions)
@@ -524,7 +489,8 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
     """
     folder = resolve_model(name_or_path)
     model, tokenizer = blank_model(folder)
-    load_weights(model, folder, dtype=dtype, device=torch.device(device))
+    weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
+    model.load_state_dict(weights, assign=True)
     return model.to(device), tokenizer
 
 
@@ -585,14 +551,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_weights(model: CausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill the model from the folder's safetensors; every name and shape must match. It may be on the meta device."""
-    weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
-    model.load_state_dict(weights, strict=True, assign=True)
-
-
 def read_weights(
-    model: CausalLM, folder: Path, *, device: torch.device, rows: Callable[[str], slice] = lambda name: slice(None)
+    model: CausalLM, folder: Path, *, device: torch.device | str, rows: Callable[[str], slice] = lambda name: slice(None)
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name with its tensor, or some rows of it, from the folder's safetensors, in the order of the files.
 

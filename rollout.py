@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, on_device, pages_for, smallest_cache
+from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, on_device, pages_for
 
 PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, which bounds the activations
 
@@ -55,18 +55,11 @@ class Row(Response):
     member: int  # its index in the group
     prompt_ids: list[int]
     limit: int  # its most tokens
-    generator: np.random.Generator
+    generator: np.random.Generator  # one number a token is enough, because `sample` inverts the cumulative distribution
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
     drawn: int = 0  # tokens sampled; the newest may still be on the device and not in response_ids
-    uniforms: list[float] = field(default_factory=list)
-
-    def uniform(self) -> float:
-        """The random number for its next token: one is enough, because `sample` inverts the cumulative distribution."""
-        if self.drawn % PAGE == 0:  # many at once, because a call for each is slow
-            self.uniforms = self.generator.random(PAGE).tolist()
-        return self.uniforms[self.drawn % PAGE]
 
     def trajectory(self) -> Trajectory:
         return Trajectory(self.prompt_ids, self.response_ids, self.logprobs, self.finished, self.group)
@@ -155,7 +148,8 @@ def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, tok
     needed, longest = [], 0  # pages, of each prompt with its longest response, and of the longest response by itself
     for group in groups:
         limit = max(row.limit for row in group)
-        needed.append(smallest_cache(len(group[0].prompt_ids), limit) // PAGE)
+        # one page more than the two need: a preempted row starts again with part of its response in its prompt
+        needed.append(pages_for(len(group[0].prompt_ids)) + pages_for(limit) + 1)
         longest = max(longest, pages_for(limit))
     if tokens is not None:
         pages = tokens // PAGE
@@ -271,7 +265,7 @@ class _Sampler:
 
     def draw(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
         """Sample a token for each row: logits (B, V) -> (B,)."""
-        uniform = on_device([row.uniform() for row in rows], torch.float64, logits.device)
+        uniform = on_device([row.generator.random() for row in rows], torch.float64, logits.device)
         token, logprob = self.sample(logits, uniform)
         for row in rows:
             row.drawn += 1

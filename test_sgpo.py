@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -38,9 +37,9 @@ from tests.common import (
     STOPS,
     TINY_BASE,
     assert_equal_gradients,
-    bisection_in_place_of_sorting,
     fake_samples,
     gathered_attention,
+    live_bytes,
     make_run,
     prompt_seeds,
     random_ids,
@@ -113,40 +112,48 @@ def test_loading_in_bf16_keeps_rotary_angles_in_fp32(tmp_path):
 # ---------------------------------------------------------------------------------------------------- rollout
 
 
-def reference_sampler(net, prompt, uniforms, *, max_new_tokens, temperature, top_p, eos_ids):
+def draw_plainly(logits, uniform, temperature, top_p):
+    """(token, its log-probability under the whole softmax): the first token whose cumulative probability exceeds `uniform`."""
+    if temperature == 0:
+        return int(logits.argmax()), float(torch.log_softmax(logits, -1).max())
+    p = torch.softmax(logits / temperature, -1).tolist()
+    kept, mass = [], 0.0
+    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+        if mass < top_p:
+            kept.append(token)
+            mass += p[token]
+    running = 0.0
+    for token in sorted(kept):
+        running += p[token] / mass
+        if running > uniform:
+            return token, math.log(p[token])
+
+
+def sample_plainly(net, prompt, uniforms, *, max_new_tokens, temperature, top_p, eos_ids):
     """The sampler in its plainest form: no cache, no batch, one row, a full forward pass per token."""
     ids, logprobs = list(prompt), []
     for step in range(max_new_tokens):
         logits = net(torch.tensor([ids])).logits[0, -1].double()
-        if temperature == 0:
-            token, logprob = int(logits.argmax()), float(torch.log_softmax(logits, -1).max())
-        else:
-            p = torch.softmax(logits / temperature, -1)
-            kept, mass = [], 0.0
-            for v in sorted(range(len(p)), key=lambda v: -p[v]):
-                if mass >= top_p:
-                    break
-                kept.append(v)
-                mass += float(p[v])
-            kept.sort()
-            total, running = sum(float(p[v]) for v in kept), 0.0
-            for token in kept:
-                running += float(p[token]) / total
-                if running > uniforms[step]:
-                    break
-            logprob = math.log(float(p[token]))
+        token, logprob = draw_plainly(logits, uniforms[step], temperature, top_p)
         ids.append(token)
         logprobs.append(logprob)
         if token in eos_ids:
-            return ids[len(prompt) :], logprobs, True
-    return ids[len(prompt) :], logprobs, False
+            break
+    return ids[len(prompt) :], logprobs, token in eos_ids
 
 
-@pytest.fixture(params=["pages", "fixed"])
+@pytest.fixture(params=["cpu", "gpu"])
 def decode_way(request, monkeypatch):
-    """Both ways of a decode step, CacheView and FixedStep with a slow loop instead of the kernel, over small pages whose
-    memory holds anything before it is written."""
-    if request.param == "fixed":
+    """The sampler as on a CPU and as on a GPU (FixedStep, with a slow loop instead of the kernel, and tokens that are read back
+    every few steps), over small pages whose memory holds anything before it is written."""
+    if request.param == "gpu":
+        original = rollout._Sampler.__init__
+
+        def read_late(self, *args):
+            original(self, *args)
+            self.sync_every = 8
+
+        monkeypatch.setattr(rollout._Sampler, "__init__", read_late)
         monkeypatch.setattr(kv_cache, "decode_kernel", lambda device, head_dim: gathered_attention)
     for module in (kv_cache, rollout):
         monkeypatch.setattr(module, "PAGE", 4)
@@ -164,13 +171,16 @@ def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
     finished = 0
     for p, group in enumerate(groups):
         for i, row in enumerate(group):
-            own_stream = np.random.Generator(np.random.Philox(key=np.array([4 + p, i], dtype=np.uint64)))
-            uniforms = own_stream.random(12).tolist()
-            ids, logprobs, done = reference_sampler(theirs, PROMPTS[p], uniforms, **settings)
+            key = np.array([4 + p, i], dtype=np.uint64)
+            uniforms = np.random.Generator(np.random.Philox(key=key)).random(12)
+            ids, logprobs, done = sample_plainly(theirs, PROMPTS[p], uniforms, **settings)
             assert (row.prompt_ids, row.response_ids, row.finished, row.group) == (PROMPTS[p], ids, done, p)
             assert row.logprobs == pytest.approx(logprobs, abs=1e-3)
             finished += done
     assert 0 < finished < 9 or temperature == 0  # both ways of ending were exercised
+
+
+DRAWING = dict(temperature=1.0, top_p=1.0, eos_ids=STOPS)
 
 
 def ids_of(groups):
@@ -179,12 +189,18 @@ def ids_of(groups):
 
 @pytest.mark.usefixtures("decode_way")
 def test_same_seed_same_rows_whatever_the_batch(small_model):
-    settings = dict(n=3, max_new_tokens=15, temperature=1.0, top_p=1.0, eos_ids=STOPS)
-    whole = generate(small_model, PROMPTS, seed=[1, 2, 3], **settings)
-    assert generate(small_model, PROMPTS, seed=[1, 2, 3], **settings) == whole
-    assert ids_of(generate(small_model, PROMPTS, seed=[1, 2, 3], max_rows=4, **settings)) == ids_of(whole)
-    assert ids_of(generate(small_model, PROMPTS[1:2], seed=[2], **settings)) == ids_of(whole)[1:2]
+    sample = partial(generate, small_model, n=3, max_new_tokens=15, **DRAWING)
+    whole = sample(PROMPTS, seed=[1, 2, 3])
+    assert sample(PROMPTS, seed=[1, 2, 3]) == whole
+    assert ids_of(sample(PROMPTS, seed=[1, 2, 3], max_rows=4)) == ids_of(whole)
+    assert ids_of(sample(PROMPTS[1:2], seed=[2])) == ids_of(whole)[1:2]
     assert len({tuple(row.response_ids) for group in whole for row in group}) == 9  # rows differ from each other
+
+
+def test_every_bit_of_a_seed_counts(small_model):
+    seeds = [7, 7 + 2**32, 7 + 2**40, 7 + 2**62, -7]
+    groups = generate(small_model, [PROMPTS[0]] * 5, n=2, max_new_tokens=20, seed=seeds, **DRAWING)
+    assert len({tuple(row.response_ids) for group in groups for row in group}) == 10
 
 
 @pytest.mark.usefixtures("decode_way")
@@ -193,32 +209,32 @@ def test_a_small_cache_makes_rows_wait_and_never_changes_them(small_model, monke
     settings = dict(n=3, max_new_tokens=50, temperature=1.0, top_p=1.0, eos_ids=(3, 20), seed=[1, 2, 3])
     want = ids_of(generate(small_model, PROMPTS, **settings))
     assert max(len(ids) for group in want for ids in group) == 50
-    preempted, original = Counter(), rollout._Sampler.preempt
+    preempted, original = [], rollout._Sampler.preempt
+    monkeypatch.setattr(rollout._Sampler, "preempt", lambda self: (preempted.append(self), original(self)))
     for cache_tokens in (17 * 4, 200 * 4):
+        preempted.clear()
         ended = []
-
-        def spy(self, size=cache_tokens):
-            preempted[size] += 1
-            original(self)
-
-        monkeypatch.setattr(rollout._Sampler, "preempt", spy)
-        on_row = partial(lambda to, *row: to.append(row), ended)
-        groups = generate(small_model, PROMPTS, cache_tokens=cache_tokens, on_row=on_row, **settings)
+        groups = generate(
+            small_model,
+            PROMPTS,
+            cache_tokens=cache_tokens,
+            on_row=lambda row, member, ended=ended: ended.append((row, member)),
+            **settings,
+        )
+        assert bool(preempted) == (cache_tokens == 17 * 4)
         assert ids_of(groups) == want
         assert all(len(row.logprobs) == len(row.response_ids) for group in groups for row in group)
         assert len(ended) == 9 and all(groups[row.group][member] == row for row, member in ended)
-    assert preempted[68] > 0 and 800 not in preempted
     with pytest.raises(ValueError, match="prompt 1 and its longest response need a KV cache of 64 tokens, this one has 60"):
         generate(small_model, PROMPTS, cache_tokens=63, **settings)
 
 
-@torch.no_grad()
 def test_pages_are_freed_moved_and_never_taken_twice(small_model):
     """A cache of 6 pages, rows that end in any order, and one allocation too many."""
     cache = kv_cache.PagedCache(small_model.config, 6, dtype=torch.float32, device=CPU)
-    prompts = [cache.allocate_prompt(5), cache.allocate_prompt(70)]
+    short, long = cache.allocate_prompt(5), cache.allocate_prompt(70)
     rows = [kv_cache.Response() for _ in range(3)]
-    for row, prompt in zip(rows, (prompts[0], *prompts), strict=True):
+    for row, prompt in zip(rows, (short, short, long), strict=True):
         cache.add_row(row, prompt)
         cache.allocate(row)
     with pytest.raises(RuntimeError, match="all 6 pages"):
@@ -226,17 +242,21 @@ def test_pages_are_freed_moved_and_never_taken_twice(small_model):
     for page in range(6):
         cache.store[:, :, page] = page
     cache.free(rows[0])  # the last response's page moves there, and its prompt is still read
-    assert [row.pages for row in rows] == [[], [1], [0]] and (cache.store[:, :, 0] == 2).all() and cache.free_pages == 1
+    assert [row.pages for row in rows] == [[], [1], [0]]
+    assert (cache.store[:, :, 0] == 2).all()
+    assert cache.free_pages == 1
     cache.free(rows[1])  # so does the last prompt's page
-    assert prompts[1].pages == [4, 5] and (cache.store[:, :, 5] == 3).all() and cache.free_pages == 3
+    assert long.pages == [4, 5]
+    assert (cache.store[:, :, 5] == 3).all()
+    assert cache.free_pages == 3
     cache.free(rows[2])
     assert cache.free_pages == 6
 
 
-@pytest.mark.usefixtures("decode_way")
 def test_a_long_row_does_not_hold_up_the_others(small_model, monkeypatch):
     """One of two places is taken by a row of 50 tokens; 20 rows of two pass through the other one meanwhile."""
-    prompts, ends = [[5, 6], *[[7 + p] for p in range(20)]], [50, *[2] * 20]
+    prompts = [[5, 6], *[[7 + p] for p in range(20)]]
+    ends = [50, *[2] * 20]
     steps = Counter()
     step, draw = rollout._Sampler.step, rollout._Sampler.draw
 
@@ -248,8 +268,8 @@ def test_a_long_row_does_not_hold_up_the_others(small_model, monkeypatch):
 
     monkeypatch.setattr(rollout._Sampler, "draw", with_ends)
     monkeypatch.setattr(rollout._Sampler, "step", lambda self: (steps.update(["decode"]), step(self)))
-    settings = dict(n=1, max_new_tokens=60, temperature=1.0, top_p=1.0, eos_ids=(3,), seed=prompt_seeds(0, prompts))
-    groups = generate(small_model, prompts, max_rows=2, **settings)
+    settings = dict(n=1, max_new_tokens=60, max_rows=2, seed=prompt_seeds(0, prompts))
+    groups = generate(small_model, prompts, **settings, **DRAWING)
     assert [len(group[0].response_ids) for group in groups] == ends
     assert steps["decode"] == 49  # as many as the long row needs by itself: its first token comes with the prompt
 
@@ -258,50 +278,30 @@ def test_a_long_row_does_not_hold_up_the_others(small_model, monkeypatch):
 def test_each_response_has_its_own_limit(small_model):
     """It is cut to what it would have been with the longest limit, in a small cache too, where rows wait."""
     limits = [[1, 30, 7], [12, 2, 40], [40, 3, 1]]
-    settings = dict(n=3, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=[1, 2, 3])
-    whole = generate(small_model, PROMPTS, max_new_tokens=40, **settings)
-    want = [[row.response_ids[:limit] for row, limit in zip(*pair, strict=True)] for pair in zip(whole, limits, strict=True)]
+    sample = partial(generate, small_model, PROMPTS, n=3, seed=[1, 2, 3], **DRAWING)
+    want = ids_of(sample(max_new_tokens=40))
+    for group, most in zip(want, limits, strict=True):
+        group[:] = [ids[:limit] for ids, limit in zip(group, most, strict=True)]
     for cache_tokens in (None, 18 * 4):
-        got = generate(small_model, PROMPTS, max_new_tokens=limits, cache_tokens=cache_tokens, **settings)
-        assert ids_of(got) == want
-    assert {row.finished for group in got for row in group} == {True, False}  # both ways of ending
-
-
-@pytest.mark.usefixtures("decode_way")
-def test_reading_tokens_late_changes_nothing(small_model, monkeypatch):
-    """On a GPU the tokens are read back every few steps; rows that end in between are decoded too far and cut."""
-    settings = dict(n=5, max_new_tokens=30, temperature=1.0, top_p=1.0, eos_ids=STOPS, seed=prompt_seeds(3))
-    want = generate(small_model, PROMPTS, **settings)
-    original = rollout._Sampler.__init__
-
-    def late(self, *args):
-        original(self, *args)
-        self.sync_every = 8
-
-    monkeypatch.setattr(rollout._Sampler, "__init__", late)
-    assert ids_of(generate(small_model, PROMPTS, **settings)) == ids_of(want)
-
-
-def test_every_bit_of_a_seed_counts(small_model):
-    settings = dict(n=2, max_new_tokens=20, temperature=1.0, top_p=1.0, eos_ids=(3,))
-    seeds = [7, 7 + 2**32, 7 + 2**40, 7 + 2**62, -7]
-    groups = generate(small_model, [PROMPTS[0]] * len(seeds), seed=seeds, **settings)
-    assert len({tuple(row.response_ids) for group in groups for row in group}) == 2 * len(seeds)
+        assert ids_of(sample(max_new_tokens=limits, cache_tokens=cache_tokens)) == want
 
 
 @pytest.mark.usefixtures("decode_way")
 def test_responses_end_at_every_eos_and_at_the_context(small_model):
-    settings = dict(temperature=1.0, top_p=1.0, eos_ids=(3, 20), seed=prompt_seeds(0))
+    settings = dict(temperature=1.0, top_p=1.0, eos_ids=(3, 20), seed=[1, 2, 3])
     small_model.train()
     groups = generate(small_model, PROMPTS, n=8, max_new_tokens=1000, **settings)
     assert small_model.training  # the caller's mode is put back
     small_model.eval()
-    rows = [row for group in groups for row in group]
-    for row in rows:
-        assert not set(row.response_ids[:-1]) & {3, 20} and len(row.response_ids) == len(row.logprobs)
-        assert row.finished == (row.response_ids[-1] in (3, 20))
-        assert row.finished or len(row.prompt_ids) + len(row.response_ids) == 64  # max_position_embeddings
-    assert {row.response_ids[-1] for row in rows if row.finished} == {3, 20} and not all(row.finished for row in rows)
+    ends = set()
+    for row in itertools.chain(*groups):
+        *inside, last = row.response_ids
+        assert not set(inside) & {3, 20}
+        assert row.finished == (last in (3, 20))
+        if not row.finished:
+            assert len(row.prompt_ids) + len(row.response_ids) == 64  # max_position_embeddings
+        ends.add(last if row.finished else "context")
+    assert ends == {3, 20, "context"}
 
 
 @pytest.mark.parametrize(
@@ -312,112 +312,114 @@ def test_responses_end_at_every_eos_and_at_the_context(small_model):
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"max_rows": 0}, "max_rows=0"),
-        ({"n": 0}, "prompt 0: n=0"),
         ({"n": 2, "max_new_tokens": [[4, 0]]}, r"prompt 0: n=2 and max_new_tokens=\[4, 0\]"),
-        ({"n": 2, "max_new_tokens": [[4]]}, "zip"),
         ({"seed": [1, 2, 3]}, "zip"),
     ],
 )
 def test_generate_refuses_bad_settings(small_model, change, message):
-    settings = dict(prompts=[[5]], n=1, max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(3,), seed=[0])
+    settings = dict(prompts=[[5]], n=1, max_new_tokens=4, seed=[0], **DRAWING)
     with pytest.raises(ValueError, match=message):
-        generate(small_model, **{**settings, **change})
-
-
-@pytest.fixture(params=["sorting", "bisection"])
-def nucleus_way(request, monkeypatch):
-    """Both ways to the nucleus, the one for a CPU and the one for a GPU."""
-    if request.param == "bisection":
-        monkeypatch.setattr(rollout, "threshold_by_sorting", bisection_in_place_of_sorting)
+        generate(small_model, **settings | change)
 
 
 def nucleus_logits():
     """{name: logits of 6 rows}; the widths are a multiple of the blocks of 512, and not."""
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    impossible = normal(6, 1000).masked_fill(normal(6, 1000) > 0, -math.inf)
-    impossible[0], impossible[0, 3] = -math.inf, 1.0  # one possible token
+    one_possible = torch.full((6, 1000), -math.inf)
+    one_possible[:, 3] = 1.0
     return {
         "more than 1024 in the nucleus of every second row": normal(6, 5000) * torch.tensor([[1.0], [3.0]] * 3),
         "odd width, negative": normal(6, 257) - 50,
         "bf16": (3 * normal(6, 1536)).bfloat16(),
         "ties": normal(6, 1000).round(),
         "both zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]] * 6),
-        "impossible tokens": impossible,
+        "impossible tokens": normal(6, 1000).masked_fill(normal(6, 1000) > 0, -math.inf),
+        "one possible token": one_possible,
     }
 
 
 def nucleus_by_hand(row, top_p):
     """Which tokens are in the nucleus, in float64 and token by token."""
     p = np.exp(row - row.max())
-    p, order, mass, last = p / p.sum(), np.argsort(-row, kind="stable"), 0.0, None
-    for last in order:
-        mass += p[last]
+    p /= p.sum()
+    mass = 0.0
+    for token in np.argsort(-row, kind="stable"):
+        mass += p[token]
         if mass >= top_p:
             break
-    return row >= row[last]
-
-
-class SaysItIsOnAGPU(torch.Tensor):
-    device = property(lambda self: torch.device("cuda"))
+    return row >= row[token]  # with those exactly as probable as the last
 
 
 @pytest.mark.parametrize("name", nucleus_logits())
-def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name):
-    logits, uniform = nucleus_logits()[name], torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
-    for temperature in (1.0, 0.7):
-        scaled = logits.float() / temperature
-        total, rows = scaled.logsumexp(-1, keepdim=True), scaled.double().numpy()
-        for top_p in (1e-9, 0.3, 0.8, 0.95, 1 - 1e-9):
-            sure = np.stack([nucleus_by_hand(row, min(top_p, 1 - 1e-6)) for row in rows])  # fp32 masses need not reach more
-            for found in (
-                scaled >= rollout.threshold_by_sorting(scaled, total, top_p),
-                logits >= rollout.threshold_by_bisection(logits, torch.exp(scaled - total), top_p),
-            ):
-                assert (found.numpy()[sure]).all() if top_p > 0.99 else (found.numpy() == sure).all()
-        want = rollout.sample(logits, uniform, temperature, 0.95)
-        found = rollout.sample(logits.as_subclass(SaysItIsOnAGPU), uniform, temperature, 0.95)
-        assert all(map(torch.equal, found, want))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_both_ways_to_the_nucleus_find_what_a_slow_loop_finds(name, temperature):
+    logits = nucleus_logits()[name]
+    scaled = logits.float() / temperature
+    log_total = scaled.logsumexp(-1, keepdim=True)
+    for top_p in (1e-9, 0.3, 0.8, 0.95):
+        want = np.stack([nucleus_by_hand(row, top_p) for row in scaled.double().numpy()])
+        sorting = scaled >= rollout.threshold_by_sorting(scaled, log_total, top_p)
+        bisection = logits >= rollout.threshold_by_bisection(logits, torch.exp(scaled - log_total), top_p)
+        assert (sorting.numpy() == want).all()
+        assert (bisection.numpy() == want).all()
+
+
+class SaysItIsOnAGPU(torch.Tensor):
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", nucleus_logits())
+def test_a_gpu_draws_what_a_cpu_draws(name):
+    logits = nucleus_logits()[name]
+    uniform = torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
+    want = rollout.sample(logits, uniform, 0.7, 0.95)
+    got = rollout.sample(logits.as_subclass(SaysItIsOnAGPU), uniform, 0.7, 0.95)
+    assert all(map(torch.equal, got, want))
 
 
 def test_a_mass_of_exactly_top_p_is_enough():
-    logits = torch.tensor([[2.0, 1.0, 0.0]])
-    assert rollout.threshold_by_bisection(logits, torch.tensor([[0.5, 0.25, 0.25]]), 0.5).item() == 2
-    assert rollout.threshold_by_bisection(logits, torch.tensor([[0.5, 0.25, 0.25]]), 0.75).item() == 1
+    logits, p = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 0.25]])
+    for top_p, smallest in ((0.5, 2), (0.75, 1)):
+        assert rollout.threshold_by_bisection(logits, p, top_p).item() == smallest
     certain = torch.tensor([[0.0, -200.0]])
     assert rollout.threshold_by_sorting(certain, torch.zeros(1, 1), 1.0).item() == 0
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0.7, 0.9), (0.0, 1.0)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.usefixtures("nucleus_way")
-def test_a_logit_that_is_not_finite_is_an_error_that_says_where(bad, temperature, top_p, small_model, monkeypatch):
-    """An index out of range would do, on a CPU; on CUDA it ends the process with a message about neither."""
+@pytest.mark.parametrize("kind", [torch.Tensor, SaysItIsOnAGPU])
+def test_a_logit_that_is_not_finite_makes_the_log_probability_so(kind, bad, temperature, top_p):
+    """An index out of range would do, on a CPU; on CUDA it ends the process with a message about something else."""
     logits = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0))
     uniform = torch.full((4,), 0.5, dtype=torch.float64)
-    want = rollout.sample(logits, uniform, temperature, top_p)
-    logits[1], logits[2, 7], logits[3] = bad, bad, -math.inf
-    token, logprob = rollout.sample(logits, uniform, temperature, top_p)
-    assert logprob.isfinite().tolist() == [True, False, False, False] and (0 <= token).all() and (token < 1100).all()
-    assert (token[0], logprob[0]) == (want[0][0], want[1][0])
+    want, _ = rollout.sample(logits, uniform, temperature, top_p)
+    logits[1] = logits[2, 7] = bad
+    logits[3] = -math.inf
+    token, logprob = rollout.sample(logits.as_subclass(kind), uniform, temperature, top_p)
+    assert logprob.isfinite().tolist() == [True, False, False, False]
+    assert token[0] == want[0]
+    assert token.min() >= 0 and token.max() < 1100
 
+
+def test_a_logit_that_is_not_finite_is_an_error_that_says_where(small_model, monkeypatch):
     def spoiled(logits, *args, sample=rollout.sample, **settings):
-        return sample(logits.index_fill(1, torch.tensor([5]), bad), *args, **settings)
+        return sample(logits.index_fill(1, torch.tensor([5]), math.nan), *args, **settings)
 
     monkeypatch.setattr(rollout, "sample", spoiled)
-    settings = dict(n=2, max_new_tokens=4, temperature=temperature, top_p=top_p, eos_ids=[1], seed=[0])
     with pytest.raises(RuntimeError, match="prompt 0, token 0 of a response: a logit is nan or inf"):
-        generate(small_model, [[3, 4]], **settings)
+        generate(small_model, [[3, 4]], n=2, max_new_tokens=4, seed=[0], **DRAWING)
 
 
 def test_sample_at_the_ends_of_the_unit_interval():
-    logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]] * 2)
-    token, _ = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
-    assert token.tolist() == [1, 2]  # never an impossible token, not even with u = 0 before it or u close to 1 after it
-    logits = torch.full((2, 2048), -float("inf"))  # the sum is taken in blocks of 512: the first and the last are impossible
-    logits[:, 513], logits[:, 1500] = 0.0, 1.0
-    token, logprob = rollout.sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
-    assert token.tolist() == [513, 1500]
-    torch.testing.assert_close(logprob, torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
+    """Never an impossible token, not even with u = 0 before it or u close to 1 after it. The sum is taken in blocks of 512:
+    in the wide rows the first block and the last are impossible."""
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for width, first, last in ((4, 1, 2), (2048, 513, 1500)):
+        logits = torch.full((2, width), -math.inf)
+        logits[:, first], logits[:, last] = 0.0, 1.0
+        token, logprob = rollout.sample(logits, ends, 1.0, 1.0)
+        assert token.tolist() == [first, last]
+        torch.testing.assert_close(logprob, torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
 
 
 def test_pack_lays_guided_and_unguided_over_the_same_tokens():
@@ -426,10 +428,14 @@ def test_pack_lays_guided_and_unguided_over_the_same_tokens():
     auto = pack([[1, 2], [3]], responses, device=CPU)
     guided = pack([[5, 6, 1, 2], [5, 2, 3]], responses, device=CPU)
     for packed in (auto, guided):
-        assert packed.targets.tolist() == [7, 8, 2, 9, 2] and packed.sequence.tolist() == [0, 0, 0, 1, 1]
-    assert auto.input_ids.tolist() == [[1, 2, 7, 8, 3, 9]] and auto.predict.tolist() == [1, 2, 3, 4, 5]
-    assert guided.input_ids.tolist() == [[5, 6, 1, 2, 7, 8, 5, 2, 3, 9]] and guided.predict.tolist() == [3, 4, 5, 8, 9]
-    assert auto.lengths == [4, 2] and guided.lengths == [6, 4]
+        assert packed.targets.tolist() == [7, 8, 2, 9, 2]
+        assert packed.sequence.tolist() == [0, 0, 0, 1, 1]
+    assert auto.input_ids.tolist() == [[1, 2, 7, 8, 3, 9]]
+    assert auto.predict.tolist() == [1, 2, 3, 4, 5]
+    assert auto.lengths == [4, 2]
+    assert guided.input_ids.tolist() == [[5, 6, 1, 2, 7, 8, 5, 2, 3, 9]]
+    assert guided.predict.tolist() == [3, 4, 5, 8, 9]
+    assert guided.lengths == [6, 4]
 
 
 def test_pack_computes_a_shared_context_once():
@@ -437,46 +443,49 @@ def test_pack_computes_a_shared_context_once():
     responses = [[6, 7, 8], [9], [10, 11], [12, 13], [14, 15]]
     packed = pack(contexts, responses, device=CPU)
     assert packed.input_ids[0].tolist() == [1, 2, 3, 6, 7, 10, 4, 5, 12, 1, 2, 3, 14]
-    assert packed.lengths == [3, 2, 1, 3, 4] and packed.prefixes == [None, 0, 0, None, None]
-    assert packed.targets.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert packed.lengths == [3, 2, 1, 3, 4]
+    assert packed.prefixes == [None, 0, 0, None, None]
+    assert packed.targets.tolist() == list(range(6, 16))
     assert packed.predict.tolist() == [2, 3, 4, 2, 2, 5, 7, 8, 11, 12]
     assert packed.sequence.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
-    assert rollout.shared_tokens(contexts) == [0, 3, 3, 0, 0] and rollout.shared_tokens([[1, 2], [3, 2]]) == [0, 0]
-    costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
-    assert micro_batches(costs, 9, rollout.shared_tokens(contexts)) == [[0, 1, 2], [3, 4]]
-    assert micro_batches(costs, 8, rollout.shared_tokens(contexts)) == [[0, 1], [2], [3], [4]]
+
+
+def test_micro_batches_cover_every_item_once_and_in_order():
+    assert micro_batches([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert micro_batches([], 6) == []
+    saved = rollout.shared_tokens([[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5, 6]])
+    assert saved == [0, 3, 3, 0]
+    assert micro_batches([6, 4, 5, 4], 9, saved) == [[0, 1, 2], [3]]
+    assert micro_batches([6, 4, 5, 4], 8, saved) == [[0, 1], [2], [3]]
 
 
 @pytest.mark.usefixtures("packed_way")
 def test_sequences_that_share_a_context_equal_transformers_and_its_gradient(reference):
     """Logits and weight gradients of a packed row whose responses share their contexts, against a sequence at a time."""
     theirs, ours, _ = reference
-    contexts = [ids.tolist() for ids in (random_ids(1, 7, 1)[0], random_ids(1, 3, 2)[0])]
-    contexts = [contexts[0]] * 3 + [contexts[1]] * 2 + [contexts[0]]
+    first, second = random_ids(1, 7, 1)[0].tolist(), random_ids(1, 3, 2)[0].tolist()
+    contexts = [first] * 3 + [second] * 2 + [first]
     responses = [random_ids(1, n, 10 + n)[0].tolist() for n in (5, 1, 9, 2, 4, 3)]
     packed = pack(contexts, responses, device=CPU)
-    for net in (theirs, ours):
-        net.zero_grad()
-    logits = ours(packed.input_ids, lengths=packed.lengths, prefixes=packed.prefixes)[0, packed.predict]
-    each = [theirs(torch.tensor([c + r])).logits[0, len(c) - 1 : -1] for c, r in zip(contexts, responses, strict=True)]
-    want = torch.cat(each)
+    logits = ours(**packed.layout)[0, packed.predict]
+    want = []
+    for context, response in zip(contexts, responses, strict=True):
+        alone = theirs(torch.tensor([context + response])).logits[0]
+        want.append(alone[len(context) - 1 : -1])
+    want = torch.cat(want)
     torch.testing.assert_close(logits, want, atol=1e-4, rtol=1e-4)
-    for values in (logits, want):
+    for net, values in ((theirs, want), (ours, logits)):
+        net.zero_grad()
         F.cross_entropy(values, packed.targets).backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-3)
 
 
-def test_pack_refuses_what_it_cannot_lay_out():
-    for contexts, responses in (([[1]], [[]]), ([[]], [[1]])):
-        with pytest.raises(ValueError, match="sequence 0"):
-            pack(contexts, responses, device=CPU)
-
-
-def test_micro_batches_cover_every_item_once_and_in_order():
-    assert micro_batches([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
-    assert micro_batches([], 6) == []
+@pytest.mark.parametrize("contexts, responses", [([[1]], [[]]), ([[]], [[1]])])
+def test_pack_refuses_an_empty_sequence(contexts, responses):
+    with pytest.raises(ValueError, match="sequence 0"):
+        pack(contexts, responses, device=CPU)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -484,25 +493,16 @@ def test_micro_batches_cover_every_item_once_and_in_order():
 
 def test_both_directions_of_the_kl_by_hand():
     """p = (1/2, 1/2) guided, q = (1/4, 3/4): KL(p||q) = 1/2 ln 2 + 1/2 ln(2/3); the reverse is 1/4 ln(1/2) + 3/4 ln(3/2)."""
-    guided, unguided = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    assert losses.forward_kl(guided, unguided).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
-    assert losses.reverse_kl(guided, unguided).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-6)
-
-
-@pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl"])
-def test_kl_and_its_gradient_against_torch(direction):
-    """The value with its temperature, and the gradient, which reaches the unguided side alone."""
-    guided, unguided = (3 * torch.randn(4, 5, 11, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    guided.requires_grad_(), unguided.requires_grad_()
-    got = getattr(losses, direction)(guided, unguided, temperature=0.7)
-    p, q = torch.log_softmax(guided.detach() / 0.7, -1), torch.log_softmax(unguided / 0.7, -1)
-    pair = (q, p) if direction == "forward_kl" else (p, q)
-    want = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    (want_gradient,) = torch.autograd.grad(want.sum(), unguided)
-    got.sum().backward()
-    assert guided.grad is None
-    torch.testing.assert_close(unguided.grad, want_gradient, atol=1e-5, rtol=1e-5)
+    guided = torch.tensor([0.5, 0.5]).log().requires_grad_()
+    unguided = torch.tensor([0.25, 0.75]).log().requires_grad_()
+    forward = losses.forward_kl(guided, unguided)
+    reverse = losses.reverse_kl(guided, unguided)
+    assert forward.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    assert reverse.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-6)
+    (gradient,) = torch.autograd.grad(forward, unguided, retain_graph=True)
+    assert gradient.tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)  # q - p
+    (forward + reverse).backward()
+    assert guided.grad is None  # it is the teacher
 
 
 def test_forward_kl_sees_the_whole_vocabulary_in_fp32():
@@ -533,7 +533,7 @@ def test_policy_loss_on_both_sides_of_both_clips():
     want = torch.tensor([-1.0, -1.8, -2.4, -2.56, 1.6, 1.8, 2.4, 3.0])
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_ratio, ratio, atol=1e-5, rtol=1e-5)
-    assert clipped.tolist() == [False, False, False, True, True, False, False, False]
+    assert clipped.nonzero()[:, 0].tolist() == [3, 4]
     loss.sum().backward()
     want_grad = torch.where(clipped, 0.0, -advantage * ratio)  # d(-r A) / d logp = -r A where no clip holds
     torch.testing.assert_close(new.grad, want_grad, atol=1e-5, rtol=1e-5)
@@ -542,7 +542,7 @@ def test_policy_loss_on_both_sides_of_both_clips():
 def test_luffy_loss_by_hand():
     """Own tokens: ratio 2 with A = -1/2 costs 1, ratio 3 with A = 1/4 costs -3/4: no clip. Demonstration: pi = 1/4, A = 1/2:
     f = 0.25 / 0.35, and d loss / d log pi = -A pi 0.1 / 0.35^2; at pi = 0.9 the shaping has nearly gone."""
-    logprobs = torch.tensor([math.log(0.5), math.log(0.6), math.log(0.25), math.log(0.9)], requires_grad=True)
+    logprobs = torch.tensor([0.5, 0.6, 0.25, 0.9]).log().requires_grad_()
     old = torch.tensor([math.log(0.25), math.log(0.2), -7.0, 5.0])  # on a demonstration it is ignored
     advantages = torch.tensor([-0.5, 0.25, 0.5, 0.5])
     demonstration = torch.tensor([False, False, True, True])
@@ -556,126 +556,106 @@ def test_luffy_loss_by_hand():
 
 def test_hpt_loss_by_hand():
     """Own tokens as LUFFY's; a demonstration's cost is -c log pi, whatever advantage and old log-prob say."""
-    logprobs = torch.tensor([math.log(0.5), math.log(0.25)], requires_grad=True)
-    old, advantages = torch.tensor([math.log(0.25), -700.0]), torch.tensor([0.5, -3.0])  # e^700 is inf, and its gradient nan
-    loss, ratio, _ = losses.hpt_loss(logprobs, old, advantages, torch.tensor([False, True]), sft_weight=0.3)
+    logprobs = torch.tensor([0.5, 0.25]).log().requires_grad_()
+    old = torch.tensor([math.log(0.25), -700.0])  # e^700 is inf, and its gradient nan
+    advantages = torch.tensor([0.5, -3.0])
+    demonstration = torch.tensor([False, True])
+    loss, ratio, _ = losses.hpt_loss(logprobs, old, advantages, demonstration, sft_weight=0.3)
     assert loss.tolist() == pytest.approx([-1.0, 0.3 * math.log(4)], rel=1e-5)
+    assert ratio.tolist() == pytest.approx([2.0, 0.25], rel=1e-5)
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, -0.3], rel=1e-5)
 
 
 def test_the_largest_error_of_a_ratio_may_be_on_either_side():
     ratio = torch.tensor([0.25, 1.5, 9.0])
-    stats = dict.fromkeys(("ratio", "entropy", "clipped"), ratio) | {"logprob": ratio.log()}
-    _, largest = losses.diagnostics(stats, torch.zeros(3), torch.tensor([True, True, False]))
+    chosen = torch.tensor([True, True, False])
+    stats = {"ratio": ratio, "entropy": ratio, "clipped": ratio, "logprob": ratio.log()}
+    _, largest = losses.diagnostics(stats, torch.zeros(3), chosen)
     assert largest == pytest.approx({"ratio_error": 0.75, "logprob_error": math.log(4)})
 
 
-def test_token_logprobs_against_torch():
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 5])
-    want = torch.distributions.Categorical(logits=logits / 0.7).log_prob(targets)
-    torch.testing.assert_close(losses.token_logprobs(logits, targets, 0.7), want)
+SFT_TERMS = partial(losses.sft_terms, temperature=0.9)
+POLICY_TERMS = partial(losses.policy_terms, temperature=0.9)
+DISTILLATION_TERMS = partial(losses.distillation_terms, delta=1.0, temperature=0.9)
+ALL_TERMS = {
+    "sft": SFT_TERMS,
+    "grpo": partial(POLICY_TERMS, loss=losses.policy_loss),
+    "luffy": partial(POLICY_TERMS, loss=losses.luffy_loss, entropy_bonus=0.05),
+    "hpt": partial(POLICY_TERMS, loss=losses.hpt_loss),
+    "kl": DISTILLATION_TERMS,
+    "reverse_kl": partial(DISTILLATION_TERMS, objective="reverse_kl"),
+    "target_sft": partial(DISTILLATION_TERMS, objective="sft"),
+}
 
 
-SFT_TERMS = partial(losses.sft_terms, temperature=1.0)
-
-
-@pytest.mark.parametrize("kind", ["sft", "grpo", "luffy", "hpt", "kl", "reverse_kl", "target_sft"])
+@pytest.mark.parametrize("kind", ALL_TERMS)
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
-    """Against torch's own functions over all logits at once, and autograd."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    """Against the same terms of all logits at once, and autograd."""
     M, D, V = 23, 16, 101
-    hidden, weight = normal(M, D).requires_grad_(), (0.5 * normal(V, D)).requires_grad_()
-    targets, w = torch.arange(M) * 4 % V, normal(M).sigmoid()
-    old, advantages, guided_hidden = -normal(M).abs() - 3, normal(M), hidden.detach() + 0.7 * normal(M, D)
+    terms = ALL_TERMS[kind]
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    hidden = normal(M, D).requires_grad_()
+    head = (0.5 * normal(V, D)).requires_grad_()
+    teacher = hidden.detach() + 0.7 * normal(M, D)
+    targets, weight = torch.arange(M) * 4 % V, normal(M).sigmoid()
+    old, advantages = -normal(M).abs() - 3, normal(M)
     demonstration = normal(M) < 0
+    inputs = [targets, weight]
+    if terms.func is losses.policy_terms:
+        inputs = [targets, old, advantages, weight]
+    if kind in ("luffy", "hpt"):
+        inputs.append(demonstration)
+    distills = terms.func is losses.distillation_terms
+    before = [x.detach().clone() for x in (hidden, head, *inputs)]
 
-    logits = hidden @ weight.T / 0.9
-    logp = -F.cross_entropy(logits, targets, reduction="none")
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    ratio = torch.exp(logp - old)
-    p, q = torch.log_softmax(guided_hidden @ weight.detach().T / 0.9, -1), torch.log_softmax(logits, -1)
-    pair = (p, q) if kind == "reverse_kl" else (q, p)
-    d = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
-    assert 0 < (d <= 1).sum() < M
-    want = {
-        "sft": -logp,
-        "grpo": -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages),
-        "luffy": -advantages * torch.where(demonstration, logp.exp() / (logp.exp() + 0.1), ratio) - 0.05 * entropy,
-        "hpt": torch.where(demonstration, -0.3 * logp, -advantages * ratio),
-        "kl": (d <= 1) * d,
-        "reverse_kl": (d <= 1) * d,
-        "target_sft": -logp,
-    }[kind]
-    want = (3 * w * want).sum()
-    gradients = torch.autograd.grad(want, (hidden, weight))
+    teacher_logits = [teacher @ head.detach().T] if distills else []
+    want_stats = terms(hidden @ head.T, *teacher_logits, *inputs)
+    want = 3 * want_stats["loss"].sum()
+    want_gradients = torch.autograd.grad(want, (hidden, head))
 
-    policy, given = partial(losses.policy_terms, temperature=0.9), (targets, old, advantages, w)
-    objective = "sft" if kind == "target_sft" else kind
-    distillation = partial(losses.distillation_terms, delta=1.0, temperature=0.9, objective=objective), (targets, w)
-    terms, inputs = {
-        "sft": (partial(losses.sft_terms, temperature=0.9), (targets, w)),
-        "grpo": (partial(policy, loss=losses.policy_loss), given),
-        "luffy": (partial(policy, loss=losses.luffy_loss, entropy_bonus=0.05), (*given, demonstration)),
-        "hpt": (partial(policy, loss=partial(losses.hpt_loss, sft_weight=0.3)), (*given, demonstration)),
-    }.get(kind, distillation)
-    arguments = [x.detach().clone() for x in (hidden, weight, *inputs)]
     row, at = hidden, None
     if chunk == 7:  # as a packed row, in another order, of which some positions predict nothing
         at = torch.randperm(2 * M)[:M]
         row = torch.zeros(1, 2 * M, D).index_copy(1, at, hidden[None])
-    teacher = guided_hidden if terms.func is losses.distillation_terms else None
-    got, stats = losses.chunked_head(row, weight, terms, inputs, chunk_tokens=chunk, at=at, teacher=teacher)
-    (3 * got).backward()
-    torch.testing.assert_close(3 * got, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden.grad, gradients[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(weight.grad, gradients[1], atol=1e-5, rtol=1e-5)
-    assert all(value.shape == (M,) for value in stats.values())
-    if teacher is not None:
-        torch.testing.assert_close(stats["divergence"], d.detach(), atol=1e-5, rtol=1e-5)
-        assert torch.equal(stats["kept"], torch.ones(M) if kind == "target_sft" else (d <= 1).float())
-    for before, after in zip(arguments, (hidden, weight, *inputs), strict=True):
-        assert torch.equal(before, after)  # no argument was written to
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation gives out."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
+    options = dict(chunk_tokens=chunk, at=at, teacher=teacher if distills else None)
+    loss, stats = losses.chunked_head(row, head, terms, inputs, **options)
+    got = 3 * loss
+    got.backward()
+    torch.testing.assert_close([got, hidden.grad, head.grad], [want, *want_gradients], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats, want_stats, atol=1e-5, rtol=1e-5)
+    if distills:
+        assert len(want_stats["kept"].unique()) == (1 if kind == "target_sft" else 2)  # some tokens are dropped
+    for x, old in zip((hidden, head, *inputs), before, strict=True):
+        assert torch.equal(x, old)  # no argument was written to
 
 
 def test_chunked_head_never_holds_the_logits_of_all_tokens():
-    M, D, V = 64, 4, 500
-    weight, inputs = torch.randn(V, D, requires_grad=True), (torch.randint(0, V, (M,)), torch.ones(M))
-    largest = {}
-    for chunk in (8, M):
-        with LargestTensor() as mode:
-            hidden = torch.randn(M, D, requires_grad=True)
-            losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=chunk)[0].backward()
-        largest[chunk] = mode.numel
-    assert largest == {8: 8 * V, M: M * V}  # and with one chunk it does hold them: the measure measures
+    tokens, vocabulary = 64, 20_000
+    hidden, head = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    inputs = (torch.arange(tokens), torch.ones(tokens))
+
+    def work(chunk):
+        loss, _ = losses.chunked_head(hidden, head, SFT_TERMS, inputs, chunk_tokens=chunk)
+        loss.backward()
+
+    logits = tokens * vocabulary * 4  # bytes
+    assert live_bytes(partial(work, 2)) < logits / 4
+    assert live_bytes(partial(work, tokens)) > logits  # it does hold them in one chunk: the measure measures
 
 
 def test_chunked_head_without_gradient_and_without_tokens():
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    hidden = torch.randn(5, 4, requires_grad=True)
+    head = torch.randn(9, 4, requires_grad=True)
     inputs = (torch.arange(5), torch.ones(5))
     with torch.no_grad():
-        value, stats = losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=2)
+        value, stats = losses.chunked_head(hidden, head, SFT_TERMS, inputs, chunk_tokens=2)
     assert not value.requires_grad and stats["logprob"].shape == (5,)
-    loss, stats = losses.chunked_head(hidden[:0], weight, SFT_TERMS, [x[:0] for x in inputs], chunk_tokens=2)
+    loss, stats = losses.chunked_head(hidden[:0], head, SFT_TERMS, [x[:0] for x in inputs], chunk_tokens=2)
     loss.backward()  # an empty micro-batch still takes part in the backward pass
-    assert loss.item() == 0 and weight.grad.abs().sum() == 0
-    loss, _ = losses.chunked_head(hidden, weight, SFT_TERMS, inputs, chunk_tokens=2)
+    assert loss.item() == 0 and head.grad.abs().sum() == 0
+    loss, _ = losses.chunked_head(hidden, head, SFT_TERMS, inputs, chunk_tokens=2)
     loss.backward(retain_graph=True)
     with pytest.raises(TypeError):  # its gradients were scaled in place
         loss.backward()
@@ -685,75 +665,29 @@ def test_chunked_head_without_gradient_and_without_tokens():
 
 
 def test_group_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0, 0, 1, 0, 0, 0, 0], [1] * 8, [0] * 8])
-    got = weighting.group_advantages(rewards)
-    # mean 1/4; unbiased variance (2 * (3/4)^2 + 6 * (1/4)^2) / 7 = 1.5 / 7
+    """Two of eight are right: the mean is 1/4, the unbiased variance (2 (3/4)^2 + 6 (1/4)^2) / 7 = 1.5 / 7."""
+    two_right = [1.0] * 2 + [0.0] * 6
+    got = weighting.group_advantages(torch.tensor([two_right, [1.0] * 8, [0.0] * 8]))
     std = math.sqrt(1.5 / 7)
-    assert got[0].tolist() == pytest.approx([0.75 / std, -0.25 / std, -0.25 / std, 0.75 / std] + [-0.25 / std] * 4, rel=1e-4)
+    want = [0.75 / std] * 2 + [-0.25 / std] * 6
+    assert got[0].tolist() == pytest.approx(want, rel=1e-4)
     assert got[1:].abs().max() == 0  # exactly zero, not a rounding error divided by eps
-    assert rewards[0].sum() == 2  # the argument is as it was
     with pytest.raises(ValueError, match="at least 2"):
         weighting.group_advantages(torch.ones(3, 1))
 
 
 def test_advantages_without_std_by_hand():
     """LUFFY's group: 7 rollouts, one right, and a right demonstration; the mean is 1/4 and nothing else is divided out."""
-    got = weighting.group_advantages(torch.tensor([[0.0, 0, 1, 0, 0, 0, 0, 1]]), scale_by_std=False)
-    assert got[0].tolist() == [-0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25, 0.75]
+    rewards = torch.tensor([[1.0] + [0.0] * 6 + [1.0]])
+    got = weighting.group_advantages(rewards, scale_by_std=False)
+    assert got[0].tolist() == [0.75] + [-0.25] * 6 + [0.75]
 
 
 def test_hpt_gate_by_hand():
-    rewards = torch.tensor([[0.0] * 8, [1.0] + [0.0] * 7, [1.0] * 2 + [0.0] * 6, [1.0] * 3 + [0.0] * 5])
+    rewards = torch.ones(4, 8).triu(5).flip(0)  # 0, 1, 2 and 3 of 8 are right
+    assert rewards.sum(1).tolist() == [0, 1, 2, 3]
     assert weighting.hpt_gate(rewards).tolist() == [True, False, False, False]
     assert weighting.hpt_gate(rewards, gate=2).tolist() == [True, True, True, False]
-
-
-def test_group_advantage_weight_by_hand():
-    """[eq 8] with 2 of 4 right alone: of the five with o+ the mean is 0.6, the unbiased variance 0.3: A+ = 0.4 / sqrt(0.3)."""
-    auto = torch.tensor([[1.0, 0, 1, 0], [1] * 4, [0] * 4, [1, 0, 0, 0]])
-    got = weighting.group_advantage_weight(auto, torch.tensor([1.0, 1, 1, 0]))
-    # all right: 0; none right: 1.79 is cut to 0.8; a wrong one's is negative
-    assert got.tolist() == pytest.approx([0.4 / math.sqrt(0.3), 0.0, 0.8, 0.0], abs=1e-5)
-    uncut = weighting.group_advantage_weight(auto[2:3], torch.ones(1), alpha_max=3.0)
-    assert uncut.item() == pytest.approx(0.8 / math.sqrt(0.2), abs=1e-5)
-
-
-def test_guided_advantage_weight_by_hand():
-    """Alone 2 of 4 right, guided 2 of 2: the mean of six is 2/3, the unbiased variance 4/15, so A~ = (1/3) / sqrt(4/15)."""
-    auto, guided = torch.tensor([[1.0, 0, 1, 0], [1] * 4, [1] * 4]), torch.tensor([[1.0, 1], [1, 1], [0, 0]])
-    got = weighting.guided_advantage_weight(auto, guided)
-    assert got.tolist() == pytest.approx([0.5 * (1 / 3) / math.sqrt(4 / 15), 0.0, 0.0], abs=1e-5)
-    capped = weighting.guided_advantage_weight(auto[:1] * 0, guided[:1], alpha_0=0.9)
-    assert capped.item() == pytest.approx(0.8)  # 0.9 * (2/3) / sqrt(4/15) = 1.16
-
-
-@pytest.mark.parametrize(
-    "settings, auto, guided, alpha",
-    [
-        (dict(weight="group_advantage", alpha_max=0.3), [0, 0, 0, 0], [1, 0], 0.3),
-        (dict(weight="guided_advantage", alpha_0=0.9, alpha_max=0.9), [1, 0, 1, 0], [1, 1], 0.9 * (1 / 3) / math.sqrt(4 / 15)),
-        (dict(weight="guided_advantage", alpha_0=0.9, alpha_max=0.3), [1, 0, 1, 0], [1, 1], 0.3),
-    ],
-)
-def test_other_weights_by_hand_at_other_settings_than_the_defaults(settings, auto, guided, alpha):
-    """The numbers are those of the two tests above."""
-    rewards = torch.tensor([auto], dtype=torch.float32), torch.tensor([guided], dtype=torch.float32)
-    got = methods.sgpo_advantages(methods.Method(**settings), *rewards, None)["alpha"]
-    assert got.tolist() == pytest.approx([alpha], abs=1e-5)
-
-
-def test_reach_gap_of_several_targets_by_hand():
-    assert weighting.reach_gap([-2.0, -9.0, -6.0], [1, 0, 1], [0, 2]) == 0  # all correct ones
-    assert weighting.reach_gap([-2.0, -3.0, -7.0], [1, 1, 1], [0, 1]) == pytest.approx(-2.5 + 4)
-
-
-def test_random_target_is_uniform_over_the_correct_ones():
-    generator = torch.Generator().manual_seed(0)
-    correct = torch.tensor([True, False, True, True])
-    drawn = [weighting.random_target(correct, generator) for _ in range(3000)]
-    assert set(drawn) == {0, 2, 3}
-    assert all(900 < drawn.count(index) < 1100 for index in (0, 2, 3))  # 1,000 each; the standard deviation is 26
-    assert weighting.random_target(torch.tensor([False] * 4), generator) is None
 
 
 @pytest.mark.parametrize(
@@ -767,16 +701,60 @@ def test_random_target_is_uniform_over_the_correct_ones():
         (0.0, 0.0, 0.5),  # no success anywhere: the weight is alpha_0, but there is no target to apply it to
     ],
 )
-def test_instance_weight_check_values(p_auto, p_guide, alpha):
+def test_instance_weight_by_hand(p_auto, p_guide, alpha):
     got = weighting.instance_weight(torch.tensor([p_auto]), torch.tensor([p_guide]))
     assert got.item() == pytest.approx(alpha, abs=1e-6)
 
 
+# 2 of 4 right alone: together with o+ the mean is 3/5 and the variance 3/10, with two right guided ones 2/3 and 4/15
+A_PLUS = (2 / 5) / math.sqrt(3 / 10)
+A_GUIDED = (1 / 3) / math.sqrt(4 / 15)
+
+
+@pytest.mark.parametrize(
+    "weight, right_alone, right_guided, settings, alpha",
+    [
+        ("group_advantage", 2, 1, {}, A_PLUS),
+        ("group_advantage", 4, 1, {}, 0.0),
+        ("group_advantage", 0, 1, {}, 0.8),  # 0.8 / sqrt(0.2) = 1.79, capped
+        ("group_advantage", 0, 1, {"alpha_max": 3.0}, 0.8 / math.sqrt(0.2)),
+        ("guided_advantage", 2, 2, {}, 0.5 * A_GUIDED),
+        ("guided_advantage", 2, 2, {"alpha_0": 0.9}, 0.9 * A_GUIDED),
+        ("guided_advantage", 2, 2, {"alpha_max": 0.3}, 0.3),
+        ("guided_advantage", 4, 2, {}, 0.0),
+        ("guided_advantage", 4, 1, {}, 0.0),  # guidance hurts
+    ],
+)
+def test_the_other_weights_by_hand(weight, right_alone, right_guided, settings, alpha):
+    """[eq 8], and ours, as an update takes them."""
+    method = methods.Method(weight=weight, **settings)
+    auto = torch.zeros(1, 4)
+    auto[:, :right_alone] = 1
+    guided = torch.zeros(1, 2)
+    guided[:, :right_guided] = 1
+    got = methods.sgpo_advantages(method, auto, guided, None)["alpha"]
+    assert got.item() == pytest.approx(alpha, abs=1e-5)
+
+
 def test_reachable_target_is_the_most_probable_correct_one():
-    logprobs = torch.tensor([-3.0, -9.0, -5.0, -4.0])
-    assert weighting.reachable_target(logprobs, torch.tensor([False, True, True, True])) == 3
+    logprobs = torch.tensor([-3.0, -9.0, -4.0, -4.0])
+    wrong_first = torch.tensor([False, True, True, True])
+    assert weighting.reachable_target(logprobs, wrong_first) == 2  # the first of two equal ones
     assert weighting.reachable_target(logprobs, torch.tensor([False] * 4)) is None
-    assert weighting.reachable_target(torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([False, True, True])) == 1  # a tie
+
+
+def test_reach_gap_of_several_targets_by_hand():
+    assert weighting.reach_gap([-2.0, -9.0, -6.0], [1, 0, 1], [0, 2]) == 0  # all correct ones
+    assert weighting.reach_gap([-2.0, -3.0, -7.0], [1, 1, 1], [0, 1]) == pytest.approx(-2.5 + 4)
+
+
+def test_random_target_is_uniform_over_the_correct_ones():
+    generator = torch.Generator().manual_seed(0)
+    correct = torch.tensor([True, False, True, True])
+    drawn = Counter(weighting.random_target(correct, generator) for _ in range(3000))
+    assert drawn.keys() == {0, 2, 3}
+    assert all(900 < count < 1100 for count in drawn.values())  # 1,000 each; the standard deviation is 26
+    assert weighting.random_target(torch.tensor([False] * 4), generator) is None
 
 
 # ---------------------------------------------------------------------------------------------------- training

@@ -4,7 +4,6 @@ What it is not: a converter of other formats (data/prepare.py).
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,31 +23,20 @@ class Problem:
 
 
 def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
-    """read_problems of a jsonl file; ValueError if there is no such file. worker: None starts one for this call."""
-    lines = read_lines(Path(path))
-    if worker is not None:
-        return read_problems(lines, path, worker)
-    with MathWorker() as worker:
-        return read_problems(lines, path, worker)
-
-
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a jsonl file, without blank ones at its end. ValueError if there is no such file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return path.read_bytes().rstrip().splitlines()
-
-
-def read_problems(lines: Sequence[bytes], name: str | Path, worker: MathWorker) -> list[Problem]:
-    """The rows in these lines: {"id", "problem", "answer"} as strings, "solution" and "strategy" if there are any.
+    """The rows of a jsonl file: {"id", "problem", "answer"} as strings, "solution" and "strategy" if there are any.
 
     Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem with the
     same answer is dropped, and a line printed. An answer that no response could match is an error. Raises one ValueError with
-    up to 20 lines "name:line: what, value".
+    up to 20 lines "path:line: what, value". worker: None starts one for this call.
     """
+    if worker is None:
+        with MathWorker() as worker:
+            return load_problems(path, worker)
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
     problems, errors, dropped = [], [], 0
     by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
-    for line, raw in enumerate(lines, start=1):
+    for line, raw in enumerate(Path(path).read_bytes().rstrip().splitlines(), start=1):
         try:
             problem = read_row(raw)
             text = " ".join(problem.problem.split())
@@ -61,16 +49,18 @@ def read_problems(lines: Sequence[bytes], name: str | Path, worker: MathWorker) 
             if problem.id in by_id:
                 raise ValueError(f"duplicate id, line {by_id[problem.id]} has it too, {problem.id!r}")
         except ValueError as error:
-            errors.append(f"{name}:{line}: {error}")
+            errors.append(f"{path}:{line}: {error}")
             continue
         by_id[problem.id], by_text[text] = line, (line, problem.answer)
         problems.append(problem)
     if errors:
-        raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more"] * (len(errors) > 20)))
+        if len(errors) > 20:
+            errors[20:] = [f"... and {len(errors) - 20} more"]
+        raise ValueError("\n".join(errors))
     if not problems:
-        raise ValueError(f"{name}: no rows")
+        raise ValueError(f"{path}: no rows")
     if dropped:
-        print(f"{name}: dropped {dropped} rows that repeat an earlier problem and its answer")
+        print(f"{path}: dropped {dropped} rows that repeat an earlier problem and its answer")
     return problems
 
 

@@ -52,7 +52,7 @@ def reference(request, tmp_path_factory):
     theirs.save_pretrained(folder)
     config = ModelConfig.from_folder(folder)
     ours = models.CausalLM(config)
-    models.load_weights(ours, folder, dtype=torch.float32, device=CPU)
+    ours.load_state_dict(dict(models.read_weights(ours, folder, device=CPU)))
     return theirs, ours, folder
 
 
