@@ -32,9 +32,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +71,20 @@ class Progress:
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
-    def count_skipped(self, skipped: int, allowed: int, now: str) -> None:
-        """Add updates that were left out. NotFinite, with the text `now` about the last one, if they are more than allowed."""
+    def count_skipped(self, skipped: int, allowed: int) -> None:
+        """Add updates that were left out. NotFinite if that makes more than are allowed."""
         self.skipped += skipped
         if skipped and self.skipped > allowed:
-            raise NotFinite(f"{self.skipped} updates were left out: not finite ({now}); --max_skipped allows {allowed}")
+            raise NotFinite(f"{self.skipped} updates were not finite and were left out; --max_skipped allows {allowed}")
 
 
 @dataclass
 class RunFolder:
-    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs.
-
-    config      the settings, and in may_change the names of those that may differ after resuming
-    origin      what the run is made from: "data" (digests of the files), "commit" and "torch"; see origin_of
-    """
+    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs."""
 
     out: Path
-    config: dict[str, Any]
-    origin: dict[str, Any]
-    may_change: Collection[str]
+    config: dict[str, Any]  # the settings
+    origin: dict[str, Any]  # what the run is made from, see origin_of
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
     lock: Any = None
 
@@ -125,15 +119,14 @@ class RunFolder:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: the progress so far.
 
         Going on loads the weights and moments, and cuts the logs to where they were then. Without a checkpoint the logs are
-        emptied. ValueError if the checkpoint has other settings or data. `say` prints what was found.
+        emptied. ValueError if the checkpoint is of other data. `say` prints what was found.
         """
         path, state, damaged = find_checkpoint(self.out / "checkpoints") if resume else (None, {}, [])
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
-        for kind, now in (("config", self.config), ("data", self.origin["data"])) if path else ():
-            changes = differences(state[kind], now, self.may_change)
-            if changes:
-                raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
+        changes = differences(state["data"], self.origin["data"]) if path else []
+        if changes:
+            raise ValueError("\n".join([f"{path}: its data differs", *changes]))
         progress = Progress(**state.get("progress", {}))
         sizes = state.get("logs", {})
         for file in self._logs() if resume and dist.get_rank() == 0 else ():
@@ -157,8 +150,7 @@ class RunFolder:
             with file.open("a") as handle:
                 os.fsync(handle.fileno())
             sizes[file.name] = file.stat().st_size
-        state = {"progress": dataclasses.asdict(progress), "config": self.config, "logs": sizes}
-        state |= {**self.origin, "ranks": dist.get_world_size()}
+        state = {"progress": dataclasses.asdict(progress), "logs": sizes, **self.origin}
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
         save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=KEPT)
         self.saved_at = time.monotonic()
@@ -180,12 +172,6 @@ class RunFolder:
         return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
 
 
-def remove_best(out: Path) -> None:
-    """Rank 0 removes the folder that RunFolder.save_best wrote to."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(out / "best", ignore_errors=True)
-
-
 def lock(out: Path) -> Any:
     """Lock a folder: an open file, which holds the lock until it is closed or we die. None if another process has it."""
     file = (out / ".lock").open("w")
@@ -205,9 +191,9 @@ def stored_config(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """A line for each setting that differs."""
-    names = [name for name in there | here if name not in may_change and there.get(name) != here.get(name)]
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A line for each value that differs."""
+    names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
 
 
@@ -218,15 +204,13 @@ def origin_of(data: dict[str, str]) -> dict[str, Any]:
 
 
 def code_commit() -> str:
-    """The commit of this code, with a + if the files differ from it. "unknown" if this folder is not a git checkout itself."""
-    here = Path(__file__).resolve().parent
-    git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+    """The commit of the repository that this code is in, with a + if files differ from it; "unknown" if there is none."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()).resolve() != here:
-            return "unknown"  # a copy inside another repository, whose commit says nothing about this code
-        return git(["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

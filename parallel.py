@@ -6,16 +6,12 @@ process is the same with N = 1.
 
 Three rules keep the ranks together, and each has its function here:
 
-    equal passes    every forward and backward pass gathers and reduces, so all ranks must make the same number of passes:
-                    `pad_micro_batches`
+    equal passes    every pass gathers and reduces, so all ranks must make the same number of them: `pad_micro_batches`
     sums, not means losses are divided by counts over all ranks, so gradients are summed over the ranks: `shard`
     uneven work     sampling takes each rank another time: it runs on a whole copy of the weights, without communication
-                    (`whole_model`); afterwards the ranks wait for each other, and one that does not come is named
-                    (`Control.barrier`)
+                    (`whole_model`), and afterwards the ranks wait for each other (`Control.barrier`)
 
-What it is not: tensor, pipeline or context parallelism. The activations of one micro-batch must fit on one GPU.
-
-Imports model.py.
+There is no tensor, pipeline or context parallelism: the activations of one micro-batch must fit on one GPU. Imports model.py.
 """
 
 import math
@@ -286,23 +282,6 @@ def whole_model(model: CausalLM) -> Iterator[CausalLM]:
     finally:
         for module in modules:
             module.reshard()
-
-
-def fingerprint(model: CausalLM) -> int:
-    """A sum over the bits of all weights of a whole model. Two copies that differ in one weight have different sums."""
-    total = 0
-    for number, parameter in enumerate(model.parameters(), start=1):
-        bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
-        total += number * int(bits.sum(dtype=torch.int64))
-    return total % 2**50  # the ranks compare it in float64, which holds that exactly
-
-
-def same_on_all_ranks(model: CausalLM, device: torch.device) -> None:
-    """RuntimeError if the ranks' whole copies of the model differ. All ranks call it."""
-    own = fingerprint(model)
-    most = all_reduce({"of": own, "of minus": -own}, device, dist.ReduceOp.MAX)
-    if most["of"] != -most["of minus"]:
-        raise RuntimeError(f"the weights are not the same on all ranks (rank {world()[0]} has checksum {own})")
 
 
 @torch.no_grad()

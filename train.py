@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, remove_best, stored_config
+from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
@@ -151,7 +151,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         if stored is None and asked.keys() <= set(MAY_CHANGE):
             parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
         if stored is not None:
-            changed = differences({name: stored.get(name) for name in asked}, asked, MAY_CHANGE)
+            fixed = {name: value for name, value in asked.items() if name not in MAY_CHANGE}
+            changed = differences({name: stored.get(name) for name in fixed}, fixed)
             if changed:
                 parser.error("\n".join([f"--resume: {given['out']} holds a run with other settings", *changed]))
             preset = stored
@@ -162,11 +163,11 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     variant = METHODS[cfg.method]
     idle = [] if variant.distills else ["distill", "target", "weight", "autonomous"]
     idle += [] if variant.guided else ["shuffle_strategies"]
-    idle += ["aggregate"] if variant.token_mean or variant.advantages is None else []
+    idle += ["aggregate"] if variant.demonstrates or variant.advantages is None else []
     for name in given.keys() & idle:
         parser.error(f"--{name} does nothing to {cfg.method}")
     derived: dict[str, Any] = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
-    if variant.token_mean:
+    if variant.demonstrates:
         derived["aggregate"] = "token"
     if not cfg.out:
         derived["out"] = f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -269,7 +270,7 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
         learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
         loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
         norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
-        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped, f"now {loss} and {norm}")
+        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped)
         run.folder.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
         say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}")
         progress.sft_steps = step + 1
@@ -349,8 +350,7 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
     given = (run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward)
     metrics, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=run.control.preemptible)
     seconds = time.perf_counter() - start
-    now = f"now {metrics['loss']} and {metrics['grad_norm']}"
-    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped, now)
+    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped)
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
     metrics |= all_reduce({"grader_timeouts": run.worker.timeouts - timeouts}, run.model.device)
     for sample in samples[:1]:  # rank 0 has the batch's first problem
@@ -429,7 +429,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin, MAY_CHANGE)
+    folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
 
 
@@ -481,7 +481,6 @@ def most_sampled(cfg: Config, context: int, held_out: int) -> str:
 def train(cfg: Config, device: torch.device) -> None:
     """Check everything, then run. SIGTERM ends the run with a checkpoint."""
     if cfg.resume and (Path(cfg.out) / "model").exists():
-        remove_best(Path(cfg.out))  # in case it was killed just before it did so itself
         return say(f"--resume: the run in {cfg.out} is finished")
     with MathWorker() as worker:
         try:
@@ -535,8 +534,8 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
+        shutil.rmtree(run.folder.out / "best", ignore_errors=True)
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
-        remove_best(run.folder.out)
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
 
 
