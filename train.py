@@ -18,7 +18,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -117,9 +117,12 @@ MAY_CHANGE = (
     "resume checkpoint_minutes max_skipped"
 ).split()
 TINY = dict(
-    model=str(HERE / "data/tiny/base"), data=str(HERE / "data/tiny/train.jsonl"), eval_data=str(HERE / "data/tiny/test.jsonl"),
-    problems_per_step=16, steps=60, max_new_tokens=32, max_rows=1024, learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear",
-    weight_decay=0.0, sft_fraction=0.0, sft_learning_rate=3e-4, eval_guided=True, recompute=False, eval_max_new_tokens=32,
+    model=str(HERE / "data/tiny/base"),
+    data=str(HERE / "data/tiny/train.jsonl"),
+    eval_data=str(HERE / "data/tiny/test.jsonl"),
+    steps=60, problems_per_step=16, sft_fraction=0.0,
+    max_new_tokens=32, eval_max_new_tokens=32, eval_guided=True, max_rows=1024, recompute=False,
+    learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear", weight_decay=0.0, sft_learning_rate=3e-4,
 )  # fmt: skip
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
 FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval_limit=64, eval_max_new_tokens=1024)
@@ -166,7 +169,10 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     idle += ["aggregate"] if variant.demonstrates or variant.advantages is None else []
     for name in given.keys() & idle:
         parser.error(f"--{name} does nothing to {cfg.method}")
-    derived: dict[str, Any] = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
+    derived: dict[str, Any] = {}
+    for name in ("data_seed", "sampling_seed"):
+        if getattr(cfg, name) == -1:
+            derived[name] = cfg.seed
     if variant.demonstrates:
         derived["aggregate"] = "token"
     if not cfg.out:
@@ -199,6 +205,11 @@ def say(text: str) -> None:
     """Rank 0 prints a text, above the progress bar."""
     if world()[0] == 0:
         tqdm.write(text)
+
+
+def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
+    """The steps from `done` on, with a progress bar on rank 0."""
+    return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0)
 
 
 def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
@@ -264,7 +275,7 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
     """
     cfg, progress = run.cfg, run.progress
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
-    for step in tqdm(range(progress.sft_steps, steps), "sft", steps, initial=progress.sft_steps, disable=world()[0] > 0):
+    for step in steps_left("sft", progress.sft_steps, steps):
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
         learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
@@ -311,9 +322,14 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
         contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
         packed = pack(contexts, responses, device=device)
         weight = torch.full(packed.targets.shape, 1 / tokens if indices else 0.0, device=device)
-        terms = partial(sft_terms, temperature=1.0)  # not RL's: SFT learns the text as it is
-        head = partial(chunked_head, terms=terms, inputs=(packed.targets, weight), at=packed.predict)
-        loss, _ = run.model(**packed.layout, head=partial(head, chunk_tokens=cfg.chunk_tokens))
+        head = partial(
+            chunked_head,
+            terms=partial(sft_terms, temperature=1.0),  # not RL's: SFT learns the text as it is
+            inputs=(packed.targets, weight),
+            at=packed.predict,
+            chunk_tokens=cfg.chunk_tokens,
+        )
+        loss, _ = run.model(**packed.layout, head=head)
         if torch.is_grad_enabled():
             loss.backward()
         total += loss.item()
@@ -326,8 +342,8 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
 def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
     cfg, progress = run.cfg, run.progress
-    steps = rl_steps(cfg, len(examples))
-    for step in tqdm(range(progress.rl_steps, steps), cfg.method, steps, initial=progress.rl_steps, disable=world()[0] > 0):
+    steps = cfg.steps or math.ceil(cfg.epochs * len(examples) / cfg.problems_per_step)
+    for step in steps_left(cfg.method, progress.rl_steps, steps):
         # a run that was stopped between an evaluation and its step must not log the evaluation twice
         if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
             accuracy = measure(run, held_out, guided=False)
@@ -347,8 +363,10 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem])
 def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
     """sgpo_step and what a run adds to it: SIGTERM, more metrics, and samples.jsonl. Returns the metrics."""
     start, timeouts = time.perf_counter(), run.worker.timeouts
-    given = (run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward)
-    metrics, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=run.control.preemptible)
+    metrics, samples = sgpo_step(
+        run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward,
+        step=step, learning_rate=learning_rate, ragged=run.control.preemptible,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped)
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
@@ -356,10 +374,6 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
     for sample in samples[:1]:  # rank 0 has the batch's first problem
         run.folder.log(*responses_of(sample, step, run.tokenizer), name="samples.jsonl")
     return metrics | {"step_s": seconds, "tokens_per_s": metrics["sampled_tokens"] / seconds}
-
-
-def rl_steps(cfg: Config, examples: int) -> int:
-    return cfg.steps or math.ceil(cfg.epochs * examples / cfg.problems_per_step)
 
 
 def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str) -> float:
@@ -527,7 +541,7 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         if progress.rl_steps == 0:
             run.optimizer.state.clear()  # RL starts with fresh moments: SFT's are of another loss and scale
         rl_stage(run, for_rl, held_out)
-        evaluate_as(f"after {cfg.method}", rl_steps(cfg, len(for_rl)))
+        evaluate_as(f"after {cfg.method}", progress.rl_steps)
     show(run, shown, "after")
     gathered = model_on_host(run.model, compute_dtype(cfg.dtype, run.model.device))  # in the dtype it sampled in
     if gathered is not None:
