@@ -45,7 +45,7 @@ def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
 # ---------------------------------------------------------------------------------------------------- equal runs
 
 # Three problems a step in two minibatches: on two and on four ranks some always have nothing to do.
-COMMON = "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --eval_n 1 --no-eval_guided --device cpu"
+COMMON = "--steps 1 --problems_per_step 3 --minibatches 2 --eval_limit 3 --eval_n 1 --no-eval_guided --device cpu"
 COMMON += " --sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
 METHOD_FLAGS = {
     "sgpo": "",
