@@ -16,11 +16,8 @@ ever unpickled. This file adds:
                 it is used. That is why two are kept.
     together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
 
-All ranks must see the same folder (on several nodes: a shared file system). A checkpoint is not a model for others to load:
-train.py writes that at the end, as the folder `model`.
-
 Imports no sibling: copy this file alone. It needs a process group (torch.distributed), even for one process. Every function is
-called by all ranks, with the same arguments.
+called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
 """
 
 import dataclasses
@@ -51,11 +48,11 @@ class CheckpointError(Exception):
     """Raised on all ranks if one of them failed with the run's folder or a checkpoint. Names ranks, files and causes."""
 
 
-# ---------------------------------------------------------------------------------------------------- the run's folder
-
-
 class NotFinite(RuntimeError):
     """Too many updates had a loss or a gradient that was not finite."""
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
 
 
 @dataclass
@@ -156,11 +153,10 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_best(self, model: nn.Module, step: int) -> None:
-        """Keep the weights as they are now: those of SFT's lowest validation loss so far.
-
-        The next checkpoint must name this step in its progress; one more is kept here, so each checkpoint finds its own.
-        """
-        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=KEPT + 1)
+        """Keep the weights as they are now, those of SFT's lowest validation loss so far. The next checkpoint must name this
+        step in its progress."""
+        keep = KEPT + 1  # so each checkpoint finds its own
+        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=keep)
 
     def load_best(self, model: nn.Module, step: int) -> None:
         """Load the weights that save_best kept after this step. CheckpointError if they are damaged or missing."""
@@ -280,8 +276,7 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Names and shapes must be the same, the
-    number of ranks need not."""
+    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one."""
     steps = _content(path)["updates"]
     for name, parameter in model.named_parameters() if optimizer else ():
         if name in steps:

@@ -290,8 +290,7 @@ def backward_policy(
     count: "tokens" and "problems" of the whole update.
 
     log pi_old is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations
-    differ is the metric logprob_error. With top_p below 1 the tokens come from the nucleus, but pi_old does not know it, as in
-    veRL: the gradient is the full policy's on tokens of its nucleus, and a token of the tail is never explored.
+    differ is the metric logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
     bonus = variant.entropy_bonus
@@ -370,8 +369,7 @@ def backward_distillation(model: CausalLM, settings: Method, items: list[TargetI
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's updates as one. Counts are summed, means over tokens are taken over all tokens, of the largest
-    values the largest is taken, and the rest (losses, norm, share left out) is averaged over the updates."""
+    """The metrics of a step's updates as one. Losses, norm and the share left out are averaged over the updates."""
     total = {name: sum(one[name] for one in updates) for name in updates[0]}
     metrics = {name: value / len(updates) for name, value in total.items()}
     for name, tokens in MEAN_OVER.items():

@@ -7,9 +7,9 @@
 
 This file is the run around the method: settings, stages (warm-up, RL, evaluation), logging. The step itself is in sgpo.py.
 
-There is one process per GPU; weights, gradients and optimizer states are sharded over them (parallel.py). The result does not
-depend on their number: a problem's random numbers follow from (seed, step, problem), and every loss is divided by a count over
-the whole update. So a run that was stopped and resumed (--resume, checkpoint.py) ends where an undisturbed one does.
+The result does not depend on the number of processes (parallel.py): a problem's random numbers follow from (seed, step,
+problem), and every loss is divided by a count over the whole update. So a run that was stopped and resumed (checkpoint.py) ends
+where an undisturbed one does.
 """
 
 import argparse
@@ -270,8 +270,8 @@ def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, st
 def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Example]) -> None:
     """Token-mean cross-entropy on the strong model's solutions: the SFT warm-up, and the whole of --method sft.
 
-    The loss on the validation examples is measured after each epoch, and the weights of the lowest one are kept. Without
-    validation examples the last weights are.
+    It ends with the weights of the lowest loss on the validation examples, which is measured after each epoch; without
+    validation examples with the last ones.
     """
     cfg, progress = run.cfg, run.progress
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
@@ -384,11 +384,8 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str
 
 
 def after_step(run: Run, *, always: bool) -> None:
-    """Write a checkpoint if one is due by rank 0's clock, or always (except with --checkpoint_minutes inf).
-
-    Preempted if SIGTERM came to any rank.
-    """
-    every = 60 * run.cfg.checkpoint_minutes
+    """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if SIGTERM came to any rank."""
+    every = 60 * run.cfg.checkpoint_minutes  # inf: never, not even `always`
     due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
     if asked == 2:
