@@ -95,9 +95,12 @@ class RunFolder:
             if (self.out / "metrics.jsonl").exists() and not resume:
                 raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another folder, or --resume it")
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.out)
-            if self.lock is None:
-                raise ValueError(f"--out {self.out}: another process is training there (ranks can outlive a killed torchrun)")
+            self.lock = (self.out / ".lock").open("w")  # locked until it is closed, or we die
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                reason = "another process is training there (ranks can outlive a killed torchrun)"
+                raise ValueError(f"--out {self.out}: {reason}") from error
 
         _together(lambda: claim() if dist.get_rank() == 0 else None)
 
@@ -166,16 +169,6 @@ class RunFolder:
 
     def _logs(self) -> list[Path]:
         return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
-
-
-def lock(out: Path) -> Any:
-    """Lock a folder: an open file, which holds the lock until it is closed or we die. None if another process has it."""
-    file = (out / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return file.close()
-    return file
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
