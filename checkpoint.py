@@ -129,8 +129,9 @@ class RunFolder:
             raise ValueError("\n".join([f"{path}: its data differs", *changes]))
         progress = Progress(**state.get("progress", {}))
         sizes = state.get("logs", {})
-        for file in self._logs() if resume and dist.get_rank() == 0 else ():
-            os.truncate(file, sizes.get(file.name, 0))
+        if resume and dist.get_rank() == 0:
+            for file in self._logs():
+                os.truncate(file, sizes.get(file.name, 0))
         if path is None:
             if resume:
                 say("nothing to resume: from the start")
@@ -146,10 +147,11 @@ class RunFolder:
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write a checkpoint of the run as it is now. It holds the lengths of the logs: resuming cuts off what came later."""
         sizes = {}
-        for file in self._logs() if dist.get_rank() == 0 else ():
-            with file.open("a") as handle:
-                os.fsync(handle.fileno())
-            sizes[file.name] = file.stat().st_size
+        if dist.get_rank() == 0:
+            for file in self._logs():
+                with file.open("a") as handle:
+                    os.fsync(handle.fileno())
+                sizes[file.name] = file.stat().st_size
         state = {"progress": dataclasses.asdict(progress), "logs": sizes, **self.origin}
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
         save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=KEPT)
@@ -168,7 +170,8 @@ class RunFolder:
         load_checkpoint(path, model, None)
 
     def _logs(self) -> list[Path]:
-        return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
+        files = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
+        return [file for file in files if file.exists()]
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
