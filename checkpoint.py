@@ -16,11 +16,8 @@ ever unpickled. This file adds:
                 it is used. That is why two are kept.
     together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
 
-All ranks must see the same folder (on several nodes: a shared file system). A checkpoint is not a model for others to load:
-train.py writes that at the end, as the folder `model`.
-
 Imports no sibling: copy this file alone. It needs a process group (torch.distributed), even for one process. Every function is
-called by all ranks, with the same arguments.
+called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
 """
 
 import dataclasses
@@ -32,9 +29,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +48,11 @@ class CheckpointError(Exception):
     """Raised on all ranks if one of them failed with the run's folder or a checkpoint. Names ranks, files and causes."""
 
 
-# ---------------------------------------------------------------------------------------------------- the run's folder
-
-
 class NotFinite(RuntimeError):
     """Too many updates had a loss or a gradient that was not finite."""
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
 
 
 @dataclass
@@ -72,25 +68,20 @@ class Progress:
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     table: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # accuracy: when, kind
 
-    def count_skipped(self, skipped: int, allowed: int, now: str) -> None:
-        """Add updates that were left out. NotFinite, with the text `now` about the last one, if they are more than allowed."""
+    def count_skipped(self, skipped: int, allowed: int) -> None:
+        """Add updates that were left out. NotFinite if that makes more than are allowed."""
         self.skipped += skipped
         if skipped and self.skipped > allowed:
-            raise NotFinite(f"{self.skipped} updates were left out: not finite ({now}); --max_skipped allows {allowed}")
+            raise NotFinite(f"{self.skipped} updates were not finite and were left out; --max_skipped allows {allowed}")
 
 
 @dataclass
 class RunFolder:
-    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs.
-
-    config      the settings, and in may_change the names of those that may differ after resuming
-    origin      what the run is made from: "data" (digests of the files), "commit" and "torch"; see origin_of
-    """
+    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs."""
 
     out: Path
-    config: dict[str, Any]
-    origin: dict[str, Any]
-    may_change: Collection[str]
+    config: dict[str, Any]  # the settings
+    origin: dict[str, Any]  # what the run is made from, see origin_of
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
     lock: Any = None
 
@@ -104,9 +95,12 @@ class RunFolder:
             if (self.out / "metrics.jsonl").exists() and not resume:
                 raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another folder, or --resume it")
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.out)
-            if self.lock is None:
-                raise ValueError(f"--out {self.out}: another process is training there (ranks can outlive a killed torchrun)")
+            self.lock = (self.out / ".lock").open("w")  # locked until it is closed, or we die
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                reason = "another process is training there (ranks can outlive a killed torchrun)"
+                raise ValueError(f"--out {self.out}: {reason}") from error
 
         _together(lambda: claim() if dist.get_rank() == 0 else None)
 
@@ -125,19 +119,19 @@ class RunFolder:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: the progress so far.
 
         Going on loads the weights and moments, and cuts the logs to where they were then. Without a checkpoint the logs are
-        emptied. ValueError if the checkpoint has other settings or data. `say` prints what was found.
+        emptied. ValueError if the checkpoint is of other data. `say` prints what was found.
         """
         path, state, damaged = find_checkpoint(self.out / "checkpoints") if resume else (None, {}, [])
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
-        for kind, now in (("config", self.config), ("data", self.origin["data"])) if path else ():
-            changes = differences(state[kind], now, self.may_change)
-            if changes:
-                raise ValueError("\n".join([f"{path}: its {kind} differs", *changes]))
+        changes = differences(state["data"], self.origin["data"]) if path else []
+        if changes:
+            raise ValueError("\n".join([f"{path}: its data differs", *changes]))
         progress = Progress(**state.get("progress", {}))
         sizes = state.get("logs", {})
-        for file in self._logs() if resume and dist.get_rank() == 0 else ():
-            os.truncate(file, sizes.get(file.name, 0))
+        if resume and dist.get_rank() == 0:
+            for file in self._logs():
+                os.truncate(file, sizes.get(file.name, 0))
         if path is None:
             if resume:
                 say("nothing to resume: from the start")
@@ -153,22 +147,21 @@ class RunFolder:
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write a checkpoint of the run as it is now. It holds the lengths of the logs: resuming cuts off what came later."""
         sizes = {}
-        for file in self._logs() if dist.get_rank() == 0 else ():
-            with file.open("a") as handle:
-                os.fsync(handle.fileno())
-            sizes[file.name] = file.stat().st_size
-        state = {"progress": dataclasses.asdict(progress), "config": self.config, "logs": sizes}
-        state |= {**self.origin, "ranks": dist.get_world_size()}
+        if dist.get_rank() == 0:
+            for file in self._logs():
+                with file.open("a") as handle:
+                    os.fsync(handle.fileno())
+                sizes[file.name] = file.stat().st_size
+        state = {"progress": dataclasses.asdict(progress), "logs": sizes, **self.origin}
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
         save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=KEPT)
         self.saved_at = time.monotonic()
 
     def save_best(self, model: nn.Module, step: int) -> None:
-        """Keep the weights as they are now: those of SFT's lowest validation loss so far.
-
-        The next checkpoint must name this step in its progress; one more is kept here, so each checkpoint finds its own.
-        """
-        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=KEPT + 1)
+        """Keep the weights as they are now, those of SFT's lowest validation loss so far. The next checkpoint must name this
+        step in its progress."""
+        keep = KEPT + 1  # so each checkpoint finds its own
+        save_checkpoint(self.out / "best", f"step-{step:06d}", model, None, {}, keep=keep)
 
     def load_best(self, model: nn.Module, step: int) -> None:
         """Load the weights that save_best kept after this step. CheckpointError if they are damaged or missing."""
@@ -177,23 +170,8 @@ class RunFolder:
         load_checkpoint(path, model, None)
 
     def _logs(self) -> list[Path]:
-        return [file for name in ("metrics.jsonl", "samples.jsonl") if (file := self.out / name).exists()]
-
-
-def remove_best(out: Path) -> None:
-    """Rank 0 removes the folder that RunFolder.save_best wrote to."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(out / "best", ignore_errors=True)
-
-
-def lock(out: Path) -> Any:
-    """Lock a folder: an open file, which holds the lock until it is closed or we die. None if another process has it."""
-    file = (out / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return file.close()
-    return file
+        files = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
+        return [file for file in files if file.exists()]
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
@@ -205,9 +183,9 @@ def stored_config(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """A line for each setting that differs."""
-    names = [name for name in there | here if name not in may_change and there.get(name) != here.get(name)]
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A line for each value that differs."""
+    names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
 
 
@@ -218,15 +196,13 @@ def origin_of(data: dict[str, str]) -> dict[str, Any]:
 
 
 def code_commit() -> str:
-    """The commit of this code, with a + if the files differ from it. "unknown" if this folder is not a git checkout itself."""
-    here = Path(__file__).resolve().parent
-    git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+    """The commit of the repository that this code is in, with a + if files differ from it; "unknown" if there is none."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()).resolve() != here:
-            return "unknown"  # a copy inside another repository, whose commit says nothing about this code
-        return git(["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -296,8 +272,7 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Names and shapes must be the same, the
-    number of ranks need not."""
+    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one."""
     steps = _content(path)["updates"]
     for name, parameter in model.named_parameters() if optimizer else ():
         if name in steps:

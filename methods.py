@@ -68,12 +68,9 @@ class Method:
     )
     weight: str = knob("adaptive", "alpha(q) [eq 6], 1.0 [app G], [eq 8], or a form of our own [ours]", WEIGHTS)
     autonomous: bool = knob(True, "train on the autonomous group; without it only the distillation term is left")
-    # baselines, as in their public code
-    luffy_shaping: float = knob(0.1, "LUFFY: the constant c in x / (x + c), which shapes a solution's probabilities [code]")
-    luffy_entropy: float = knob(0.001, "LUFFY: entropy bonus [code]")
+    # a baseline, as in its public code
     hpt_gate: int = knob(0, "HPT: with at most this many correct responses, learn from the solution instead [code]")
     hpt_sft_weight: float = knob(1.0, "HPT: coefficient of the solution's cross-entropy; 0.3 for a 1.5B model [code]")
-    hpt_max_norm: float = knob(80.0, "HPT: skip an update with a larger gradient norm [code]")
     # the update
     problems_per_step: int = knob(128, "problems in one step, over all GPUs [ours; from the paper's curves]", low=1)
     minibatches: int = knob(1, "optimizer updates per step [ours]", low=1)
@@ -148,10 +145,9 @@ class Variant:
     guided: bool = False  # it samples a guided group
     distills: bool = False  # and chooses o+ from it
     solution_in_group: bool = False  # one member of the group is the strong model's solution, graded like the others
-    demonstrates: bool = False  # its loss is over solutions too, and is told which tokens are theirs
-    token_mean: bool = False  # its loss is divided by all tokens of the update, whatever --aggregate says
-    entropy_bonus: Callable[[Method], float] | None = None  # it moves every token, also those with advantage 0
-    skip_above: Callable[[Method], float] = lambda m: math.inf  # an update with a larger gradient norm is skipped
+    demonstrates: bool = False  # its loss is over solutions too, told which tokens are theirs; one mean over all tokens
+    entropy_bonus: float = 0.0  # moves every token, also those with advantage 0
+    skip_above: float = math.inf  # an update with a larger gradient norm is skipped
 
 
 def grpo_loss(m: Method) -> Callable[..., tuple[Tensor, ...]]:
@@ -163,12 +159,19 @@ METHODS |= {
     "grpo": Variant(needs=(), advantages=grpo_advantages, loss=grpo_loss),
     "hinted": Variant(needs=("strategy",), advantages=hinted_advantages, loss=grpo_loss, guided=True),
     "luffy": Variant(
-        needs=("solution",), advantages=luffy_advantages, loss=lambda m: partial(luffy_loss, shaping=m.luffy_shaping),
-        solution_in_group=True, demonstrates=True, token_mean=True, entropy_bonus=lambda m: m.luffy_entropy,
+        needs=("solution",),
+        advantages=luffy_advantages,
+        loss=lambda m: luffy_loss,
+        solution_in_group=True,
+        demonstrates=True,
+        entropy_bonus=0.001,  # [code]
     ),
     "hpt": Variant(
-        needs=("solution",), advantages=hpt_advantages, loss=lambda m: partial(hpt_loss, sft_weight=m.hpt_sft_weight),
-        demonstrates=True, token_mean=True, skip_above=lambda m: m.hpt_max_norm,
+        needs=("solution",),
+        advantages=hpt_advantages,
+        loss=lambda m: partial(hpt_loss, sft_weight=m.hpt_sft_weight),
+        demonstrates=True,
+        skip_above=80.0,  # [code]
     ),
     "sft": Variant(needs=("solution",)),  # no step: train.py's supervised stage is all of it
-}  # fmt: skip
+}

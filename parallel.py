@@ -6,16 +6,12 @@ process is the same with N = 1.
 
 Three rules keep the ranks together, and each has its function here:
 
-    equal passes    every forward and backward pass gathers and reduces, so all ranks must make the same number of passes:
-                    `pad_micro_batches`
+    equal passes    every pass gathers and reduces, so all ranks must make the same number of them: `pad_micro_batches`
     sums, not means losses are divided by counts over all ranks, so gradients are summed over the ranks: `shard`
     uneven work     sampling takes each rank another time: it runs on a whole copy of the weights, without communication
-                    (`whole_model`); afterwards the ranks wait for each other, and one that does not come is named
-                    (`Control.barrier`)
+                    (`whole_model`), and afterwards the ranks wait for each other (`Control.barrier`)
 
-What it is not: tensor, pipeline or context parallelism. The activations of one micro-batch must fit on one GPU.
-
-Imports model.py.
+There is no tensor, pipeline or context parallelism: the activations of one micro-batch must fit on one GPU. Imports model.py.
 """
 
 import math
@@ -40,10 +36,8 @@ from model import CausalLM, inverse_frequencies, read_weights
 
 
 def start_ranks(device: str, timeout_minutes: float) -> torch.device:
-    """Join the other ranks if torchrun started us, else form a group of one. Returns this rank's device.
-
-    device: "cpu", "cuda", or "auto" for CUDA if there is one. A rank that waits for the others longer than the timeout fails.
-    """
+    """Join the other ranks if torchrun started us, else form a group of one. Returns this rank's device: "cpu", "cuda", or
+    with "auto" CUDA if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
@@ -62,10 +56,7 @@ class RankLost(RuntimeError):
 
 @contextmanager
 def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
-    """start_ranks, and leave the group at the end. A caller that was in a group already stays in it.
-
-    RankLost if contact with another rank is lost inside.
-    """
+    """start_ranks, and leave the group at the end, if it was formed here. RankLost if contact with another rank is lost."""
     joined = dist.is_initialized()
     here = start_ranks(device, timeout_minutes)
     try:
@@ -132,14 +123,10 @@ class Preempted(Exception):
 
 
 class Control:
-    """The barrier of a run, and the SIGTERM that any of its ranks may get. All ranks make one together.
-
-    Its group is gloo, on CPUs, because gloo can say which rank is missing; NCCL would abort the process. A rank waits at most
-    timeout_minutes.
-    """
+    """The barrier of a run, and the SIGTERM that any of its ranks may get. All ranks make one together."""
 
     def __init__(self, timeout_minutes: float) -> None:
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo")  # it can say which rank is missing; NCCL would abort the process
         self.timeout_minutes = timeout_minutes
         self.stop_asked = False
         self.may_cut_short = False
@@ -275,8 +262,8 @@ def local_rows(parameter: Tensor) -> slice:
 def whole_model(model: CausalLM) -> Iterator[CausalLM]:
     """The model with all weights gathered in the compute dtype, for work that differs from rank to rank.
 
-    It is a second module around the gathered tensors themselves: no copy of the weights, and none of FSDP's hooks, so that its
-    forward does not communicate. All ranks enter and leave together.
+    It is a second module around the gathered tensors themselves: no copy, and none of FSDP's hooks, so that its forward does
+    not communicate. All ranks enter and leave together.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -286,23 +273,6 @@ def whole_model(model: CausalLM) -> Iterator[CausalLM]:
     finally:
         for module in modules:
             module.reshard()
-
-
-def fingerprint(model: CausalLM) -> int:
-    """A sum over the bits of all weights of a whole model. Two copies that differ in one weight have different sums."""
-    total = 0
-    for number, parameter in enumerate(model.parameters(), start=1):
-        bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
-        total += number * int(bits.sum(dtype=torch.int64))
-    return total % 2**50  # the ranks compare it in float64, which holds that exactly
-
-
-def same_on_all_ranks(model: CausalLM, device: torch.device) -> None:
-    """RuntimeError if the ranks' whole copies of the model differ. All ranks call it."""
-    own = fingerprint(model)
-    most = all_reduce({"of": own, "of minus": -own}, device, dist.ReduceOp.MAX)
-    if most["of"] != -most["of minus"]:
-        raise RuntimeError(f"the weights are not the same on all ranks (rank {world()[0]} has checksum {own})")
 
 
 @torch.no_grad()
@@ -337,11 +307,8 @@ def apply_gradients(
     max_grad_norm: float,
     skip_above: float = math.inf,
 ) -> float:
-    """Clip the gradients by their norm over all parameters and ranks, and step. Returns the norm before clipping.
-
-    Gradients are already summed over the ranks (see `shard`). `loss` must be over all ranks too: it and the norm decide whether
-    the step is made (may_step), so all ranks step or none does.
-    """
+    """Clip the gradients, which are summed over the ranks already, by their norm over all parameters and ranks, and step if
+    may_step. Returns the norm before clipping. `loss` must be over all ranks too, so that all of them step or none does."""
     parameters = list(model.parameters())
     for parameter in parameters:
         if parameter.grad is None:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
 from methods import METHODS, Method
 from model import CausalLM
-from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, same_on_all_ranks, whole_model
+from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, whole_model
 from rollout import Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
 from weighting import random_target, reach_gap, reachable_target
 
@@ -123,7 +123,6 @@ def sgpo_step(
     """
     start = time.perf_counter()
     with whole_model(model) as policy:
-        same_on_all_ranks(policy, model.device)
         samples = ragged(lambda: sample_and_reward(policy, tokenizer, settings, batch, reward, step))
         sampled = time.perf_counter()
         set_advantages(settings, samples, reward)
@@ -242,7 +241,7 @@ def update(
     sums |= backward_distillation(model, settings, targets, count["problems"])
     sums = all_reduce(sums, model.device)
     loss = sums["policy_loss"] + sums["distillation_loss"]  # L [eq 7]
-    skip_above = METHODS[settings.method].skip_above(settings)
+    skip_above = METHODS[settings.method].skip_above
     norm = apply_gradients(model, optimizer, loss, learning_rate, settings.max_grad_norm, skip_above)
     return sums | {
         **{name: sums[name] / max(sums[tokens], 1) for name, tokens in MEAN_OVER.items()},
@@ -259,16 +258,18 @@ def policy_items(samples: list[ProblemSamples], settings: Method) -> list[Policy
     for sample in samples:
         group = []
         if sample.use_auto:
-            group += [(row, a, False) for row, a in zip(sample.auto, sample.advantages, strict=True)]
+            group += [PolicyItem(row, a) for row, a in zip(sample.auto, sample.advantages, strict=True)]
         if sample.use_guided:  # with the strategy in their prompt, as they were sampled
-            group += [(row, a, False) for row, a in zip(sample.guided, sample.guided_advantages, strict=True)]
+            group += [PolicyItem(row, a) for row, a in zip(sample.guided, sample.guided_advantages, strict=True)]
         if sample.use_solution:
             prompt, solution = sample.example.auto_ids, sample.example.solution_ids
             old = [0.0] * len(solution)  # the strong model's own probability is taken as 1 [code]
-            group.append((Trajectory(prompt, solution, old, finished=True, group=0), sample.solution_advantage, True))
-        # a truncated response that is masked still counts in the size of its group [ours]
-        kept = [member for member in group if member[0].finished or not settings.mask_truncated]
-        items += [PolicyItem(row, advantage, len(group), is_solution) for row, advantage, is_solution in kept]
+            row = Trajectory(prompt, solution, old, finished=True, group=0)
+            group.append(PolicyItem(row, sample.solution_advantage, is_solution=True))
+        for item in group:
+            # a truncated response that is masked still counts in the size of its group [ours]
+            if item.trajectory.finished or not settings.mask_truncated:
+                items.append(item._replace(group=len(group)))
     return items
 
 
@@ -289,17 +290,16 @@ def backward_policy(
     count: "tokens" and "problems" of the whole update.
 
     log pi_old is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations
-    differ is the metric logprob_error. With top_p below 1 the tokens come from the nucleus, but pi_old does not know it, as in
-    veRL: the gradient is the full policy's on tokens of its nucleus, and a token of the tail is never explored.
+    differ is the metric logprob_error.
     """
     variant, device = METHODS[settings.method], model.device
-    bonus = variant.entropy_bonus(settings) if variant.entropy_bonus else 0.0
+    bonus = variant.entropy_bonus
     terms = partial(policy_terms, loss=variant.loss(settings), temperature=settings.temperature, entropy_bonus=bonus)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
     worst = {"ratio_error": 0.0, "logprob_error": 0.0}
     # a group of equal rewards has no gradient: it counts in the divisors and diagnostics, but needs no backward pass [ours]
-    moves = [item.advantage != 0 or variant.entropy_bonus is not None for item in items]
+    moves = [item.advantage != 0 or bonus > 0 for item in items]
     for gradient in (True, False):
         part = [item for item, with_gradient in zip(items, moves, strict=True) if with_gradient == gradient]
         contexts = [item.trajectory.prompt_ids for item in part]
@@ -330,7 +330,7 @@ def backward_policy(
 
 def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) -> float:
     """What each token's loss is multiplied by."""
-    if settings.aggregate == "token" or METHODS[settings.method].token_mean:
+    if settings.aggregate == "token" or METHODS[settings.method].demonstrates:
         return 1 / count["tokens"]
     return 1 / (count["problems"] * item.group * len(item.trajectory.response_ids))  # 1 / (P G1 |o_i|) [eq 1, 7]
 
@@ -369,8 +369,7 @@ def backward_distillation(model: CausalLM, settings: Method, items: list[TargetI
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's updates as one. Counts are summed, means over tokens are taken over all tokens, of the largest
-    values the largest is taken, and the rest (losses, norm, share left out) is averaged over the updates."""
+    """The metrics of a step's updates as one. Losses, norm and the share left out are averaged over the updates."""
     total = {name: sum(one[name] for one in updates) for name in updates[0]}
     metrics = {name: value / len(updates) for name, value in total.items()}
     for name, tokens in MEAN_OVER.items():

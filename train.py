@@ -7,9 +7,9 @@
 
 This file is the run around the method: settings, stages (warm-up, RL, evaluation), logging. The step itself is in sgpo.py.
 
-There is one process per GPU; weights, gradients and optimizer states are sharded over them (parallel.py). The result does not
-depend on their number: a problem's random numbers follow from (seed, step, problem), and every loss is divided by a count over
-the whole update. So a run that was stopped and resumed (--resume, checkpoint.py) ends where an undisturbed one does.
+The result does not depend on the number of processes (parallel.py): a problem's random numbers follow from (seed, step,
+problem), and every loss is divided by a count over the whole update. So a run that was stopped and resumed (checkpoint.py) ends
+where an undisturbed one does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, remove_best, stored_config
+from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
@@ -117,9 +117,12 @@ MAY_CHANGE = (
     "resume checkpoint_minutes max_skipped"
 ).split()
 TINY = dict(
-    model=str(HERE / "data/tiny/base"), data=str(HERE / "data/tiny/train.jsonl"), eval_data=str(HERE / "data/tiny/test.jsonl"),
-    problems_per_step=16, steps=60, max_new_tokens=32, max_rows=1024, learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear",
-    weight_decay=0.0, sft_fraction=0.0, sft_learning_rate=3e-4, eval_guided=True, recompute=False, eval_max_new_tokens=32,
+    model=str(HERE / "data/tiny/base"),
+    data=str(HERE / "data/tiny/train.jsonl"),
+    eval_data=str(HERE / "data/tiny/test.jsonl"),
+    steps=60, problems_per_step=16, sft_fraction=0.0,
+    max_new_tokens=32, eval_max_new_tokens=32, eval_guided=True, max_rows=1024, recompute=False,
+    learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear", weight_decay=0.0, sft_learning_rate=3e-4,
 )  # fmt: skip
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
 FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval_limit=64, eval_max_new_tokens=1024)
@@ -151,7 +154,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         if stored is None and asked.keys() <= set(MAY_CHANGE):
             parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
         if stored is not None:
-            changed = differences({name: stored.get(name) for name in asked}, asked, MAY_CHANGE)
+            fixed = {name: value for name, value in asked.items() if name not in MAY_CHANGE}
+            changed = differences({name: stored.get(name) for name in fixed}, fixed)
             if changed:
                 parser.error("\n".join([f"--resume: {given['out']} holds a run with other settings", *changed]))
             preset = stored
@@ -162,11 +166,14 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     variant = METHODS[cfg.method]
     idle = [] if variant.distills else ["distill", "target", "weight", "autonomous"]
     idle += [] if variant.guided else ["shuffle_strategies"]
-    idle += ["aggregate"] if variant.token_mean or variant.advantages is None else []
+    idle += ["aggregate"] if variant.demonstrates or variant.advantages is None else []
     for name in given.keys() & idle:
         parser.error(f"--{name} does nothing to {cfg.method}")
-    derived: dict[str, Any] = {name: cfg.seed for name in ("data_seed", "sampling_seed") if getattr(cfg, name) == -1}
-    if variant.token_mean:
+    derived: dict[str, Any] = {}
+    for name in ("data_seed", "sampling_seed"):
+        if getattr(cfg, name) == -1:
+            derived[name] = cfg.seed
+    if variant.demonstrates:
         derived["aggregate"] = "token"
     if not cfg.out:
         derived["out"] = f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -198,6 +205,11 @@ def say(text: str) -> None:
     """Rank 0 prints a text, above the progress bar."""
     if world()[0] == 0:
         tqdm.write(text)
+
+
+def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
+    """The steps from `done` on, with a progress bar on rank 0."""
+    return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0)
 
 
 def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
@@ -258,18 +270,18 @@ def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, st
 def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Example]) -> None:
     """Token-mean cross-entropy on the strong model's solutions: the SFT warm-up, and the whole of --method sft.
 
-    The loss on the validation examples is measured after each epoch, and the weights of the lowest one are kept. Without
-    validation examples the last weights are.
+    It ends with the weights of the lowest loss on the validation examples, which is measured after each epoch; without
+    validation examples with the last ones.
     """
     cfg, progress = run.cfg, run.progress
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
-    for step in tqdm(range(progress.sft_steps, steps), "sft", steps, initial=progress.sft_steps, disable=world()[0] > 0):
+    for step in steps_left("sft", progress.sft_steps, steps):
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
         learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
         loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
         norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
-        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped, f"now {loss} and {norm}")
+        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped)
         run.folder.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
         say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}")
         progress.sft_steps = step + 1
@@ -310,9 +322,14 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
         contexts, responses = zip(*([pairs[i] for i in indices] or [([0], [0])]), strict=True)
         packed = pack(contexts, responses, device=device)
         weight = torch.full(packed.targets.shape, 1 / tokens if indices else 0.0, device=device)
-        terms = partial(sft_terms, temperature=1.0)  # not RL's: SFT learns the text as it is
-        head = partial(chunked_head, terms=terms, inputs=(packed.targets, weight), at=packed.predict)
-        loss, _ = run.model(**packed.layout, head=partial(head, chunk_tokens=cfg.chunk_tokens))
+        head = partial(
+            chunked_head,
+            terms=partial(sft_terms, temperature=1.0),  # not RL's: SFT learns the text as it is
+            inputs=(packed.targets, weight),
+            at=packed.predict,
+            chunk_tokens=cfg.chunk_tokens,
+        )
+        loss, _ = run.model(**packed.layout, head=head)
         if torch.is_grad_enabled():
             loss.backward()
         total += loss.item()
@@ -325,8 +342,8 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
 def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
     cfg, progress = run.cfg, run.progress
-    steps = rl_steps(cfg, len(examples))
-    for step in tqdm(range(progress.rl_steps, steps), cfg.method, steps, initial=progress.rl_steps, disable=world()[0] > 0):
+    steps = cfg.steps or math.ceil(cfg.epochs * len(examples) / cfg.problems_per_step)
+    for step in steps_left(cfg.method, progress.rl_steps, steps):
         # a run that was stopped between an evaluation and its step must not log the evaluation twice
         if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
             accuracy = measure(run, held_out, guided=False)
@@ -346,20 +363,17 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem])
 def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
     """sgpo_step and what a run adds to it: SIGTERM, more metrics, and samples.jsonl. Returns the metrics."""
     start, timeouts = time.perf_counter(), run.worker.timeouts
-    given = (run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward)
-    metrics, samples = sgpo_step(*given, step=step, learning_rate=learning_rate, ragged=run.control.preemptible)
+    metrics, samples = sgpo_step(
+        run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward,
+        step=step, learning_rate=learning_rate, ragged=run.control.preemptible,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
-    now = f"now {metrics['loss']} and {metrics['grad_norm']}"
-    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped, now)
+    run.progress.count_skipped(int(metrics.pop("not_finite")), run.cfg.max_skipped)
     metrics |= {"step": step, "learning_rate": learning_rate, "skipped": run.progress.skipped}
     metrics |= all_reduce({"grader_timeouts": run.worker.timeouts - timeouts}, run.model.device)
     for sample in samples[:1]:  # rank 0 has the batch's first problem
         run.folder.log(*responses_of(sample, step, run.tokenizer), name="samples.jsonl")
     return metrics | {"step_s": seconds, "tokens_per_s": metrics["sampled_tokens"] / seconds}
-
-
-def rl_steps(cfg: Config, examples: int) -> int:
-    return cfg.steps or math.ceil(cfg.epochs * examples / cfg.problems_per_step)
 
 
 def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str) -> float:
@@ -370,11 +384,8 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str
 
 
 def after_step(run: Run, *, always: bool) -> None:
-    """Write a checkpoint if one is due by rank 0's clock, or always (except with --checkpoint_minutes inf).
-
-    Preempted if SIGTERM came to any rank.
-    """
-    every = 60 * run.cfg.checkpoint_minutes
+    """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if SIGTERM came to any rank."""
+    every = 60 * run.cfg.checkpoint_minutes  # inf: never, not even `always`
     due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
     if asked == 2:
@@ -429,7 +440,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin, MAY_CHANGE)
+    folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
 
 
@@ -481,7 +492,6 @@ def most_sampled(cfg: Config, context: int, held_out: int) -> str:
 def train(cfg: Config, device: torch.device) -> None:
     """Check everything, then run. SIGTERM ends the run with a checkpoint."""
     if cfg.resume and (Path(cfg.out) / "model").exists():
-        remove_best(Path(cfg.out))  # in case it was killed just before it did so itself
         return say(f"--resume: the run in {cfg.out} is finished")
     with MathWorker() as worker:
         try:
@@ -528,15 +538,15 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         if progress.rl_steps == 0:
             run.optimizer.state.clear()  # RL starts with fresh moments: SFT's are of another loss and scale
         rl_stage(run, for_rl, held_out)
-        evaluate_as(f"after {cfg.method}", rl_steps(cfg, len(for_rl)))
+        evaluate_as(f"after {cfg.method}", progress.rl_steps)
     show(run, shown, "after")
     gathered = model_on_host(run.model, compute_dtype(cfg.dtype, run.model.device))  # in the dtype it sampled in
     if gathered is not None:
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
+        shutil.rmtree(run.folder.out / "best", ignore_errors=True)
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
-        remove_best(run.folder.out)
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
 
 

@@ -25,11 +25,11 @@ from data import tiny_world
 from strategy import Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
-
 CPU = torch.device("cpu")
-
 TINY_BASE = ROOT / "data/tiny/base"
-
+TIMES = ("sampling_s", "step_s", "tokens_per_s")  # the only metrics that may differ
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
+STOPS = (3, 20, 21, 22, 23, 24)
 REAL_DATA = os.environ.get("SGPO_TEST_DATA")  # a folder of published data that is not part of the project (fixture real_data)
 
 SMALL = dict(
@@ -92,11 +92,6 @@ def gathered_attention(q, kv, page_table, prompt_length, response_length):
             head = h * kv.shape[2] // q.shape[1]
             out[b, h] = torch.softmax(k[head] @ q[b, h] / math.sqrt(q.shape[2]), 0) @ v[head]
     return out
-
-
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
-
-STOPS = (3, 20, 21, 22, 23, 24)
 
 
 def prompt_seeds(seed, prompts=PROMPTS):
@@ -166,9 +161,6 @@ def read_metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = ("sampling_s", "step_s", "tokens_per_s")
-
-
 def tiny_rows(n, **changes):
     return [{**row, **changes} for row in tiny_world.make_rows(0)["train"][:n]]
 
@@ -184,12 +176,6 @@ def on_ranks(ranks, script, *arguments, check=True):
     )
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
-
-
-RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 2 --eval_every 1 --no-eval_guided --device cpu"
-
-# four updates on 13 rows, validated after the second and the fourth
-RESUMED += " --sft_fraction 0.475 --sft_validation 0.3 --sft_batch 7 --sft_epochs 2 --sft_learning_rate 1e-3"
 
 
 def leak_examples():

@@ -14,7 +14,7 @@ import train
 from data import hard_world, prepare
 from grader import MathWorker
 from model import ModelConfig, build_model
-from tests.common import CPU, FAMILIES, REAL_DATA, RESUMED, ROOT, read_metrics, tiny_rows, write_rows
+from tests.common import CPU, FAMILIES, REAL_DATA, ROOT, read_metrics, tiny_rows, write_rows
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -75,6 +75,11 @@ def hard():
 def worker():
     with MathWorker() as worker:
         yield worker
+
+
+RESUMED = "--steps 3 --problems_per_step 3 --minibatches 2 --eval_limit 2 --eval_every 1 --no-eval_guided --device cpu"
+# four updates on 13 rows, validated after the second and the fourth
+RESUMED += " --sft_fraction 0.475 --sft_validation 0.3 --sft_batch 7 --sft_epochs 2 --sft_learning_rate 1e-3"
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
 # ---------------------------------------------------------------------------------------------------- equal runs
 
 # Three problems a step in two minibatches: on two and on four ranks some always have nothing to do.
-COMMON = "--steps 2 --problems_per_step 3 --minibatches 2 --eval_limit 5 --eval_n 1 --no-eval_guided --device cpu"
+COMMON = "--steps 1 --problems_per_step 3 --minibatches 2 --eval_limit 3 --eval_n 1 --no-eval_guided --device cpu"
 COMMON += " --sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
 METHOD_FLAGS = {
     "sgpo": "",
@@ -62,13 +62,20 @@ RUNS = {  # number of ranks: (name, method, flags)
 }
 RANK_SCRIPT = """
 import sys
-import torch
+import torch, torch.distributed as dist
 import parallel, train
 
+def stages_and_a_look(run, *given):
+    stages(run, *given)
+    own = torch.cat([parameter.detach().full_tensor().flatten() for parameter in run.model.parameters()])  # by its replica
+    for rank, other in enumerate(parallel.all_gather(own)):
+        assert torch.equal(own, other), f"ranks {{dist.get_rank()}} and {{rank}} have other weights"
+
+stages, train.stages = train.stages, stages_and_a_look
 parallel.start_ranks("cpu", 3)
 for name, method, flags in {runs!r}:
     train.main([*flags.split(), "--method", method, "--out", sys.argv[1] + "/" + name])
-torch.distributed.destroy_process_group()
+dist.destroy_process_group()
 """
 
 
@@ -108,7 +115,7 @@ def assert_equal_runs(one, many, method):
 
 
 def test_two_and_four_ranks_equal_one(tmp_path):
-    """In one test, because all of them start together."""
+    """In one test, because all of them start together. RANK_SCRIPT sees that each rank has the same weights after a run."""
     start_runs(tmp_path)
     sft = [record["loss"] for record in read_metrics(tmp_path / "1/sft") if record.get("stage") == "sft_validation"]
     assert min(sft) == sft[0] < sft[-1] - 0.1  # so the kept weights are not the last ones
@@ -138,10 +145,10 @@ rank = dist.get_rank()
 def say(text):
     os.write(1, (text + "\\n").encode())  # in one piece, unlike print
 
-def sharded(shard_ranks=0):
+def sharded():
     with torch.device("meta"):
         net = model.CausalLM(model.ModelConfig.from_dict(raw))
-    parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=shard_ranks, offload=False)
+    parallel.shard(net, device=cpu, dtype=torch.float32, shard_ranks=0, offload=False)
     parallel.load_sharded(net, folder, device=cpu, offload=False)
     return net, torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
 
@@ -159,18 +166,6 @@ for a, b in zip(net.parameters(), other.parameters(), strict=True):
     assert torch.equal(a.to_local(), b.to_local())
     assert torch.equal(optimizer.state[a]["exp_avg_sq"].to_local(), moments.state[b]["exp_avg_sq"].to_local())
 say(f"held: {{len(net.model.layers[0].self_attn.k_proj.bias.to_local())}}")
-
-replicas, _ = sharded(shard_ranks=1)
-for change in (0, 1e-3):
-    if rank == 1:
-        with torch.no_grad():
-            replicas.model.layers[0].mlp.up_proj.weight.to_local()[0, 0] += change
-    with parallel.whole_model(replicas) as policy:
-        try:
-            parallel.same_on_all_ranks(policy, cpu)
-            say(f"same: {{change}}")
-        except RuntimeError as error:
-            say(f"found: {{error}}")
 
 control = parallel.Control(1)
 assert control.barrier(rank) == 3
@@ -192,7 +187,7 @@ else:
 """
 
 
-def test_uneven_shards_copies_that_differ_and_ranks_that_do_not_come(tmp_path):
+def test_uneven_shards_and_ranks_that_do_not_come(tmp_path):
     """On four ranks: rows that do not divide by four, and a bias of two rows, of which two ranks hold none."""
     config = ModelConfig.from_dict(SMALL)
     whole = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=CPU)
@@ -204,9 +199,7 @@ def test_uneven_shards_copies_that_differ_and_ranks_that_do_not_come(tmp_path):
     done = on_ranks(4, script, tmp_path, check=False)
     lines = sorted(done.stdout.splitlines())
     assert [line[6:] for line in lines if line.startswith("held: ")] == ["0", "0", "1", "1"], done.stderr[-3000:]
-    assert lines.count("same: 0") == lines.count("preempted") == 4
-    found = [line for line in lines if line.startswith("found: the weights are not the same on all ranks (rank")]
-    assert len(found) == 4
+    assert lines.count("preempted") == 4
     lost = [line for line in lines if line.startswith("lost: True rank 0 waited")]
     assert len(lost) == 1 and "Ranks 1 failed" in lost[0] and "--timeout_minutes" in lost[0]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import checkpoint
 import parallel
 import sgpo
 import train
 from eval import load_problems, summarise
-from model import load_model
 from tests.common import (
     TIMES,
     TINY_BASE,
@@ -122,7 +122,9 @@ def test_validation_is_a_random_tenth_of_the_rows_for_sft(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--sft_fraction", 0.5)
 
     def held_out(n, **changes):
-        return {e.problem.id for e in train.split_examples(examples[:n], replace(run.cfg, **changes), 256)[1]}
+        _, validation, _, notes = train.split_examples(examples[:n], replace(run.cfg, **changes), 256)
+        assert bool(validation) != bool(notes)  # no validation, so its last weights are used
+        return {example.problem.id for example in validation}
 
     assert [len(held_out(n)) for n in (18, 20, 24, 40)] == [0, 1, 1, 2]  # of half of them
     assert held_out(40) == held_out(40, seed=5) != held_out(40, data_seed=5)
@@ -148,22 +150,11 @@ def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
         make_run(tmp_path / "luffy", worker, "--data", data, "--method", "luffy")  # its step needs every solution
 
 
-def test_without_validation_the_start_says_that_the_last_weights_are_used(tmp_path, capsys):
-    flags = "--method sft --sft_batch 9 --sft_epochs 1 --eval_limit 1 --eval_n 1 --no-eval_guided --device cpu".split()
-    few = write_rows(tmp_path / "few.jsonl", tiny_rows(9))
-    train.main([*flags, "--data", str(few), "--out", str(tmp_path / "run")])
-    assert "no SFT validation, so its last weights are used: --sft_validation 0.1 of 9 rows" in capsys.readouterr().out
-    assert [record.get("stage") for record in read_metrics(tmp_path / "run")[1:]] == ["sft"]
-
-
 def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
-    def line(method, **changes):
-        return train.most_sampled(train.Config(method=method, **changes), 32_768, held_out=128)
-
-    assert line("sgpo") == "at most 25,165,824 tokens sampled a step (12 responses a problem) and 1,048,576 an evaluation"
-    assert "14,680,064 tokens sampled a step (7 responses a problem)" in line("luffy")
-    assert "at most 33,554,432 tokens" in line("grpo", max_new_tokens=99_999)  # cut to the context
-    assert "at most 0 tokens sampled a step" in line("sft") and "16,777,216" in line("sft", eval_max_new_tokens=99_999)
+    want = {"sgpo": (25_165_824, 12), "luffy": (14_680_064, 7), "sft": (0, 0)}  # 128 problems, 16,384 tokens a response
+    for method, (tokens, responses) in want.items():
+        line = train.most_sampled(train.Config(method=method, eval_max_new_tokens=99_999), 32_768, held_out=128)
+        assert f"{tokens:,} tokens sampled a step ({responses} responses a problem) and 16,777,216 an evaluation" in line
 
 
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
@@ -213,9 +204,9 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_end_the_run(loss,
     norm = parallel.apply_gradients(run.model, run.optimizer, loss, 1e-3, 1.0)
     assert not parallel.may_step(loss, norm) and not run.optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
-    run.progress.count_skipped(1, 1, "")
-    with pytest.raises(train.NotFinite, match="2 updates were left out.*--max_skipped allows 1"):
-        run.progress.count_skipped(1, 1, "")
+    run.progress.count_skipped(1, allowed=1)
+    with pytest.raises(train.NotFinite, match="2 updates .* --max_skipped allows 1"):
+        run.progress.count_skipped(1, allowed=1)
 
 
 def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
@@ -229,14 +220,17 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     assert math.sqrt(sum(seen)) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_what_a_run_writes_and_prints(tmp_path, capsys):
+def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
     flags = "--steps 2 --problems_per_step 3 --eval_limit 6 --eval_n 1 --eval_every 1 --minibatches 2 --device cpu".split()
     out = tmp_path / "run"
-    train.main([*flags, "--out", str(out)])
+    train.main([*flags, "--dtype", "bfloat16", "--out", str(out)])
     text = capsys.readouterr().out
-    net, base = (load_model(str(folder), dtype=torch.float32, device="cpu")[0] for folder in (out / "model", TINY_BASE))
-    assert not torch.equal(net.head_weight, base.head_weight)
-    AutoModelForCausalLM.from_pretrained(out / "model")
+    saved = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    run, _ = make_run(tmp_path / "other", worker)
+    base = [weights.bfloat16() for weights in weights_of(run.model)]
+    checkpoint.load_checkpoint(out / "checkpoints/step-000002", run.model, run.optimizer)
+    for (name, _), before, now in zip(run.model.named_parameters(), base, weights_of(run.model), strict=True):
+        assert torch.equal(saved[name], now.bfloat16()) and not torch.equal(saved[name], before)  # in the dtype it sampled in
     head, *records = read_metrics(out)
     assert head["config"]["delta"] == 1.0 and head["config"]["steps"] == 2 and head["commit"]
     assert [r["stage"] for r in records] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]

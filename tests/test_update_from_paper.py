@@ -150,7 +150,7 @@ CONFIG = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_la
 SEED = 61  # of the trajectories: with it every switch below changes the gradient
 REWARDS = (  # (autonomous, guided): every branch of the method
     ([1, 0, 0, 1, 0, 0, 1, 0], [1, 0, 1, 1]),  # alpha 0.5; three right guided responses
-    ([0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0]),  # all equal, so only guidance teaches; alpha cut to 0.8; the group for hinted
+    ([0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1]),  # all equal, so only guidance teaches; alpha cut to 0.8; the group for hinted
     ([0, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0]),  # C is empty
     ([1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1]),  # all equal; alpha 0.0455
     ([0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0]),  # nothing to learn, but one of the P problems
@@ -169,9 +169,9 @@ def networks() -> tuple[CausalLM, LlamaForCausalLM]:
 
 
 @functools.cache
-def make_problems(temperature: float, seed: int) -> list[ProblemSamples]:
+def make_problems(temperature: float) -> list[ProblemSamples]:
     """Ragged by design. log pi_old is the current policy's plus noise, so that the clip works on both sides."""
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     _, net = networks()
 
     def draw(length: int) -> list[int]:
@@ -197,8 +197,8 @@ def make_problems(temperature: float, seed: int) -> list[ProblemSamples]:
     return samples
 
 
-def problems(temperature: float = 1.0, seed: int = SEED) -> list[ProblemSamples]:
-    return copy.deepcopy(make_problems(temperature, seed))  # `set_advantages` and `choose` write into them
+def problems(temperature: float = 1.0) -> list[ProblemSamples]:
+    return copy.deepcopy(make_problems(temperature))  # `set_advantages` and `choose` write into them
 
 
 # ---------------------------------------------------------------------------------------------------- the comparison
@@ -294,13 +294,3 @@ def test_alpha_equals_the_paper(weight):
     set_advantages(Method(**{**PAPER, **HOW, "weight": weight}), samples, reward=None)
     want = [alpha(SimpleNamespace(**{**PAPER, "weight": weight}), sample) for sample in samples]
     assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6)
-
-
-@pytest.mark.parametrize("aggregate", ["sequence", "token"])
-def test_weight_of_a_response_and_the_lengths_of_others(aggregate):
-    """A problem alone, and beside one that teaches nothing: twice the latter gradient is the former [eq 7]."""
-    _, alone = our_update(problems()[:1], aggregate=aggregate)
-    nothing = REWARDS.index(([0] * 8, [0] * 4))
-    for seed in (1, 2):
-        _, gradient = our_update([problems()[0], problems(seed=seed)[nothing]], aggregate=aggregate)
-        assert (difference(2 * gradient, alone) < TOLERANCE) == (aggregate == "sequence")
