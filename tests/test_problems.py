@@ -28,7 +28,7 @@ EVAL_BAD_ROWS = [
     (_eval_row(answer=...), "field 'answer' is missing"), (_eval_row(id=7), "field 'id' must be a non-empty string, 7"),
     (_eval_row(problem=" "), "field 'problem' must be"), (_eval_row(solution=None), "field 'solution' must be"),
     (_eval_row(level=5), "unknown field 'level', 5"), (_eval_row(strategy="add"), "strategy: expected an object"),
-    (_eval_row(strategy={"type": "t", "strategy": "s"}), "strategy field 'steps': missing"),
+    (_eval_row(strategy={"type": "t", "strategy": "s"}), "expected an object with type, strategy and steps"),
     (_eval_row(answer="\\frac{1}{"), "field 'answer' has unbalanced brackets, '\\\\frac{1}{'"),
     (_eval_row(answer="\\boxed{}"), "field 'answer'"), (_eval_row(answer="3 +"), "cannot be read"),
     (_eval_row(3, id="r2"), "duplicate id, line 1 has it too, 'r2'"),
