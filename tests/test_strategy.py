@@ -73,20 +73,13 @@ def test_strategy_from_dict_names_field_and_value(change, words):
 
 
 def test_strategy_is_immutable_whole_and_checked_without_from_dict_too():
-    data = {"type": "t", "strategy": "s", "steps": ["a"]}
-    for key in data:
+    for data in (["t", "s"], {"type": "t", "strategy": "s"}):
         with pytest.raises(ValueError, match="expected an object"):
-            Strategy.from_dict({name: value for name, value in data.items() if name != key})
-    with pytest.raises(ValueError, match="expected an object"):
-        Strategy.from_dict(["t", "s"])
+            Strategy.from_dict(data)
     with pytest.raises(ValueError, match="tuple"):
         Strategy("t", "s", ["a"])
     with pytest.raises(AttributeError):
         strategy_example().type = "other"
-    strategy = Strategy.from_dict(data)
-    data["steps"].append("b")
-    strategy.to_dict()["steps"].append("b")
-    assert strategy.steps == ("a",)
 
 
 @pytest.mark.parametrize("problem", CASES["problems"])
@@ -123,18 +116,10 @@ def test_strategy_pipeline_prompts_hold_their_inputs_and_ask_for_the_form_that_i
     assert parse_scores(asked, 2) == [dict(zip(CRITERIA, (0.0, 0.1, 0.2, 0.3), strict=True))] * 2
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: auto_messages(""),
-        lambda: guided_messages(" ", strategy_example()),
-        lambda: extraction_prompt("p", ""),
-        lambda: extraction_prompt(3, "s"),
-    ],
-)
-def test_strategy_messages_reject_bad_input(call):
-    with pytest.raises(ValueError, match="expected"):
-        call()
+def test_a_prompt_without_a_problem_or_a_solution_is_an_error():
+    for prompt, given in ((auto_messages, [""]), (guided_messages, [" ", strategy_example()]), (extraction_prompt, ["p", ""])):
+        with pytest.raises(ValueError, match="expected a non-empty string"):
+            prompt(*given)
 
 
 def test_strategy_scores_are_read_in_the_order_of_the_candidates():
