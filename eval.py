@@ -18,14 +18,13 @@ import argparse
 import math
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
 
 from data.problems import Problem, load_problems  # noqa: F401  (load_problems: users import it from here)
-from grader import MathWorker, extract_answer, is_correct, same_answer
+from grader import MathWorker, extract_answer, is_correct
 from methods import Method
 from model import encode_chat
 from parallel import RankLost, all_gather, leave, my_share, ranks_of
@@ -80,19 +79,17 @@ def sample_records(
     guided: bool = False,
     max_rows: int = Method.max_rows,
     cache_tokens: int | None = None,
-    vote: bool = False,
     on_problem: Callable[[dict], None] | None = None,
     show: bool = True,
 ) -> list[dict]:
     """Sample and grade n responses to each problem, on this rank alone: one record per problem, in their order.
 
-    A record has the problem's "id", its "samples" (each with text, answer, correct, truncated, timed_out, and length in tokens)
-    and "majority": with `vote` the index of a sample whose answer won, or None if no sample has an answer.
+    A record has the problem's "id" and its "samples", each with text, answer, correct, truncated, timed_out (the grader ran out
+    of time) and length (in tokens, the end token included).
 
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
     seed        each problem gets a random stream of its own, from this and its id
     guided      put each row's strategy into the prompt
-    vote        compare the samples' answers with each other, which can take as long as the grading
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
     show        a progress bar
 
@@ -101,7 +98,7 @@ def sample_records(
     prompts = encode_prompts(model, tokenizer, problems, guided)
     # not from the problem's place: its responses must not depend on the other problems, or on the number of ranks
     seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
-    records = [{"id": problem.id, "samples": [None] * n, "majority": None} for problem in problems]
+    records = [{"id": problem.id, "samples": [None] * n} for problem in problems]
     left = [n] * len(problems)
 
     def grade(row: Trajectory, member: int, text: str) -> None:
@@ -112,12 +109,8 @@ def sample_records(
             "timed_out": worker.timeouts > timeouts, "length": len(row.response_ids),
         }  # fmt: skip
         left[row.group] -= 1
-        if not left[row.group]:
-            if vote:
-                answers = [sample["answer"] for sample in record["samples"]]
-                record["majority"] = majority(answers, lambda a, b: same_in_time(a, b, worker))
-            if on_problem is not None:
-                on_problem(record)
+        if not left[row.group] and on_problem is not None:
+            on_problem(record)
 
     sample_and_grade(
         model, tokenizer, prompts, grade, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seeds,
@@ -142,58 +135,36 @@ def encode_prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence
 # ---------------------------------------------------------------------------------------------- figures
 
 
-def figures(records: Sequence[dict], *, voted: bool = False) -> dict:
-    """`summarise` of sample_records' records, with maj_at_n if there was a vote, and two keys more: "grader_timeouts", samples
-    graded wrong because the grader ran out of time, and "correct", {id: correct samples}, for comparing two models."""
+def figures(records: Sequence[dict]) -> dict:
+    """The figures of P problems, at least one, with n samples each, from sample_records' records.
 
-    def column(name: str) -> list[list]:
-        return [[sample[name] for sample in record["samples"]] for record in records]
-
-    correct, won = column("correct"), None
-    if voted:
-        winners = [record["majority"] for record in records]
-        won = [index is not None and row[index] for index, row in zip(winners, correct, strict=True)]
-    result = summarise(correct, column("length"), column("truncated"), won)
-    result["grader_timeouts"] = sum(map(sum, column("timed_out")))
-    result["correct"] = {record["id"]: sum(row) for record, row in zip(records, correct, strict=True)}
-    return result
-
-
-def summarise(
-    correct: Sequence[Sequence[bool]],
-    length: Sequence[Sequence[int]],
-    truncated: Sequence[Sequence[bool]],
-    majority: Sequence[bool] | None = None,
-) -> dict:
-    """The figures of P problems with n samples each. The first three arguments are (P, n) nested lists, else a ValueError.
-
-    majority        (P,): whether the answer that won the vote is right; it adds maj_at_n, the share of problems where it is
-
-    accuracy        avg@n: mean over all samples, in [0, 1]
-    standard_error  of the accuracy: unbiased standard deviation of the problems' means / sqrt(P), None for P = 1. It says how
-                    far other problems of the kind would move the figure, not how far another seed would
-    pass_at         pass@k for the powers of two below n, and for n: {"1": ..., "2": ..., "4": ...}; pass_at_n is the last
-    truncation      share of samples that were cut off
-    tokens          mean response length, the end token included
+    accuracy         avg@n: mean over all samples, in [0, 1]
+    standard_error   of the accuracy: unbiased standard deviation of the problems' means / sqrt(P), None for P = 1. It says how
+                     far other problems of the kind would move the figure, not how far another seed would
+    pass_at          pass@k for the powers of two below n, and for n: {"1": ..., "2": ..., "4": ...}; pass_at_n is the last
+    truncation       share of samples that were cut off
+    tokens           mean response length
+    grader_timeouts  samples that were graded wrong because the grader ran out of time
+    correct          {problem's id: number of correct samples}, for comparing two models
     """
-    shapes = [[len(row) for row in table] for table in (correct, length, truncated)]
-    if not correct or not correct[0] or any(shape != [len(correct[0])] * len(correct) for shape in shapes):
-        raise ValueError(f"expected three (P, n) lists, P and n at least 1, got rows of {shapes}")
-    n, counts = len(correct[0]), [sum(row) for row in correct]
+    samples = [sample for record in records for sample in record["samples"]]
+    n = len(records[0]["samples"])
+    counts = [sum(sample["correct"] for sample in record["samples"]) for record in records]
     means = [count / n for count in counts]
     ks = [2**i for i in range(n.bit_length())] + [n]
     pass_at = {str(k): statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in ks}
-    result = {
+    return {
         "accuracy": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         "pass_at": pass_at,
         "pass_at_n": pass_at[str(n)],
-        "truncation": statistics.fmean(cut for row in truncated for cut in row),
-        "tokens": statistics.fmean(count for row in length for count in row),
-        "problems": len(correct),
+        "truncation": statistics.fmean(sample["truncated"] for sample in samples),
+        "tokens": statistics.fmean(sample["length"] for sample in samples),
+        "problems": len(records),
         "n": n,
+        "grader_timeouts": sum(sample["timed_out"] for sample in samples),
+        "correct": {record["id"]: count for record, count in zip(records, counts, strict=True)},
     }
-    return result if majority is None else result | {"maj_at_n": statistics.fmean(majority)}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -202,38 +173,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     The unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374); 1 - (1 - c/n)^k would be too low for k > 1.
     """
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # whole numbers up to the division: a large n cannot overflow
-
-
-def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
-    """The index of the first sample that gave the answer with the most votes, the earlier one in a tie; None without answers.
-
-    answers  one per sample, None for a sample without an answer, which does not vote
-    same     (answer, reference) -> whether they are equal. TimeoutError: no verdict, the answer gets a group of its own
-
-    An answer joins the first group whose first member it equals. Only first members are compared, because a grader's equality
-    is not transitive (50, 50 %, 0.5). m different texts cost at most m (m - 1) / 2 questions.
-    """
-    group_of: dict[str, int] = {}  # text -> the index of its group's first sample
-    votes: Counter[int] = Counter()  # by that index, in the order in which the groups were opened
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        if answer not in group_of:
-            try:
-                group_of[answer] = next((first for first in votes if same(answer, answers[first])), index)
-            except TimeoutError:  # ask no more about it: n slow answers cost n time limits, not n^2
-                group_of[answer] = index
-        votes[group_of[answer]] += 1
-    return max(votes, key=votes.get, default=None)
-
-
-def same_in_time(answer: str, reference: str, worker: MathWorker) -> bool:
-    """same_answer; TimeoutError if the worker ran out of time, which a verdict alone does not tell."""
-    timeouts = worker.timeouts
-    verdict = same_answer(answer, reference, worker)
-    if worker.timeouts > timeouts:
-        raise TimeoutError
-    return verdict
 
 
 # ---------------------------------------------------------------------------------------------- what training prints
@@ -258,8 +197,8 @@ def show_responses(
 
 
 def plus_minus(figures: dict) -> str:
-    """An accuracy with its standard error. Older checkpoints call it stderr, and a single problem has none."""
-    return f"{figures['accuracy']:.3f} +- {figures.get('standard_error', figures.get('stderr')) or 0.0:.3f}"
+    """An accuracy with its standard error, which a single problem does not have."""
+    return f"{figures['accuracy']:.3f} +- {figures['standard_error'] or 0.0:.3f}"
 
 
 def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:

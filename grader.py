@@ -3,22 +3,20 @@ r"""The grader, which is the reward of training and the verdict of evaluation: i
     with MathWorker() as worker:
         is_correct(r"Half of 7, so \boxed{\frac{7}{2}}.", "3.5", worker)      # True
 
-A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things, and
-a rounded answer is wrong. Plain numbers are compared exactly. Lists, intervals, matrices, equations and units are taken apart
-here. Only single expressions go to math-verify (0.9), which cannot be trusted alone: it reads 2(3) and "2 3" as 5, N as n,
-52_8 as 52, x' as x, and takes 10^{-20} for 0. One thing is still paid: an expression not worked out (2^{10} for 1024).
-
+A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things.
+Numbers, lists, intervals, matrices, equations and units are taken apart and compared here. Only single expressions go to
+math-verify (0.9), and only if it cannot misread them. One thing is still paid: an expression not worked out (2^{10} for 1024).
 Imports no sibling: copy this file alone.
 """
 
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from multiprocessing.connection import wait
 
@@ -31,13 +29,11 @@ _STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer that a response gives, as text, or None.
-
-    The last \boxed{...} that closes and is not empty, else GSM8K's last "#### x", else the last "answer is x" or "Answer: x".
-    """
+    r"""The final answer that a response gives, or None: the last \boxed{...} that closes and is not empty, else GSM8K's last
+    "#### x", else the last "answer is x" or "Answer: x"."""
     # First after the last </think>, then anywhere: a box inside the thoughts counts, as it does for verl and LUFFY.
-    parts = [text.rpartition("</think>")[2], text] if "</think>" in text else [text]
-    return next(filter(None, (_last_box(part) or _last_line(part) for part in parts)), None)
+    final = text.rpartition("</think>")[2]
+    return _last_box(final) or _last_line(final) or _last_box(text) or _last_line(text)
 
 
 def _last_box(text: str) -> str | None:
@@ -68,30 +64,23 @@ def _last_line(text: str) -> str | None:
 
 
 def _undress(text: str) -> str:
-    """Without outer blanks, emphasis, a final period, and math delimiters around the whole."""
-    # One period only: the three of "3.14..." say that the number goes on.
+    """Without outer blanks, emphasis, math delimiters around the whole, and one final period (3.14... goes on)."""
     text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*`").strip()).strip()
-    for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
-            return inner.strip()
-    return text
+    wrapped = re.fullmatch(r"(\$\$?|\\[(\[])((?:(?!\1).)+)(?:\$\$?|\\[)\]])", text, re.DOTALL)
+    return wrapped[2].strip() if wrapped else text
 
 
-class MathWorker:
+class MathWorker(AbstractContextManager):
     """math-verify in a child process, started at the first question (about 1 s). For one thread.
 
-    timeout_s: limit for all questions about one answer; at the limit the child is killed, and the next question starts a new
-    one. memory_bytes: the child's address space (sympy alone takes about 150 MB). `timeouts` counts the questions lost to a
-    limit or a crash: log it, because each was graded wrong. RuntimeError if the child cannot start at all.
+    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is the child's
+    address space (sympy alone takes about 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, because
+    each was graded wrong. RuntimeError if the child cannot start at all.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
         self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
         self.timeouts, self._process = 0, None
-
-    def __enter__(self) -> "MathWorker":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -113,31 +102,33 @@ class MathWorker:
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        self._process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            start_new_session=True,  # signals to our group are for us; when we end, so does its input
+        )  # fmt: skip
         if self._process.stdout.read(1) != b"!":
             self.close()
             raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
 
-    def equal(self, gold: str, prediction: str, limit_s: float) -> bool:
-        """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none within limit_s."""
+    def equal(self, gold: str, prediction: str) -> bool:
+        """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none in time."""
         self.start()
+        verdict = b""
         try:
             self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-            if wait([self._process.stdout], max(limit_s, 0)) and (verdict := self._process.stdout.read(1)):
-                return verdict == b"="
+            if wait([self._process.stdout], self.timeout_s):
+                verdict = self._process.stdout.read(1)
         except BrokenPipeError:
             pass
-        self.timeouts += 1
-        self.close()
-        raise TimeoutError(f"no verdict within {limit_s:.1f} s on {gold!r} against {prediction!r}")
+        if not verdict:
+            self.timeouts += 1
+            self.close()
+            raise TimeoutError(f"no verdict within {self.timeout_s} s on {gold!r} against {prediction!r}")
+        return verdict == b"="
 
 
 def _child(memory_bytes: int, alarm_s: int) -> None:
     """Read [gold, prediction], a line of JSON each, and answer "=" or "/", until standard input ends."""
-    import resource
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's business; when it ends, so does the input
-        signal.signal(number, signal.SIG_IGN)
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -150,16 +141,13 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
         # 60 digits: its defaults, 6 and 15, drop 10^{-20} and take 3e-9 pi for 5e-9 pi.
         return bool(g and p) and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)
 
-    # Up to here errors show on the terminal. What the parser says about bad texts must not, nor be taken for a verdict.
-    verdicts, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
     # Nothing here has a reason to write: files stay empty, and a crash leaves no core.
     for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
-    os.write(verdicts, b"!")
+    os.write(1, b"!")
     for line in sys.stdin.buffer:
         signal.alarm(alarm_s)  # its default action is death: if the parent is gone, no power tower outlives it for long
         try:
@@ -169,7 +157,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
         except Exception:  # whatever sympy raises on text that a model made up, it is not the answer
             verdict = False
         signal.alarm(0)
-        os.write(verdicts, b"=" if verdict else b"/")
+        os.write(1, b"=" if verdict else b"/")
 
 
 _SYMBOLS = str.maketrans({
@@ -177,7 +165,7 @@ _SYMBOLS = str.maketrans({
     "≈": r"\approx ", "∪": r"\cup ", "’": "'", "′": "'", "…": r"\dots ",
 })  # fmt: skip
 # Applied in this order. Each brings several spellings of a thing to one.
-_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+_REWRITES = [
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
     (r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|pi|text|displaystyle)(?![A-Za-z]))", r"\\"),  # escaped twice: \\frac{1}{2}
     (r"\.(?: ?\.)+|\\[lc]dots\b", r"\\dots "),
@@ -191,12 +179,11 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(le|ge|ne)q?(?:slant)?\b", r"\\\1 "),
     (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
     (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),  # \dfrac38 too
-    (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),  # \frac43
-    (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),  # \frac9{19}
-    (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9])", r"\\frac\1{\2}"),  # \frac{14}3
+    (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
+    (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-z])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
     (r"\s+", " "),
-)]  # fmt: skip
+]
 _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
 
 
@@ -212,40 +199,35 @@ def _clean(text: str) -> str:
     """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
     text = normalise_answer(text.translate(_SYMBOLS))
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     if (braces := re.fullmatch(r"\{(.+)\}", text)) and _balanced(braces[1]):  # {7}, as some prompts make it
         text = braces[1]
     return text.strip().rstrip(" .,;:\\")
 
 
-def _balanced(text: str) -> bool:
-    """Every bracket has its partner, and none is deeper than 8: each level doubles the time that math-verify needs."""
-    depth = 0
-    for token in re.finditer(_BRACKET, text):
-        depth += 1 if token[1] else -1
-        if not 0 <= depth <= 8:
-            return False
-    return depth == 0
-
-
 def _split(text: str, separators: str) -> list[str]:
-    """[part, separator, part, ...], cut at each match of `separators` (a regular expression) outside all brackets."""
+    """[part, separator, part, ...], cut at each match of a regular expression outside all brackets; [] if a bracket has no
+    partner or is deeper than 8 (each level doubles the time that math-verify needs)."""
     cuts, depth, last = [], 0, 0
     for token in re.finditer(rf"{_BRACKET}|({separators})|\\.", text):
         depth += bool(token[1]) - bool(token[2])
+        if not 0 <= depth <= 8:
+            return []
         if token[3] and depth == 0:
             cuts += [text[last : token.start()].strip(), token[3]]
             last = token.end()
-    return [*cuts, text[last:].strip()]
+    return [*cuts, text[last:].strip()] if depth == 0 else []
+
+
+def _balanced(text: str) -> bool:  # nor too deep
+    return bool(_split(text, ","))
 
 
 def _key(text: str) -> str:
     """A cleaned answer for string comparison: unwrapped text, no blanks but between digits, words in lower case."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
-    if option := re.fullmatch(r"\(?([A-Z])\)?", text):  # (C), \text{(C)} and C
-        return option[1]
+    text = re.sub(r"^\(?([A-Z])\)?$", r"\1", text)  # (C), \text{(C)} and C
     # Single letters and pairs keep their case, because they may be symbols (n and N, AB and ab). "No" is a word.
     if "\\" not in text and (re.search("[A-Za-z]{3}", text) or text.lower() == "no"):
         return text.casefold()
@@ -265,13 +247,13 @@ def _number(text: str) -> Fraction | None:
     sign, whole, *ratio = match.groups()
     top, bottom = (Fraction((part or "1").replace(",", "")) for part in ratio)
     # Two numbers next to each other are a mixed number only by convention: no convention covers 2\frac{3}{2}.
-    if bottom == 0 or (whole and not (0 < top < bottom and top.denominator == bottom.denominator == 1)):
+    if bottom == 0 or (whole and not 0 < top < bottom):
         return None
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
-# A number's unit: % or °, a base, words in \text{}, bare words (a few short ones, or four letters and more: the letters of
-# "2 abc" are variables). No comma and no apostrophe: "7\text{ wait, eight}" is not 7.
+# A number's unit: % or °, a base, words in \text{}, bare words of four letters (those of "2 abc" are variables) or a few short
+# ones. No comma and no apostrophe: "7\text{ wait, eight}" is not 7.
 _UNIT = re.compile(
     r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[A-Za-z .()/^-]+\}|(?<=[0-9}] )"
     r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
@@ -280,7 +262,7 @@ _UNIT = re.compile(
 _NO_UNIT = re.compile(
     r"\b(?:[a-z]*illion(?:th)?|thousand|hundred|dozen|score|gross|hal(?:f|ve|ved)|third|quarter"
     r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand)th|zero|one|two|three|four|five|six"
-    r"|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+    r"|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
     r"|or|and|not?|never|if|when|unless|is|are|was|be|times|plus|minus|squared|cubed|mod|modulo|choose|factorial|point"
     r"|over|to|than|about|between|less|fewer|more|most|least|except|either|doubled?|tripled?|twice|thrice|infinity|base"
     r"|remainder|negated?|negative|below|under|above|beyond|reciprocal|inverse|roots?|mille|basis|wrong|false|incorrect"
@@ -299,9 +281,10 @@ def _split_unit(text: str) -> tuple[str, str]:
     core, unit = match.groups()
     if not unit.startswith(("%", r"\text")) and _number(core) is None:  # \sin 30°, and 2\pi meters may be a product
         return text, ""
-    # Words lose their case (mW is not MW) and a plural's s (s and ms are seconds); shorter units keep both.
-    unit = re.sub("[A-Za-z]{4,}", lambda word: word[0].lower(), re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit))
-    return core, re.sub("(?<=..)s$", "", unit)
+    unit = re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit)
+    if len(unit) > 2:  # a word loses its case and a plural's s; but mW is not MW, and s and ms are seconds
+        unit = unit.lower().removesuffix("s")
+    return core, unit
 
 
 def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
@@ -312,41 +295,26 @@ def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
 
 def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     r"""Whether two answers are the same, the second being the reference. Our decisions, all in the tests' table:
-      numbers   exact: 0.333333 is not 1/3, and 3.14159265 is not \pi
-      percent   for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
-      units     ignored if one side has none; else the same words. Cents for dollars is wrong; no conversion
-      bases     the base of the reference 52_8 may be left out, never changed or added
-      lists     bare lists, {...} and unions are sets with multiplicity; "or" is a comma; lists of words are ordered
-      brackets  tuples and intervals must agree in both: (1,2) is not [1,2], {1,2} or a bare 1, 2
-      names     x = 7 equals 7; if both sides have a name it must be the same
-      equations compared side by side, so 3x + 2 = 17 is not x = 5. 1/2 = 0.5 pays for 0.5: every side is right
-      words     equal up to case, blanks and \text, never parsed
+      numbers    exact: 0.333333 is not 1/3
+      percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
+      units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
+      lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
+      equations  x = 7 equals 7; others are compared side by side. 1/2 = 0.5 pays for 0.5: every side is right
+      words      equal up to case, blanks and \text, never parsed
     """
-    if len(prediction) > MAX_ANSWER or len(answer) > MAX_ANSWER:
+    if max(len(prediction), len(answer)) > MAX_ANSWER:
         return False
-    a, b = _number(answer), _number(prediction)
-    if a is not None and b is not None:  # most comparisons end here, without any cleaning
-        return a == b
     gold, prediction = _clean(answer), _clean(prediction)
     if not (_balanced(gold) and _balanced(prediction)):
         return False
-    deadline = None
-
-    def ask(g: str, p: str) -> bool:
-        # One limit for all questions about an answer: two lists of ten items ask a hundred.
-        nonlocal deadline
-        worker.start()  # its second is not on the clock
-        deadline = deadline or time.monotonic() + worker.timeout_s
-        return worker.equal(g, p, deadline - time.monotonic())
-
     try:
-        return _same(gold, prediction, ask)
+        return _same(gold, prediction, worker)
     except TimeoutError:
         return False
 
 
-def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
+def _same(gold: str, prediction: str, worker: MathWorker) -> bool:
+    """Two cleaned answers, taken apart level by level."""
     if not gold or not prediction:  # an empty answer, or an empty side of "="
         return False
     if _key(gold) == _key(prediction):
@@ -356,16 +324,16 @@ def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
         return False
     (g_kind, g_items), (p_kind, p_items) = _structure(g[2] if g else gold), _structure(p[2] if p else prediction)
     if g_kind == p_kind == "item":
-        return _same_item(g_items[0], p_items[0], ask)
+        return _same_item(g_items[0], p_items[0], worker)
     if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
-        return all(_same(g, p, ask) for g in g_items for p in p_items)
+        return all(_same(g, p, worker) for g in g_items for p in p_items)
     if g_kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
-        return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
+    if g_kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items)):
+        return all(_same(g, p, worker) for g, p in zip(g_items, p_items, strict=True))
     left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
     for g in g_items:
-        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
+        match = next((i for i, p in enumerate(left) if _same(g, p, worker)), None)
         if match is None:
             return False
         del left[match]
@@ -389,7 +357,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
         return _structure(braces[1].strip())
     tuples = text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1])
-    items = [item for item in _split(text[1:-1] if tuples else text, "[,;]")[::2] if item]
+    items = _split(text[1:-1] if tuples else text, "[,;]")[::2]
     if len(items) > 1:
         return text[0] + text[-1] if tuples else "list", items
     parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
@@ -397,23 +365,24 @@ def _structure(text: str) -> tuple[str, list[str]]:
         signs = parts[1::2]
         return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
     matrix = r"\{[pbB]?(?:small)?matrix\}"
-    if (cells := re.fullmatch(rf"\\begin{matrix}(.*)\\end{matrix}", text)) and r"\begin" not in cells[1]:
+    if cells := re.fullmatch(rf"\\begin{matrix}(.*)\\end{matrix}", text):
         rows = [row.split("&") for row in cells[1].split(r"\\") if row.strip()]
         return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
     return "item", [text]
 
 
-def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _same_item(gold: str, prediction: str, worker: MathWorker) -> bool:
     (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(g), _number(p)
     numbers = a is not None and b is not None
-    if g_unit != p_unit and ((g_unit and p_unit) or p_unit[:1] == "_"):  # cents for dollars; a base out of nowhere
-        return False
-    if g_unit != p_unit and "%" in (g_unit, p_unit):
-        return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
+    if g_unit != p_unit:
+        if (g_unit and p_unit) or p_unit.startswith("_"):  # cents for dollars; a base out of nowhere
+            return False
+        if "%" in (g_unit, p_unit):
+            return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
     if numbers:
         return a == b
-    return _key(g) == _key(p) or _symbolic_equal(g, p, ask)
+    return _key(g) == _key(p) or _symbolic_equal(g, p, worker)
 
 
 # math-verify is asked only about plain expressions in these characters and commands. It reads 7"8 as 78 and \phantom{7} as 7,
@@ -430,25 +399,25 @@ _MISREAD = re.compile(
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
     r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
+# A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
+_FACTOR = r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
 
 
-def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _symbolic_equal(gold: str, prediction: str, worker: MathWorker) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
     expressions = []
     for text in (gold, prediction):
         if not _PLAIN.fullmatch(text) or _WORDS.search(text) or _MISREAD.search(text):
             return False
-        # Of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
-        text = re.sub(r"(?<![0-9.^_{A-Za-z])([0-9]+(?:\.[0-9]+)?) ?\(", r"\1 \\cdot (", text)
-        text = re.sub(r"(\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\}) ?(?=[(0-9])", r"\1 \\cdot ", text)
+        text = re.sub(_FACTOR, r"\1 \\cdot ", text)
         # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
         text = re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}}", text)
         expressions.append(text)
-    g, p = (set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text))) for text in (gold, prediction))
+    g, p = (set(re.findall(r"\\[A-Za-z]+|([A-Za-z])", text)) for text in (gold, prediction))  # "" for a command
     if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    return not p - g - {"e", "i"} and ask(*expressions)
+    return not p - g - {"", "e", "i"} and worker.equal(*expressions)
 
 
 def why_unusable(answer: str) -> str:

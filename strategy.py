@@ -17,11 +17,9 @@ As a module it needs the standard library only, so it can be copied into another
 import random
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
 GUIDE = "Follow this strategy."  # few and plain words: the tiny world's vocabulary of about 100 has to hold them as well
@@ -35,10 +33,9 @@ LEAK_SCORE = 0.2
 
 @dataclass(frozen=True)
 class Strategy:
-    """One strategy. Every text is one non-empty line without blanks around it, and there is at least one step.
+    """One strategy. ValueError, naming the field and the value, unless every text is one line without blanks around it.
 
-    type: the kind of problem, a phrase. strategy: the idea that solves it. steps: what to do, in order.
-    Raises ValueError naming the field and the value.
+    type: the kind of problem, a phrase. strategy: the idea that solves it. steps: what to do, in order, at least one.
     """
 
     type: str
@@ -46,40 +43,26 @@ class Strategy:
     steps: tuple[str, ...]
 
     def __post_init__(self):
-        _check_line("type", self.type)
-        _check_line("strategy", self.strategy)
-        if not isinstance(self.steps, tuple) or not self.steps:
-            raise ValueError(f"strategy field 'steps': expected a tuple of at least one step, got {self.steps!r}")
-        for i, step in enumerate(self.steps):
-            _check_line(f"steps[{i}]", step)
+        if not isinstance(self.steps, tuple) or not self.steps:  # a str would be a sequence too, with a step of each letter
+            raise ValueError(f"strategy field 'steps': expected at least one, in a tuple (JSON: a list), got {self.steps!r}")
+        texts = {"type": self.type, "strategy": self.strategy}
+        texts |= {f"steps[{i}]": step for i, step in enumerate(self.steps)}
+        for field, text in texts.items():
+            # One line a text is what makes the text form reversible: a second line could imitate the next label.
+            if not isinstance(text, str) or text != text.strip() or len(text.splitlines()) != 1:
+                raise ValueError(f"strategy field {field!r}: expected one line without blanks around it, got {text!r}")
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Strategy":
         """The Strategy in {"type": str, "strategy": str, "steps": [str, ...]}; ValueError for anything else."""
-        if not isinstance(data, Mapping):
+        if not isinstance(data, Mapping) or data.keys() != {"type", "strategy", "steps"}:
             raise ValueError(f"strategy: expected an object with type, strategy and steps, got {data!r}")
-        for key in ("type", "strategy", "steps"):
-            if key not in data:
-                raise ValueError(f"strategy field {key!r}: missing in {dict(data)!r}")
-        unknown = [key for key in data if key not in ("type", "strategy", "steps")]
-        if unknown:
-            raise ValueError(f"strategy field {unknown[0]!r}: unknown, with value {data[unknown[0]]!r}")
         steps = data["steps"]
-        if not isinstance(steps, list | tuple):  # tuple("Add.") would make a step of each letter
-            raise ValueError(f"strategy field 'steps': expected a list of strings, got {steps!r}")
-        return cls(data["type"], data["strategy"], tuple(steps))
+        return cls(data["type"], data["strategy"], tuple(steps) if isinstance(steps, list) else steps)
 
     def to_dict(self) -> dict:
         """The inverse of from_dict, ready for json."""
         return {"type": self.type, "strategy": self.strategy, "steps": list(self.steps)}
-
-
-def _check_line(field, value):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"strategy field {field!r}: expected a non-empty string, got {value!r}")
-    # One line a text is what makes the text form reversible: a second line could imitate the next label.
-    if value != value.strip() or len(value.splitlines()) != 1:
-        raise ValueError(f"strategy field {field!r}: expected one line without blanks around it, got {value!r}")
 
 
 def format_strategy(strategy: Strategy) -> str:
@@ -88,34 +71,30 @@ def format_strategy(strategy: Strategy) -> str:
     return f"Problem type: {strategy.type}\nStrategy: {strategy.strategy}\nSteps:\n{steps}"
 
 
-# A model's reply to extraction_prompt: these lines and no others. Steps are marked (a), (b), ... as in the paper [tab 4],
-# or 1., 2., ... as in our own text form; models set labels in bold whatever the prompt says.
+# Models set labels in bold whatever the prompt says.
 LABELS = [rf"(?:\*\*)?{label}(?:\*\*:|:\*\*|:)" for label in ("Problem type", "Strategy", "Steps")]
 
 
 def parse_strategy(text: str) -> Strategy:
     """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s.
 
-    Empty lines and blanks around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of
-    which there are five, than to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a
-    JSON string reads \\frac as a form feed and "rac", and few models write \\\\frac every time.
+    The steps are marked (a), (b), ... as in the paper [tab 4], or 1., 2., ... as in our text form. Empty lines and blanks
+    around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of which there are five, than
+    to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a
+    form feed and "rac", and few models write \\\\frac every time.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"strategy reply: expected a string, got {text!r}")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if len(lines) < 4:
-        raise ValueError(f"strategy reply: expected three labels and at least one step, got {text[:200]!r}")
-    marks = [rf"(?:\({re.escape(chr(96 + i))}\)|{i}\.)" for i in range(1, len(lines) - 2)]  # chr(97) is "a"
-    values = []
-    for head, line in zip(LABELS + marks, lines, strict=True):
-        found = re.fullmatch(rf"{head}\s*(.*)", line)
-        if not found:
-            raise ValueError(f"strategy reply: expected a line that matches {head}, got {line[:200]!r}")
-        values.append(found[1])
-    kind, idea, nothing, *steps = values
-    if nothing:
-        raise ValueError(f"strategy reply: expected nothing after 'Steps:', got {nothing[:200]!r}")
-    return Strategy(kind, idea, tuple(steps))
+    lines = "\n".join(line.strip() for line in text.split("\n") if line.strip())
+    head = re.match("{}(.*)\n{}(.*)\n{}\n".format(*LABELS), lines)
+    if not head:
+        raise ValueError(f"strategy reply: expected lines with the three labels, then the steps, got {text[:200]!r}")
+    steps = []
+    for i, line in enumerate(lines[head.end() :].split("\n"), start=1):
+        letter = re.escape(chr(ord("a") + i - 1))
+        step = re.fullmatch(rf"(?:\({letter}\)|{i}\.)(.*)", line)
+        if not step:
+            raise ValueError(f"strategy reply: expected step {i}, got {line[:200]!r}")
+        steps.append(step[1].strip())
+    return Strategy(head[1].strip(), head[2].strip(), tuple(steps))
 
 
 # ------------------------------------------------------------------------------------------ prompts for the policy
@@ -137,8 +116,6 @@ def auto_messages(problem: str) -> list[dict[str, str]]:
 
 def guided_messages(problem: str, strategy: Strategy) -> list[dict[str, str]]:
     """The chat messages of the guided prompt, pi(.|q, s): the strategy, then the text of auto_messages [§3.1]."""
-    if not isinstance(strategy, Strategy):
-        raise ValueError(f"strategy: expected a Strategy, got {strategy!r}")
     block = GUIDE + "\n" + format_strategy(strategy)
     return _user(block + "\n\n" + _check_text("problem", problem) + "\n\n" + INSTRUCTION)
 
@@ -202,11 +179,8 @@ Steps:
 def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> list[dict[str, str]]:
     """Messages that ask for the scores of all candidates of a problem in one call [app B], on the four criteria [tab 5].
 
-    candidates: at least one; the prompt numbers them from 1. They are scored side by side so that one measure holds for
-    all of them. The reply's form, numbers only, is parse_scores' [ours].
+    They are scored side by side so that one measure holds for all of them. parse_scores reads the reply [ours].
     """
-    if not candidates or not all(isinstance(candidate, Strategy) for candidate in candidates):
-        raise ValueError(f"candidates: expected a sequence of at least one Strategy, got {candidates!r}")
     shown = "\n\n".join(
         f"<candidate {i}>\n{format_strategy(candidate)}\n</candidate {i}>" for i, candidate in enumerate(candidates, start=1)
     )
@@ -255,21 +229,14 @@ def parse_scores(text: str, n: int) -> list[dict[str, float]]:
     The reply has one line for each candidate, "2: 0.9 1.0 0.8 1.0"; empty lines do no harm. ValueError naming the line
     for anything else.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"scores reply: expected a string, got {text!r}")
-    lines, scores = [line for line in text.splitlines() if line.strip()], []
+    lines, scores = [line.strip() for line in text.splitlines() if line.strip()], []
     if len(lines) != n:
         raise ValueError(f"scores reply: expected {n} lines, got {len(lines)}: {text[:200]!r}")
     for i, line in enumerate(lines, start=1):
-        number, *words = line.split()
-        try:
-            values = [float(word) for word in words]
-        except ValueError:
-            values = []
-        in_range = all(0 <= value <= 1 for value in values)  # false for nan too
-        if number != f"{i}:" or len(values) != len(CRITERIA) or not in_range:
+        found = re.fullmatch(f"{i}:" + r"\s+(0?\.[0-9]+|0|1(?:\.0+)?)" * len(CRITERIA), line)
+        if not found:
             raise ValueError(f"scores reply: expected '{i}:' and {len(CRITERIA)} scores from 0.0 to 1.0, got {line!r}")
-        scores.append(dict(zip(CRITERIA, values, strict=True)))
+        scores.append(dict(zip(CRITERIA, map(float, found.groups()), strict=True)))
     return scores
 
 
@@ -329,8 +296,6 @@ def shuffled_strategies(strategies: Sequence[Strategy], seed: int) -> list[Strat
 
 def main():
     """python strategy.py ...: the command line of tools/extract.py."""
-    if not (Path(__file__).parent / "tools/extract.py").is_file():
-        sys.exit("strategy.py: the command needs the tools folder beside this file; the module needs nothing")
     from tools.extract import run  # imported here: the module must stay free of siblings
 
     run()

@@ -74,10 +74,10 @@ def _results(correct, file="x/math500.jsonl", *, n=4, sha256="d", longest=32_768
     """A result file with one problem file, as eval.py writes it: `correct` right samples of n per problem."""
     sample = {"truncated": False, "timed_out": False, "length": 9}
     records = [
-        {"id": problem, "majority": 0, "samples": [sample | {"correct": i < count} for i in range(n)]}
+        {"id": problem, "samples": [sample | {"correct": i < count} for i in range(n)]}
         for problem, count in correct.items()
     ]
-    part = grading.figures(records, voted=True) | {"data_sha256": sha256, "max_new_tokens": longest}
+    part = grading.figures(records) | {"data_sha256": sha256, "max_new_tokens": longest}
     part["problems"] = problems or part["problems"]
     return {
         "config": {"model": "m", "temperature": 0.6, "top_p": 0.95, "guided": False} | config,

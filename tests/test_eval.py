@@ -5,7 +5,6 @@ import json
 import shutil
 import time
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -13,29 +12,32 @@ import torch
 import eval as grading
 import parallel
 import rollout
-from eval import majority, pass_at_k, summarise
+from eval import figures, pass_at_k
 from rollout import Trajectory
 from tests.common import CPU, ROOT, TINY_BASE, _eval_file, _eval_row, on_ranks
 from tools import resumable
 from tools.benchmark import compare
+from tools.resumable import majority
 
 
 def test_figures_by_hand():
     correct = [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]
     length = [[10, 20, 30, 40], [10, 10, 10, 10], [5, 5, 5, 5], [1, 1, 1, 1]]
     truncated = [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
-    figures = summarise(correct, length, truncated, [True, False, False, True])
+    records = []
+    for i, columns in enumerate(zip(correct, length, truncated, strict=True)):
+        samples = [dict(correct=c, length=t, truncated=cut, timed_out=c) for c, t, cut in zip(*columns, strict=True)]
+        records.append({"id": f"r{i}", "samples": samples})
+    result = figures(records)
     # means 1/4, 1, 0, 3/4 around 1/2: their variance is (1/16 + 1/4 + 1/4 + 1/16) / 3 = 5/24
-    assert figures["accuracy"] == 0.5 and figures["standard_error"] == pytest.approx((5 / 24 / 4) ** 0.5)
+    assert result["accuracy"] == 0.5 and result["standard_error"] == pytest.approx((5 / 24 / 4) ** 0.5)
     # pass@2: 1 - C(3,2)/C(4,2) = 1/2, then 1, 0, 1
-    assert figures["pass_at"] == pytest.approx({"1": 0.5, "2": 2.5 / 4, "4": 3 / 4})
-    assert (figures["pass_at_n"], figures["maj_at_n"], figures["truncation"]) == (3 / 4, 2 / 4, 3 / 16)
-    assert figures["tokens"] == pytest.approx((100 + 40 + 20 + 4) / 16) and (figures["problems"], figures["n"]) == (4, 4)
-    one = summarise([[True] * 6], [[3] * 6], [[False] * 6])
-    assert one["standard_error"] is None and "maj_at_n" not in one and list(one["pass_at"]) == ["1", "2", "4", "6"]
-    for ragged in (([], [], []), ([[]], [[]], [[]]), ([[1], [1, 0]], [[1], [1, 1]], [[0], [0, 0]]), ([[1]], [[1, 2]], [[0]])):
-        with pytest.raises(ValueError, match="lists"):
-            summarise(*ragged)
+    assert result["pass_at"] == pytest.approx({"1": 0.5, "2": 2.5 / 4, "4": 3 / 4})
+    assert (result["pass_at_n"], result["truncation"], result["grader_timeouts"]) == (3 / 4, 3 / 16, 8)
+    assert result["tokens"] == pytest.approx((100 + 40 + 20 + 4) / 16) and (result["problems"], result["n"]) == (4, 4)
+    assert result["correct"] == {"r0": 1, "r1": 4, "r2": 0, "r3": 3}
+    one = figures([{"id": "r", "samples": records[0]["samples"] + records[1]["samples"][:2]}])
+    assert one["standard_error"] is None and list(one["pass_at"]) == ["1", "2", "4", "6"]
 
 
 def test_pass_at_k_equals_counting_all_subsets():
@@ -54,23 +56,15 @@ def test_majority_by_hand(eval_worker):
         ([None, None], None),
         (["0.5", "3", "3", "\\frac12", "1/2"], 0),  # three ways to write a half outvote two threes
     ):
-        assert majority(answers, partial(grading.same_in_time, worker=eval_worker)) == winner, answers
+        assert majority(answers, eval_worker) == winner, answers
 
 
-def test_majority_asks_no_more_than_it_must():
+def test_majority_asks_no_more_than_it_must(monkeypatch):
     asked = []
-
-    def same(answer, reference):
-        asked.append((answer, reference))
-        if "slow" in answer + reference:
-            raise TimeoutError
-        return answer.lower() == reference.lower()
-
-    assert majority(["a", "b", "a", "B", "c", "b", "B"], same) == 1
+    monkeypatch.setattr(resumable, "same_answer", lambda a, b, worker: asked.append((a, b)) or a.lower() == b.lower())
+    assert majority(["a", "b", "a", "B", "c", "b", "B"], None) == 1
     # only with the first of each group, the same text once, the later answer against the earlier one
     assert asked == [("b", "a"), ("B", "a"), ("B", "b"), ("c", "a"), ("c", "b")]
-    assert majority(["slow 1", "slow 2", "slow 3", "slow 2"], same) == 1
-    assert asked[5:] == [("slow 2", "slow 1"), ("slow 3", "slow 1")]  # one time limit each, not one for every pair
 
 
 def _tokenizer():
@@ -108,7 +102,7 @@ SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
 
 
 def _sampled(model, problems, worker, **changes):
-    return grading.sample_records(model, _tokenizer(), problems, worker=worker, vote=True, **SETTINGS | changes)
+    return grading.sample_records(model, _tokenizer(), problems, worker=worker, **SETTINGS | changes)
 
 
 def test_records_and_their_figures(monkeypatch, eval_worker):
@@ -118,31 +112,12 @@ def test_records_and_their_figures(monkeypatch, eval_worker):
     records = _sampled(model, _problems(3), eval_worker, max_rows=4)
     sample = {"text": "\\boxed{1}", "answer": "1", "correct": True, "truncated": False, "timed_out": False, "length": 10}
     assert records[1]["samples"][0] == sample
-    assert [record["majority"] for record in records] == [0, 0, None]  # a tie goes to the first; without an answer no vote
-    result = grading.figures(records, voted=True)
-    assert result["accuracy"] == pytest.approx(0.5) and result["pass_at_n"] == result["maj_at_n"] == pytest.approx(2 / 3)
+    result = grading.figures(records)
+    assert result["accuracy"] == pytest.approx(0.5) and result["pass_at_n"] == pytest.approx(2 / 3)
     assert result["truncation"] == pytest.approx(2 / 6) and result["correct"] == {"r0": 2, "r1": 1, "r2": 0}
     assert result["tokens"] == pytest.approx((10 + 12 + 10 + 10 + 3 + 8) / 6)  # the end token counts, and a cut one has none
-    records[1]["majority"] = 1  # had the vote gone to the wrong answer
-    assert grading.figures(records, voted=True)["maj_at_n"] == pytest.approx(1 / 3)
     seeds = [rollout.stream_seed("evaluation", 3, f"r{i}") for i in range(3)]  # nothing about the other problems
     assert calls[0].items() >= (SETTINGS | {"max_rows": 4, "seed": seeds}).items()
-
-
-def test_evaluate_samples_its_share_and_has_the_figures_of_all(monkeypatch, eval_worker):
-    """As each of three ranks, of which the last has no problem. The records come back as the ranks had them."""
-    responses = [["\\boxed{0}", "\\boxed{0}"], ["\\boxed{1}", "no"]]
-    model, problems = _scripted(monkeypatch, lambda prompt: responses[int(prompt[8])], []), _problems(2)
-    records = {problem.id: _sampled(model, [problem], eval_worker) for problem in problems}
-    brought, began = [], []
-    monkeypatch.setattr(grading, "all_gather", lambda mine: brought.append(mine) or [[], records["r1"], records["r0"]])
-    for rank in range(3):
-        monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 3))
-        settings = SETTINGS | {"worker": eval_worker, "ragged": lambda work: began.append(1) or work()}
-        result = grading.evaluate(model, _tokenizer(), problems, **settings)
-        assert list(result["correct"].items()) == [("r0", 2), ("r1", 1)] and result["accuracy"] == 0.75
-    assert [[record["id"] for record in mine] for mine in brought] == [["r0"], ["r1"], []] and len(began) == 3
-    assert [record["majority"] for mine in brought for record in mine] == [None, None]  # nobody asked for a vote
 
 
 def test_prompts_alone_and_guided_and_those_that_cannot_be_sampled(monkeypatch, eval_worker):
@@ -187,8 +162,7 @@ def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
     records = _sampled(model, [grading.Problem("r", "Expand.", "x^2+2x+1", None, None)], worker, n=3)
     assert [sample["timed_out"] for sample in records[0]["samples"]] == [True, False, True]
     assert [sample["correct"] for sample in records[0]["samples"]] == [False, True, False]
-    # the vote asks two more, one for each new answer, which are not samples that were graded wrong
-    assert grading.figures(records, voted=True)["grader_timeouts"] == 2 and worker.timeouts == 4 and records[0]["majority"] == 0
+    assert grading.figures(records)["grader_timeouts"] == worker.timeouts == 2
 
 
 def _command(monkeypatch, tmp_path, *extra, script=lambda prompt: ["\\boxed{1}", "\\boxed{1}"]):
@@ -212,7 +186,8 @@ def _rows(tmp_path):
 
 def test_command_line(monkeypatch, tmp_path, capsys):
     path = _rows(tmp_path)
-    calls, arguments = _command(monkeypatch, tmp_path, "--data", path)
+    script = lambda prompt: ["\\boxed{1}" if "is 1" in prompt else "no answer"] * 2  # noqa: E731
+    calls, arguments = _command(monkeypatch, tmp_path, "--data", path, script=script)
     results = grading.main([*arguments, "--limit", "2", "--seed", "5"])
     assert calls[0] == ("tiny", torch.float32, CPU) and len(calls) == 2
     out = capsys.readouterr().out
@@ -260,7 +235,7 @@ def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkey
     file, text = tmp_path / "eval-tiny-responses/rank0.jsonl", "\ud800 ∞\n\u2028"  # half of a surrogate pair, other line ends
 
     def write_one(*_, on_problem, **settings):
-        on_problem({"id": "r2", "samples": [{"text": text}]})
+        on_problem({"id": "r2", "samples": [{"text": text, "answer": None}]})
         (record,) = resumable.read_records(file.parent).values()  # before the next problem
         raise InterruptedError(record["id"] + record["samples"][0]["text"])
 
@@ -307,21 +282,12 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
     assert calls == []
 
 
-def test_ranks_wait_before_anybody_writes_and_a_rank_that_wrote_elsewhere_is_missed(monkeypatch, tmp_path):
+def test_a_rank_that_wrote_elsewhere_is_missed(monkeypatch, tmp_path):
     _, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path))
     monkeypatch.setattr(parallel, "world", lambda: (0, 2))  # rank 1's part of the work is not done here
-    events = []
-
-    def noted(name, call, *args):
-        events.append(name)
-        return call(*args)
-
-    for name in ("begin", "read_records", "sample_share"):
-        monkeypatch.setattr(resumable, name, partial(noted, name, getattr(resumable, name)))
-    monkeypatch.setattr(parallel.Control, "barrier", lambda self: events.append("barrier"))
+    monkeypatch.setattr(parallel.Control, "barrier", lambda self: None)
     with pytest.raises(ValueError, match="2 problems are missing, the first is 'r2'"):
         grading.main(arguments)
-    assert events == ["begin", "read_records", "barrier", "sample_share", "barrier", "read_records"]
     assert not (tmp_path / "eval-tiny.json").exists()
 
 

@@ -1,6 +1,5 @@
 """Answer extraction and grading, and where they differ from math-verify alone."""
 
-import itertools
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 
@@ -73,35 +71,11 @@ def test_plain_numbers_never_start_the_child():
     assert worker._process is None
 
 
-def test_a_question_without_end_costs_one_limit_and_is_counted():
-    with MathWorker(timeout_s=1.0) as worker:
-        worker.start()  # its start is not on the clock
-        start = time.perf_counter()
-        assert not is_correct("\\boxed{9^{9^{9^{9}}}}", "387420489", worker)
-        assert time.perf_counter() - start < 10 and worker.timeouts == 1
-        assert same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1  # a new child answers
-
-
-def test_all_questions_about_one_answer_share_one_limit():
-    limits = []
-
-    def equal(gold, prediction, limit_s):
-        limits.append(limit_s)
-        time.sleep(0.05)
-        return False
-
-    worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=equal)
-    assert not same_answer("\\sqrt{7}, \\sqrt{11}, \\sqrt{13}", "\\sqrt{2}, \\sqrt{3}, \\sqrt{5}", worker)
-    assert len(limits) == 3 and limits[0] <= 1.0 and all(a - b >= 0.05 for a, b in itertools.pairwise(limits))
-
-
 def test_a_child_that_dies_or_falls_silent_is_replaced():
     with MathWorker() as worker:
         worker.start()
         process = worker._process
-        for number in (signal.SIGTERM, signal.SIGINT):  # the whole group gets these, and the parent decides
-            process.send_signal(number)
-        assert same_answer("\\sqrt{16}", "4", worker) and worker._process is process
+        assert os.getpgid(process.pid) != os.getpgid(0)  # signals to our group are not for it
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 0  # it died idle: nothing is lost
@@ -150,10 +124,9 @@ def plain_math_verify(pairs):
 
 
 def test_where_math_verify_alone_differs_from_our_table():
-    rows = [row for row in PAIRS if len(row["answer"]) <= grader.MAX_ANSWER]
+    rows = [row for row in PAIRS if "math_verify" in row]
     verdicts = plain_math_verify([(row["reference"], row["answer"]) for row in rows])
-    assert [row for row, alone in zip(rows, verdicts, strict=True) if (alone != row["verdict"]) != ("math_verify" in row)] == []
-    assert sum("math_verify" in row for row in rows) == 72
+    assert len(rows) == 72 and verdicts == [not row["verdict"] for row in rows]
 
 
 # Of rasbt/reasoning-from-scratch, commit f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958:

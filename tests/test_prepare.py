@@ -258,13 +258,6 @@ def test_openr1_from_the_hub(tmp_path, monkeypatch):
     assert entry["source"]["revision"] == commit and entry["source"]["sha256"] == checksum(path)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "x.parquet").write_bytes(b"PAR1....PAR1")
-    with pytest.raises(ValueError, match="x.parquet: a parquet file, .* pip install pyarrow"):
-        run_prepare(tmp_path / "out", "openr1", tmp_path / "x.parquet")
-
-
 def test_parquet_reads_like_json(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (it is optional)")
     targets = [f"<think>\nx\n</think>\n\\boxed{{{i}}}" if i % 3 else None for i in range(600)]
@@ -310,7 +303,7 @@ def real_sum(command, part):
     return next(source.sha256 for source in prepare.SOURCES if (source.command, source.part) == (command, part))
 
 
-def test_prepare_real_benchmarks(tmp_path, hub, real_data):
+def test_prepare_real_benchmarks(tmp_path, real_data):
     out, command = tmp_path / "bench", ["benchmarks", "--source", REAL_DATA, "--out", str(tmp_path / "bench")]
     prepare.main(command)
     rows = {path.stem: load_problems(path) for path in out.glob("*.jsonl")}
@@ -322,12 +315,6 @@ def test_prepare_real_benchmarks(tmp_path, hub, real_data):
     first = {name: group[0].answer for name, group in rows.items()}
     assert first.pop("math500") == "\\left( 3, \\frac{\\pi}{2} \\right)"
     assert first == {"aime24": "204", "aime25": "70", "amc23": "27", "olympiad": "2", "minerva": "1.6"}
-    # from the hub the same bytes
-    for source in prepare.SOURCES:
-        if source.repo == prepare.UNIFY:
-            upload(hub, source.repo, source.revision, source.file, real_data[source.sha256].read_bytes())
-    prepare.main(["benchmarks", "--source", "hub", "--out", str(tmp_path / "same")])
-    assert all((tmp_path / "same" / path.name).read_bytes() == path.read_bytes() for path in out.glob("*.jsonl"))
     # one is missing: the same command makes it and leaves the others; one is not ours: it is refused
     (out / "aime24.jsonl").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
@@ -337,25 +324,6 @@ def test_prepare_real_benchmarks(tmp_path, hub, real_data):
     write_rows(out / "amc23.jsonl", tiny_rows(1))
     with pytest.raises(ValueError, match="amc23.jsonl: already there; remove it"):
         prepare.main(command)
-
-
-def test_prepare_real_luffy_validation_file(tmp_path, real_data):
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed (it is optional)")
-    (sha256,) = {source.sha256 for source in prepare.SOURCES if source.repo == "ElliottYan/LUFFY"}
-    file, out = real_data[sha256], tmp_path / "out"
-    for command, count in (("aime24", 30), ("math500", 500), ("minerva", 272)):
-        rows, entry = run_prepare(out, command, file)
-        assert len(rows) == count and entry["counts"]["read"] == 2019
-        assert entry["counts"]["dropped"] == ({"repeats a problem": 210} if command == "aime24" else {})
-    # the other copy of AIME24: five texts differ (drawings, blanks), and all thirty are found
-    ours, _ = run_prepare(tmp_path / "ours", "aime24", real_data[real_sum("aime24", "aime24")])
-    theirs = load_problems(out / "aime24.jsonl")
-    same = {prepare.normal_text(row["problem"]) for row in ours} & {prepare.normal_text(row.problem) for row in theirs}
-    found = prepare.find_overlap([row.problem for row in theirs], {row["id"]: row["problem"] for row in ours})
-    assert len(same) == 25 and len(found) == len({key for key, _ in found.values()}) == 30
-    for command, what in (("amc23", "83 distinct problems in 332 rows"), ("olympiad", "675 distinct problems in 675 rows")):
-        with pytest.raises(ValueError, match=what):
-            run_prepare(out, command, file, "--sha256", "any")
 
 
 def test_prepare_real_training_files(tmp_path, real_data):

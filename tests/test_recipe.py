@@ -60,7 +60,7 @@ def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path,
     assert (f"eval.py --model m --data {test} --out {tmp_path}/work/base.json --n 2" in said) != few
 
 
-def test_the_papers_recipe_runs_at_toy_size_on_two_ranks_and_passes_over_what_is_done(tmp_path):
+def test_the_papers_recipe_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     """runs/paper_1p5b.sh, and with it paper_7b.sh and recipe.sh, from LUFFY's layout to the table. The benchmarks are there."""
     rows, work = {row["problem"]: row for row in tiny_rows(14)}, tmp_path / "work"
     raw = [luffy_row(p, row["answer"], f"<think>\nhm\n</think>\n{row['solution']}") for p, row in rows.items()]
@@ -74,7 +74,7 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks_and_passes_over_what_is
     with ChatServer(partial(strong_model, rows)) as server:
         variables = {
             "WORK": work, "MODEL": TINY_BASE, "BENCH_SOURCE": tmp_path / "unread",
-            "LAUNCH": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone --",
+            "LAUNCH": sys.executable,
             "OPENR1": write_rows(tmp_path / "openr1.jsonl", raw), "ENDPOINT": server.url, "STRONG": "strong",
             "TRAIN_FLAGS": "--count 12 --seed 0 --need_solution --think keep",
             "RUN_FLAGS": "--steps 1 --problems_per_step 2 --max_new_tokens 16 --eval_every 0 --device cpu "
@@ -91,7 +91,7 @@ def test_the_papers_recipe_runs_at_toy_size_on_two_ranks_and_passes_over_what_is
     train_rows = load_problems(work / "train/train.jsonl")
     assert len(train_rows) == 12 and all(row.solution.startswith("<think>\nhm\n</think>\n") for row in train_rows)  # kept
     first, *_, last = read_metrics(work / "run")
-    assert first["ranks"] == 2 and first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
+    assert first["config"]["data"].endswith("strategies.jsonl") and last["stage"] == "sgpo"
     assert all({Path(file).stem for file in json.loads(r)["files"]} == set(prepare.BENCHMARKS) for r in results.values())
     table = [line for line in said.splitlines() if line.startswith("|")]
     assert table[2].startswith(f"| {TINY_BASE} |") and table[3].startswith(f"| {work}/run/model |")

@@ -10,8 +10,6 @@ from collections import defaultdict
 from datetime import datetime
 from fractions import Fraction
 
-import pytest
-
 from data import starter
 from tests.common import ROOT, _starter_family, _starter_rows
 
@@ -107,11 +105,6 @@ def test_solutions_state_true_equations():
         assert found and all(evaluate(left) == evaluate(right) for left, right in found), row
 
 
-def test_a_family_that_runs_out_is_an_error():
-    with pytest.raises(ValueError, match="family change: only 1 of 2 rows"):
-        starter.draw("change", lambda rng: ((1, 2), "text", "3", "solution", 0), 0, 2)
-
-
 # The first row of a family whose words are in the problem says what holds for its text t, the numbers n in it, in their order,
 # and the answer x: by brute force, or with x put back into the story.
 ROUTES = [json.loads(line) for line in (ROOT / "tests/starter_routes.jsonl").read_text().splitlines()]
@@ -165,13 +158,3 @@ def test_answers_by_another_route():
         x = evaluate(row["answer"])
         assert eval(route["holds"], HELPERS | {"t": text, "n": n, "x": x}), row
         assert not eval(route["holds"], HELPERS | {"t": text, "n": n, "x": x + 1}), row  # the route can fail
-
-
-def test_a_public_grader_reads_every_form_of_answer():
-    public = pytest.importorskip("math_verify")
-    rows = [rows[0] for rows in by_family("train", "heldout").values()]
-    boxed = [public.parse(f"\\boxed{{{row['answer']}}}", parsing_timeout=None) for row in rows]
-    for row, found, other in zip(rows, boxed, [*boxed[1:], boxed[0]], strict=True):
-        gold = public.parse(f"${row['answer']}$", parsing_timeout=None)
-        assert found and public.verify(gold, found, timeout_seconds=None), row
-        assert not public.verify(gold, other, timeout_seconds=None) or gold == other, row

@@ -1,15 +1,9 @@
 """Strategies: their text form, its reader, all prompts, the choice."""
 
-import ast
 import itertools
 import json
 import random
-import shutil
-import subprocess
-import sys
 from collections import Counter
-from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -34,24 +28,6 @@ Strategy: Join the parts.
 Steps:
 1. Find both parts.
 2. Add them."""
-
-
-def test_strategy_imports_the_standard_library_only():
-    tree = ast.parse(Path(strategy_module.__file__).read_text(encoding="utf-8"))
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "a sibling" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names.remove("tools.extract")  # main's, for the command
-    assert names and all(name.split(".")[0] in sys.stdlib_module_names for name in names), names
-
-
-def test_strategy_alone_in_a_folder_is_a_module_and_says_what_the_command_needs(tmp_path):
-    shutil.copy(strategy_module.__file__, tmp_path)
-    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
-    code = "import sys; sys.path.insert(0, '.'); import strategy as s; print(s.solution_prompt('p')[0]['content'][-12:])"
-    done = run([sys.executable, "-S", "-I", "-c", code])  # -S: not even the installed packages
-    assert done.stdout.strip().endswith("boxed{}."), done.stderr
-    done = run([sys.executable, "strategy.py", "--data", "x"])
-    assert done.returncode == 1 and "needs the tools folder" in done.stderr
 
 
 def test_strategy_text_is_the_documented_one_and_reads_back():
@@ -97,20 +73,13 @@ def test_strategy_from_dict_names_field_and_value(change, words):
 
 
 def test_strategy_is_immutable_whole_and_checked_without_from_dict_too():
-    data = {"type": "t", "strategy": "s", "steps": ["a"]}
-    for key in data:
-        with pytest.raises(ValueError, match=f"{key!r}: missing"):
-            Strategy.from_dict({name: value for name, value in data.items() if name != key})
-    with pytest.raises(ValueError, match="expected an object"):
-        Strategy.from_dict(["t", "s"])
+    for data in (["t", "s"], {"type": "t", "strategy": "s"}):
+        with pytest.raises(ValueError, match="expected an object"):
+            Strategy.from_dict(data)
     with pytest.raises(ValueError, match="tuple"):
         Strategy("t", "s", ["a"])
     with pytest.raises(AttributeError):
         strategy_example().type = "other"
-    strategy = Strategy.from_dict(data)
-    data["steps"].append("b")
-    strategy.to_dict()["steps"].append("b")
-    assert strategy.steps == ("a",)
 
 
 @pytest.mark.parametrize("problem", CASES["problems"])
@@ -147,22 +116,10 @@ def test_strategy_pipeline_prompts_hold_their_inputs_and_ask_for_the_form_that_i
     assert parse_scores(asked, 2) == [dict(zip(CRITERIA, (0.0, 0.1, 0.2, 0.3), strict=True))] * 2
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: auto_messages(""),
-        lambda: guided_messages(" ", strategy_example()),
-        lambda: guided_messages("p", strategy_example().to_dict()),
-        lambda: extraction_prompt("p", ""),
-        lambda: extraction_prompt(3, "s"),
-        lambda: scoring_prompt("p", "s", ["text"]),
-        lambda: scoring_prompt("p", "s", []),
-        lambda: parse_scores(None, 1),
-    ],
-)
-def test_strategy_messages_reject_bad_input(call):
-    with pytest.raises(ValueError, match="expected"):
-        call()
+def test_a_prompt_without_a_problem_or_a_solution_is_an_error():
+    for prompt, given in ((auto_messages, [""]), (guided_messages, [" ", strategy_example()]), (extraction_prompt, ["p", ""])):
+        with pytest.raises(ValueError, match="expected a non-empty string"):
+            prompt(*given)
 
 
 def test_strategy_scores_are_read_in_the_order_of_the_candidates():

@@ -12,7 +12,7 @@ import checkpoint
 import parallel
 import sgpo
 import train
-from eval import load_problems, summarise
+from eval import figures, load_problems
 from tests.common import (
     TIMES,
     TINY_BASE,
@@ -234,8 +234,8 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
     head, *records = read_metrics(out)
     assert head["config"]["delta"] == 1.0 and head["config"]["steps"] == 2 and head["commit"]
     assert [r["stage"] for r in records] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]
-    names = summarise([[True]], [[3]], [[False]]).keys()  # of eval.py's results, and no other ones for the same figures
-    assert records[0].keys() == names | {"stage", "when", "step", "guided", "grader_timeouts"}
+    names = figures([{"id": "", "samples": [dict.fromkeys(("correct", "length", "truncated", "timed_out"), 1)]}]).keys()
+    assert records[0].keys() == names - {"correct"} | {"stage", "when", "step", "guided"}  # the names of eval.py's results
     assert set(TIMES) < records[2].keys()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * (8 + 4)

@@ -166,26 +166,6 @@ def test_hard_world_low_quality_strategies(hard):
     assert not any(character.isdigit() for rows in hard.values() for row in rows for character in json.dumps(row["strategy"]))
 
 
-def test_hard_base_examples_have_the_stated_shares(monkeypatch):
-    monkeypatch.setattr(hard_world, "DETOUR_ALONE", 0.5)  # 0.02, of which one would see little
-    rng, truth = random.Random("test"), hard_world.word_choices(0)
-    kinds, right = Counter(), Counter()  # (guided, detour) -> examples, operations that are the machine's
-    for _ in range(6000):
-        messages, response = hard_world.base_example(rng, truth)
-        text = messages[0]["content"]
-        words, x, y = parts_of({"problem": text.split("\n\n")[-2]})
-        kind = ("Follow this strategy." in text, response.startswith("by the strategy"))
-        operations, _ = work_out(response, x, y)
-        assert {SENTENCES[step[3:]] for step in text.split("\n") if step[3:] in SENTENCES} <= set(operations)  # it is followed
-        kinds[kind] += 1
-        right[kind] += sum((op in ("sub", "inc", "min")) == truth[word] for word, op in zip(words, operations, strict=True))
-    assert len(kinds) == 4 and all(count == pytest.approx(1500, abs=150) for count in kinds.values())
-    share = {kind: right[kind] / 3 / kinds[kind] for kind in kinds}
-    assert share[False, False] == pytest.approx(0.55, abs=0.025)  # half knowledge
-    assert share[False, True] == pytest.approx(0.5, abs=0.025)  # a coin: the strategy is not there
-    assert share[True, False] == pytest.approx(0.5, abs=0.04)  # strategies of any choices say nothing about the machine
-
-
 @torch.no_grad()
 def test_hard_base_model_is_as_stated(hard, worker):
     """Exact probabilities of the first token, and the marks of sampled responses: right when guided, and not alone."""

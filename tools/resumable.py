@@ -11,7 +11,9 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,7 +23,7 @@ import torch
 
 from data.problems import Problem, load_problems
 from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sample_records
-from grader import MathWorker
+from grader import MathWorker, same_answer
 from model import load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
 from tools.benchmark import benchmark_files, guidance, guidance_lines
@@ -157,6 +159,21 @@ def share_of(sets: Sequence[EvalSet], kept: dict[tuple[str, bool, str], dict]) -
     return [(one, chosen) for one in sets if (chosen := [problem for owner, problem in mine if owner is one])]
 
 
+def majority(answers: Sequence[str | None], worker: MathWorker) -> int | None:
+    """The index of the first sample that gave the answer with the most votes, the earlier one in a tie; None without answers.
+
+    An answer joins the first group whose first member it equals: equality is not transitive (50, 50 %, 0.5).
+    """
+    given = {index: answer for index, answer in enumerate(answers) if answer is not None}
+    group_of: dict[str, int] = {}  # text -> the index of its group's first sample
+    votes: Counter[int] = Counter()  # by that index, in the order in which the groups were opened
+    for index, answer in given.items():
+        if answer not in group_of:
+            group_of[answer] = next((first for first in votes if same_answer(answer, given[first], worker)), index)
+        votes[group_of[answer]] += 1
+    return max(votes, key=votes.get, default=None)
+
+
 def sample_share(
     args: argparse.Namespace, share: list[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker, path: Path
 ) -> None:
@@ -170,13 +187,14 @@ def sample_share(
 
             def write(record: dict, one: EvalSet = one) -> None:
                 line = {"file": one.file, "guided": one.guided, **record}
+                line["majority"] = majority([sample["answer"] for sample in record["samples"]], worker)
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()  # a killed process cannot take it back; only a loss of power can
 
             sample_records(
                 model, tokenizer, problems, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
                 top_p=args.top_p, seed=args.seed, worker=worker, guided=one.guided, max_rows=args.max_rows,
-                cache_tokens=args.cache_tokens, vote=True, on_problem=write, show=world()[0] == 0,
+                cache_tokens=args.cache_tokens, on_problem=write, show=world()[0] == 0,
             )  # fmt: skip
 
 
@@ -222,7 +240,9 @@ def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict],
     """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance"."""
     files: dict[str, dict] = {}
     for one in sets:
-        result = figures([records[one.file, one.guided, problem.id] for problem in one.problems], voted=True)
+        chosen = [records[one.file, one.guided, problem.id] for problem in one.problems]
+        won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in chosen]
+        result = figures(chosen) | {"maj_at_n": statistics.fmean(won)}
         second = one.file in files
         print(f"{one.file}{' guided' * second}: {figures_line(result)}")
         if not second:
