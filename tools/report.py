@@ -1,13 +1,12 @@
-"""Pictures of runs: training curves over seeds, and one column of a sweep's csv.
+"""Pictures of runs: training curves over seeds, and the accuracies of a sweep.
 
-    python tools/report.py curves runs/sgpo runs/grpo --out pictures      a folder for each method, in it a run for each seed
+    python tools/report.py curves runs/sgpo runs/grpo --out pictures/curves     a folder for each method, with a run a seed
     python tools/report.py rows results/tiny/table.csv --out pictures/table
-    python tools/report.py tokens ...                                     (or divergence) the token map: token_map.py
+    python tools/report.py tokens ...                                           (or divergence) the token map: token_map.py
 
-`curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics (arXiv 2606.24064) as
-PNG and SVG. `rows` draws every row of a csv that sweep.py wrote with its seeds, or the effect of a knob.
-
-What it is not: a live monitor, or a judge: one seed has no band. A command writes over what an earlier call left at --out.
+`curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics (arXiv 2606.24064).
+`rows` draws every row of a csv that sweep.py wrote with its seeds, or the effect of a knob. Both write PNG and SVG, over what
+an earlier call left there.
 """
 
 import argparse
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of 
 # Okabe and Ito's colour-blind-safe colours without yellow, which is lost on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # the same distinction without colour
-# file name -> title, y axis, and the records' keys with their line styles
+# panel -> title, y axis, and the records' keys with their line styles
 PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "reward": ("Reward", "mean reward alone", {"reward_auto": "-"}),
     "entropy": ("Entropy", "nats per token", {"entropy": "-"}),
@@ -36,7 +35,6 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "accuracy": ("Held-out accuracy", "accuracy alone", {"accuracy": "-"}),
 }
 GUIDED = ("reward_guided", "alpha")  # methods without a guided group log 0 for these, which is no measurement
-STEP = ("step", "reward_auto", "entropy", "length_auto", "length_guided", *GUIDED)
 SEEDS = ("seed", "data_seed", "sampling_seed")
 MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # inside a group, and what is in train.MAY_CHANGE
 
@@ -55,49 +53,25 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a metrics.jsonl. ValueError "file:line: what" for a broken line, a missing key, a value that is no number.
+    """Read a metrics.jsonl. ValueError "file:line: what" for a line that is no JSON, or a file without settings.
 
     A last line without its line end is left out, with a note: a run that is still going is writing it.
     """
     *lines, unfinished = path.read_bytes().split(b"\n")
     if unfinished:
         print(f"{path}:{len(lines) + 1}: the last line is unfinished (is the run still going?), left out")
-    run = Run(path, {}, [], [])
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            _take(run, json.loads(line))
-        except ValueError as error:  # JSONDecodeError, and UnicodeDecodeError for bytes that are no text, are ValueErrors
-            raise ValueError(f"{path}:{number}: {error}, in {line[:80]!r}") from error
-    if not run.config:
-        raise ValueError(f"{path}: empty")
-    return run
-
-
-def _take(run: Run, record: Any) -> None:
-    """Add one line's record to its run. The first line holds the settings."""
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    if not run.config:
-        run.config.update(record.get("config", {}))
-        if not {"method", "seed"} <= run.config.keys():
-            raise ValueError("the first line must hold the run's config with its method and seed")
-    elif record.get("stage") == "eval":
-        _check_numbers(record, ("step", "accuracy", "guided"))
-        if not record["guided"]:
-            run.evals.append(record)
-    elif record.get("stage") == run.config["method"] != "sft":
-        _check_numbers(record, STEP)
-        if run.steps and record["step"] <= run.steps[-1]["step"]:
-            raise ValueError(f"step {record['step']} after step {run.steps[-1]['step']}")
-        run.steps.append(record)
-    elif record.get("stage") not in ("sft", "sft_validation"):  # a supervised stage samples nothing: no curve has its steps
-        raise ValueError(f"stage is {record.get('stage')!r}, expected eval, sft, sft_validation or {run.config['method']}")
-
-
-def _check_numbers(record: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in names:
-        if not isinstance(record.get(name), int | float) or not math.isfinite(record[name]):
-            raise ValueError(f"{name} is {record.get(name)!r}, expected a finite number")
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}, in {line[:80]!r}") from None
+    if not records or "config" not in records[0]:
+        raise ValueError(f"{path}:1: no settings of a run")
+    config = records[0]["config"]
+    steps = [record for record in records[1:] if record["stage"] == config["method"] != "sft"]
+    evals = [record for record in records[1:] if record["stage"] == "eval" and not record["guided"]]
+    return Run(path, config, steps, evals)
 
 
 def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
@@ -124,19 +98,20 @@ def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
 
 
 def _check_group(runs: Sequence[Run]) -> None:
-    first, seeds = runs[0], {}
+    first, seeds, different = runs[0], {}, set()
     for run in runs:
-        names = set(run.config) & set(first.config) - set(MAY_DIFFER)
-        for name in sorted(name for name in names if run.config[name] != first.config[name]):
-            from train import MAY_CHANGE  # what changes the cost and not the result. Imported here: torch takes seconds
+        names = run.config.keys() & first.config.keys()
+        different |= {name for name in names if run.config[name] != first.config[name]} - set(MAY_DIFFER)
+        own = tuple(run.config.get(name) for name in SEEDS)
+        if own in seeds:
+            raise ValueError(f"{seeds[own]} and {run.path} are of one group and have the same seeds")
+        seeds[own] = run.path
+    if different:
+        from train import MAY_CHANGE  # what changes the cost and not the result. Imported here: torch takes seconds
 
-            if name not in MAY_CHANGE:
-                values = f"{first.config[name]!r} in {first.path} but {run.config[name]!r} in {run.path}"
-                raise ValueError(f"one group must be one method under several seeds, but {name} is {values}")
-        seed = ", ".join(f"{name} {run.config[name]}" for name in SEEDS if name in run.config)
-        if seed in seeds:
-            raise ValueError(f"{seeds[seed]} and {run.path} are of one group and both have {seed}")
-        seeds[seed] = run.path
+        different -= set(MAY_CHANGE)
+    if different:
+        raise ValueError(f"{first.path}: the runs of a group may differ in their seeds, not in {', '.join(sorted(different))}")
     if not any(run.steps or run.evals for run in runs):
         raise ValueError(f"{first.path}: neither an RL step nor an evaluation in this group yet")
 
@@ -189,19 +164,20 @@ def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, 
 # matplotlib (requirements-dev.txt) is imported by the functions that draw. Without pyplot: no global state, no display.
 
 
-def draw(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str], labels: Sequence[str], smooth: int) -> Any:
-    """A matplotlib Figure of the named panels, at most three in a row; a group keeps its colour and marker in all of them."""
+def draw(panels: Mapping[str, Mapping[str, Any]], labels: Sequence[str], smooth: int) -> Any:
+    """A matplotlib Figure of the panels that have a curve; a group keeps its colour and marker in all of them."""
     from matplotlib.figure import Figure
 
+    names = [name for name in PANELS if panels[name]]
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4.6 * columns if columns > 1 else 6.4, 3.2 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.9), layout="constrained")
     counts: dict[str, set[int]] = {label: set() for label in labels}
-    for place, name in enumerate(names):
+    for place, name in enumerate(names, start=1):
         title, y_label, keys = PANELS[name]
-        axes = figure.add_subplot(rows, columns, place + 1, title=title, xlabel="RL step", ylabel=y_label)
-        if name != "accuracy" and smooth > 1:
-            axes.set_xlabel(f"RL step (trailing mean of {smooth} steps)")
+        smoothed = name != "accuracy" and smooth > 1
+        x_label = f"RL step (trailing mean of {smooth} steps)" if smoothed else "RL step"
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=x_label, ylabel=y_label)
         for label, curves in panels[name].items():
             for key, line in keys.items():
                 _draw_curve(axes, curves[key], labels.index(label), line, every_point=name == "accuracy")
@@ -240,8 +216,8 @@ def _legend(figure: Any, labels: Sequence[str], counts: Mapping[str, set[int]]) 
     legend.set_title("mean and ± 1 standard error over seeds (one seed: no band)", prop={"size": "small"})
 
 
-def save(figure: Any, path: Path, dpi: int) -> list[Path]:
-    """Write the figure as path.png and path.svg: the two paths.
+def save(figure: Any, path: Path, dpi: int) -> None:
+    """Write the figure as path.png and path.svg.
 
     Text as paths: an SVG in a README is shown as an image and loads no font. With the salt and without the date the same data
     gives the same bytes, so a picture under version control changes only when its data do.
@@ -249,49 +225,28 @@ def save(figure: Any, path: Path, dpi: int) -> list[Path]:
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report.py"}):
-        for file, metadata in zip(files, ({}, {"Date": None}), strict=True):
-            figure.savefig(file, dpi=dpi, metadata=metadata)
-    return files
-
-
-def write_curves(args: argparse.Namespace) -> list[Path]:
-    """Draw every panel that any group has, and all of them in one overview: the files written."""
-    if args.smooth < 1:
-        raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
-    groups = read_groups(args.groups)
-    panels = panel_curves(groups, args.smooth)
-    drawn = [name for name in PANELS if panels[name]]
-    pictures = {name: [name] for name in drawn} | {"overview": drawn}
-    written = []
-    for file in args.only or pictures:
-        if file in pictures:
-            written += save(draw(panels, pictures[file], list(groups), args.smooth), args.out / file, args.dpi)
-    for name in PANELS:
-        print(f"{name}: {', '.join(panels[name]) or 'not drawn, no group has it'}")
-    print(f"{len(written)} pictures in {args.out}")
-    return written
+        figure.savefig(f"{path}.png", dpi=dpi)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    print(f"{path}.png, {path}.svg")
 
 
 # ---------------------------------------------------------------------------------------------------- rows of a sweep
 
 
-def read_rows(path: Path, column: str) -> dict[str, list[float]]:
-    """{row: its value for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
+def read_rows(path: Path) -> dict[str, list[float]]:
+    """{row: its accuracy for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
     rows: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.setdefault(line["row"], []).append(float(line[column]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: no row with a number in {column!r}: {line}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows")
+                rows.setdefault(line["row"], []).append(float(line["accuracy"]))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path}:{number}: no row with an accuracy: {line}") from None
     return rows
 
 
-def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
+def draw_rows(rows: Mapping[str, Sequence[float]]) -> Any:
     """A Figure: each row with its seeds, mean and standard error. Rows named knob=value get a panel for each knob."""
     from matplotlib.figure import Figure
 
@@ -305,13 +260,13 @@ def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
         for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
             _draw_points(axes, points, across=True)
             axes.set_xlabel(knob)
-        all_axes[0].set_ylabel(y_label)
+        all_axes[0].set_ylabel("accuracy")
     else:
         figure = Figure(figsize=(7.5, 0.32 * len(rows) + 1.2), layout="constrained")
         axes = figure.subplots()
         _draw_points(axes, rows, across=False)
         axes.invert_yaxis()
-        axes.set_xlabel(y_label)
+        axes.set_xlabel("accuracy")
     figure.supxlabel("small: one seed; large: the mean with ± 1 standard error over seeds", fontsize="small")
     return figure
 
@@ -339,15 +294,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser("curves", help="training curves, a line for each method, mean and band over seeds", **options)
     curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
-    curves.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    curves.add_argument("--only", nargs="+", choices=(*PANELS, "overview"), help="only these pictures; None: all")
     curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none")
-    rows = commands.add_parser("rows", help="one column of a sweep's csv, every row with its seeds", **options)
+    rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", **options)
     rows.add_argument("csv", type=Path, help="table.csv, knobs.csv or hard.csv of sweep.py")
-    rows.add_argument("--column", default="accuracy", help="which column")
-    rows.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     for command in (curves, rows):
-        command.add_argument("--dpi", type=int, default=150, help="of the PNG")
+        command.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     return parser
 
 
@@ -357,9 +308,12 @@ def main(arguments: Sequence[str]) -> Any:
 
         return token_map.main(arguments)
     args = build_parser().parse_args(arguments)
-    if args.command == "curves":
-        return write_curves(args)
-    return save(draw_rows(read_rows(args.csv, args.column), args.column), args.out, args.dpi)
+    if args.command == "rows":
+        return save(draw_rows(read_rows(args.csv)), args.out, dpi=150)
+    if args.smooth < 1:
+        raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
+    groups = read_groups(args.groups)
+    return save(draw(panel_curves(groups, args.smooth), list(groups), args.smooth), args.out, dpi=90)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sampl
 from grader import MathWorker
 from model import load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
-from tools.benchmark import benchmark_files, guidance, guidance_lines
+from tools.benchmark import benchmark_files, paired_bootstrap
 from weighting import instance_weight
 
 
@@ -219,7 +219,8 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict], seed: int) -> dict[str, dict]:
-    """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance"."""
+    """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures,
+    and "guidance": what a strategy in the prompt changes, with a 95 % interval over problems, and the mean alpha(q) [eq 6]."""
     files: dict[str, dict] = {}
     for one in sets:
         result = figures([records[one.file, one.guided, problem.id] for problem in one.problems], voted=True)
@@ -230,10 +231,13 @@ def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict],
             continue
         counts = [list(side["correct"].values()) for side in (files[one.file], result)]
         p_auto, p_guide = (torch.tensor(values) / one.n for values in counts)
-        families = [problem.strategy.type.lower() for problem in one.problems]  # as strategy.py --report counts them
-        effect = guidance(*counts, one.n, instance_weight(p_auto, p_guide).tolist(), families, seed=seed)
+        effect = {"p_auto": p_auto.mean().item(), "p_guide": p_guide.mean().item()}
+        effect |= paired_bootstrap(*counts, one.n, seed=seed)[0]
+        effect["alpha"] = instance_weight(p_auto, p_guide).mean().item()
         files[one.file] |= {"guided": result, "guidance": effect}
-        print("\n".join(guidance_lines(effect)))
+        alone, guided, change, low, high = (100 * figure for figure in list(effect.values())[:5])
+        line = f"p_auto {alone:.1f}  p_guide {guided:.1f}  difference {change:+.1f} [{low:+.1f}, {high:+.1f}]"
+        print(f"  {line}  mean alpha {effect['alpha']:.3f}")
     return files
 
 

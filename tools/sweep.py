@@ -8,12 +8,11 @@
                                                     the methods on a model and problems of yours, all from the same model
 
 A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to runs/<suite>/<row>/<seed>/,
-as many at a time as there are cores, one thread each. A finished run is not run again, one that was cut off is. The results are
-csv files, pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
+one thread each. A finished run is not run again, one that was cut off is. The results are csv files, pictures, and a page with
+means, paired differences against SGPO and verdicts on the claims of the paper.
 
-The budget is counted in sampled responses: every method of METHODS but sft draws 60 * 16 * 12 = 11,520 of them. SGPO draws 12 a
-problem (8 alone, 4 guided), the others 8 a problem in half as many steps again. LUFFY's solution counts as one of its 8. The
-ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take SGPO's.
+Every method of METHODS but sft samples 60 * 16 * 12 = 11,520 responses: SGPO 12 a problem (8 alone, 4 guided), the others 8 a
+problem in half as many steps again (LUFFY's solution counts as one of them). The ablations keep SGPO's steps and learning rate.
 """
 
 import argparse
@@ -75,15 +74,8 @@ HARD = (
     "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 --sft_fraction 0 "
     "--max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0"
 )
-HARD_ROWS = {
-    "sgpo": "",
-    "grpo": f"--method grpo --steps {EQUAL_SAMPLES}",
-    "random-target": "--target random",
-    "no-kl-clip": "--delta inf",
-    "no-target-selection": "--target all",
-    "random-target-no-kl-clip": "--target random --delta inf",
-    "no-proximal-constraints": "--delta inf --target all",
-}
+HARD_ROWS = ("sgpo", "grpo", "random-target", "no-kl-clip", "no-target-selection", "random-target-no-kl-clip")
+HARD_ROWS += ("no-proximal-constraints",)
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
 MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the model of --base has had its warm-up: grpo is the paper's SFT+GRPO
 DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
@@ -153,7 +145,7 @@ def hard_rows(args: argparse.Namespace) -> dict[str, list[str]]:
     best, rows = best_rates(args.results / "rates.csv"), {}
     for suffix, data in (("", "train"), ("@low06", "train-low06"), ("@low30", "train-low30")):
         for name in LOW_QUALITY_ROWS if suffix else HARD_ROWS:
-            flags = {**HARD_ROWS, **ABLATIONS}[name].split()
+            flags = (METHODS | ABLATIONS | {"random-target-no-kl-clip": "--target random --delta inf"})[name].split()
             rate = rate_flag("sgpo", best["grpo" if name == "grpo" else "sgpo"])
             rows[name + suffix] = [*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags, *rate]
     return rows
@@ -354,56 +346,56 @@ class Claim:
     """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv. With `denied` it says the contrary."""
 
     text: str
-    more: tuple[str, str]
     less: tuple[str, str]
+    more: tuple[str, str] = ("sgpo", "accuracy")
     denied: bool = False
 
 
-def beaten_by_sgpo(row: str, text: str) -> Claim:
-    return Claim(text, ("sgpo", "accuracy"), (row, "accuracy"))
-
-
 TABLE_CLAIMS = (
-    Claim("SGPO improves the base model", ("sgpo", "accuracy"), ("sgpo", "base")),
+    Claim("SGPO improves the base model", ("sgpo", "base")),
     Claim(
         "SFT on the strong model's solutions alone does not (1.5B: -1.0 points, 7B: +0.5)",
-        ("sft", "accuracy"), ("sft", "base"), denied=True,
-    ),  # fmt: skip
-    beaten_by_sgpo("sft", "SGPO beats SFT"),
-    beaten_by_sgpo("sft+grpo", "SGPO beats SFT+GRPO"),
-    beaten_by_sgpo("luffy", "SGPO beats LUFFY"),
-    beaten_by_sgpo("hpt", "SGPO beats HPT"),
-    Claim("LUFFY beats SFT+GRPO", ("luffy", "accuracy"), ("sft+grpo", "accuracy")),
-    Claim("HPT beats SFT+GRPO", ("hpt", "accuracy"), ("sft+grpo", "accuracy")),
-    beaten_by_sgpo("no-distillation", "without strategy distillation it is worse (7B: -2.2)"),
-    beaten_by_sgpo("no-autonomous-grpo", "without autonomous GRPO it is worse (7B: -3.5)"),
-    beaten_by_sgpo("no-proximal-constraints", "without all proximal constraints it is worse (7B: -6.8)"),
-    Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
-    beaten_by_sgpo("no-kl-clip", "without the KL clip it is worse (7B: -3.4)"),
-    beaten_by_sgpo("random-target", "with a random target instead of the most reachable it is worse (ours)"),
-    beaten_by_sgpo("fixed-weight", "with a fixed weight instead of alpha(q) it is worse (7B: -1.2)"),
-    beaten_by_sgpo("group-advantage-weight", "with a group-advantage weight instead of alpha(q) it is worse"),
-    beaten_by_sgpo("reverse-kl", "with the reverse KL it is worse (7B: -1.2)"),
-    beaten_by_sgpo("sft-on-target", "with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)"),
-    Claim("alpha starts high and falls", ("sgpo", "alpha_first10"), ("sgpo", "alpha_last10")),
+        ("sft", "base"),
+        more=("sft", "accuracy"),
+        denied=True,
+    ),
+    Claim("SGPO beats SFT", ("sft", "accuracy")),
+    Claim("SGPO beats SFT+GRPO", ("sft+grpo", "accuracy")),
+    Claim("SGPO beats LUFFY", ("luffy", "accuracy")),
+    Claim("SGPO beats HPT", ("hpt", "accuracy")),
+    Claim("LUFFY beats SFT+GRPO", ("sft+grpo", "accuracy"), more=("luffy", "accuracy")),
+    Claim("HPT beats SFT+GRPO", ("sft+grpo", "accuracy"), more=("hpt", "accuracy")),
+    Claim("without strategy distillation it is worse (7B: -2.2)", ("no-distillation", "accuracy")),
+    Claim("without autonomous GRPO it is worse (7B: -3.5)", ("no-autonomous-grpo", "accuracy")),
+    Claim("without all proximal constraints it is worse (7B: -6.8)", ("no-proximal-constraints", "accuracy")),
+    Claim("and its entropy collapses", ("no-proximal-constraints", "entropy_last10"), more=("sgpo", "entropy_last10")),
+    Claim("without the KL clip it is worse (7B: -3.4)", ("no-kl-clip", "accuracy")),
+    Claim("with a random target instead of the most reachable it is worse (ours)", ("random-target", "accuracy")),
+    Claim("with a fixed weight instead of alpha(q) it is worse (7B: -1.2)", ("fixed-weight", "accuracy")),
+    Claim("with a group-advantage weight instead of alpha(q) it is worse", ("group-advantage-weight", "accuracy")),
+    Claim("with the reverse KL it is worse (7B: -1.2)", ("reverse-kl", "accuracy")),
+    Claim("with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)", ("sft-on-target", "accuracy")),
+    Claim("alpha starts high and falls", ("sgpo", "alpha_last10"), more=("sgpo", "alpha_first10")),
 )
 HARD_CLAIMS = (
-    beaten_by_sgpo("grpo", "SGPO beats GRPO on as many samples"),
-    beaten_by_sgpo("no-kl-clip", "without the KL clip it is worse (7B: -3.4)"),
-    beaten_by_sgpo("random-target", "with a random target instead of the most reachable it is worse (ours)"),
-    beaten_by_sgpo("no-proximal-constraints", "without all proximal constraints it is worse (7B: -6.8)"),
-    Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
+    Claim("SGPO beats GRPO on as many samples", ("grpo", "accuracy")),
+    Claim("without the KL clip it is worse (7B: -3.4)", ("no-kl-clip", "accuracy")),
+    Claim("with a random target instead of the most reachable it is worse (ours)", ("random-target", "accuracy")),
+    Claim("without all proximal constraints it is worse (7B: -6.8)", ("no-proximal-constraints", "accuracy")),
+    Claim("and its entropy collapses", ("no-proximal-constraints", "entropy_last10"), more=("sgpo", "entropy_last10")),
     Claim(
         "a fixed weight instead of alpha(q) is worse (7B: -1.2), with 6 % of the strategies of low quality",
-        ("sgpo@low06", "accuracy"), ("fixed-weight@low06", "accuracy"),
-    ),  # fmt: skip
-    Claim("and with 30 %", ("sgpo@low30", "accuracy"), ("fixed-weight@low30", "accuracy")),
-    Claim("6 % of low quality, the paper's share, do no harm", ("sgpo", "accuracy"), ("sgpo@low06", "accuracy"), denied=True),
-    Claim("30 % do none either (not a claim of the paper)", ("sgpo", "accuracy"), ("sgpo@low30", "accuracy"), denied=True),
+        ("fixed-weight@low06", "accuracy"),
+        more=("sgpo@low06", "accuracy"),
+    ),
+    Claim("and with 30 %", ("fixed-weight@low30", "accuracy"), more=("sgpo@low30", "accuracy")),
+    Claim("6 % of low quality, the paper's share, do no harm", ("sgpo@low06", "accuracy"), denied=True),
+    Claim("30 % do none either (not a claim of the paper)", ("sgpo@low30", "accuracy"), denied=True),
     Claim(
         "the strategies carry over: mixes of types never trained on are solved as well as known ones",
-        ("sgpo", "accuracy"), ("sgpo", "accuracy_also"), denied=True,
-    ),  # fmt: skip
+        ("sgpo", "accuracy_also"),
+        denied=True,
+    ),
 )
 CLAIMS = {"table": TABLE_CLAIMS, "hard": HARD_CLAIMS}
 OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
@@ -592,7 +584,7 @@ def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) ->
     if suite == "table":
         for name, rows in CURVES.items():
             folders = [str(runs / row) for row in rows]
-            report.main(["curves", *folders, "--only", "overview", "--dpi", "90", "--out", str(results / name)])
+            report.main(["curves", *folders, "--out", str(results / name / "overview")])
 
 
 if __name__ == "__main__":
