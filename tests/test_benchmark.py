@@ -106,7 +106,7 @@ def test_compare_refuses_what_is_not_about_the_same():
         (dict(temperature=1.0), "temperature 0.6 in A, 1.0 in B"),
         (dict(top_p=1.0), "top_p 0.95 in A"),
         (dict(longest=2048), "max_new_tokens 32768 in A"),
-        (dict(sha256="0"), "x/math500.jsonl without strategies is in A only"),
+        (dict(sha256="0"), "x/math500.jsonl without strategies is in B only"),
         (dict(guided=True), "without strategies is in A only"),
         (dict(correct={"p": 1}), "problem 'q' of x/math500.jsonl is in one of A and B only"),
     ):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from model import load_model, save_model
 from strategy import Strategy, auto_messages, guided_messages
-from tests.common import ROOT, TINY_BASE, run_script
+from tests.common import ROOT, TINY_BASE, run_script, write_rows
 from tools import report, token_map
 
 
@@ -27,12 +27,10 @@ def eval_record(step, accuracy, guided=False):
     return {"stage": "eval", "step": step, "accuracy": accuracy, "guided": guided}
 
 
-def write_run(folder, records, *, end="\n", **config):
+def write_run(folder, records, **config):
     folder.mkdir(parents=True)
     config = {"method": "sgpo", "seed": 0, "learning_rate": 1e-4, "out": str(folder)} | config
-    lines = [json.dumps(record) if isinstance(record, dict) else record for record in [{"config": config}, *records]]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + end)
-    return folder / "metrics.jsonl"
+    return write_rows(folder / "metrics.jsonl", [{"config": config}, *records])
 
 
 def two_seeds(root):
@@ -64,41 +62,35 @@ def test_band_by_hand_over_seeds_of_different_lengths(tmp_path):
     assert report.trailing_mean({1: 1.0, 2: 3.0, 5: 7.0, 6: 8.0}, 3) == {1: 1.0, 2: 2.0, 5: 7.0, 6: 7.5}  # steps, not records
 
 
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        ('{"stage": "sgpo", "step', "Unterminated string"),
-        (step_record(2, 0.5, stage="sgqo"), "stage is 'sgqo'"),
-        (step_record(2, 0.5, entropy=None), "entropy is None"),
-        (step_record(1, 0.5), "step 1 after step 1"),
-        (eval_record(1, "0.5"), "accuracy is '0.5'"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, bad, message):
-    path = write_run(tmp_path / "a", [step_record(1, 0.5), bad, step_record(3, 0.5)])
-    with pytest.raises(ValueError, match=f"^{path}:3: .*{message}"):
+def test_a_broken_line_is_named_and_an_unfinished_one_left_out(tmp_path, capsys):
+    path = write_run(tmp_path / "a", [step_record(1, 0.5)])
+    with path.open("a") as file:
+        file.write('{"stage": "sgpo", "st')
+    assert len(report.read_run(path).steps) == 1
+    assert f"{path}:3: the last line is unfinished" in capsys.readouterr().out
+    with path.open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=f"^{path}:3: Unterminated string"):
         report.read_run(path)
-
-
-def test_only_an_unfinished_last_line_may_be_broken(tmp_path, capsys):
-    going = write_run(tmp_path / "going", [step_record(1, 0.5), '{"stage": "sgpo", "st'], end="")
-    assert len(report.read_run(going).steps) == 1 and f"{going}:3: the last line is unfinished" in capsys.readouterr().out
+    path.write_text('{"stage": "sgpo"}\n')
+    with pytest.raises(ValueError, match=f"^{path}:1: no settings of a run"):
+        report.read_run(path)
 
 
 def test_a_group_is_one_setting_under_several_seeds(tmp_path):
     good = two_seeds(tmp_path)
-    write_run(tmp_path / "lr=3/0", [step_record(1, 0.5)])
-    groups = report.read_groups([f"Ours={good}", good + "/", str(tmp_path / "lr=3")])
-    assert list(groups) == ["Ours", "sgpo", "lr=3"] and [run.config["seed"] for run in groups["sgpo"]] == [0, 1]
-    for name, seed, rate in (("a", 1, 3e-4), ("b", 0, 1e-4)):
-        write_run(tmp_path / name / "0", [step_record(1, 0.5)], max_rows=3)
-        write_run(tmp_path / name / "1", [step_record(1, 0.5)], max_rows=5, seed=seed, learning_rate=rate)
-    with pytest.raises(ValueError, match="learning_rate is 0.0001 in .*a/0/metrics.jsonl but 0.0003 in .*a/1/metrics.jsonl"):
+    groups = report.read_groups([f"Ours={good}", good + "/"])
+    assert list(groups) == ["Ours", "sgpo"]
+    assert [run.config["seed"] for run in groups["sgpo"]] == [0, 1]
+    write_run(tmp_path / "a/0", [step_record(1, 0.5)], max_rows=3)
+    write_run(tmp_path / "a/1", [step_record(1, 0.5)], max_rows=5, seed=1, learning_rate=3e-4)
+    with pytest.raises(ValueError, match="a/0/metrics.jsonl: .* seeds, not in learning_rate$"):  # max_rows may differ
         report.read_groups([str(tmp_path / "a")])
-    with pytest.raises(ValueError, match="both have seed 0"):  # and not that max_rows differs
-        report.read_groups([str(tmp_path / "b")])
-    with pytest.raises(ValueError, match="two groups are called 'sgpo'"):
-        report.read_groups([good, good])
+    write_run(tmp_path / "sgpo/2", [step_record(1, 0.5)], seed=1)
+    with pytest.raises(ValueError, match="sgpo/1/.* and .*sgpo/2/.* have the same seeds"):
+        report.read_groups([good])
+    with pytest.raises(ValueError, match="two groups are called 'a'"):
+        report.read_groups([f"a={tmp_path / 'a/0'}", f"a={tmp_path / 'a/1'}"])
 
 
 def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):
@@ -117,8 +109,8 @@ def test_a_log_that_training_wrote():
 
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
     groups = report.read_groups(three_methods(tmp_path))
-    figure = report.draw(report.panel_curves(groups, 2), ["reward", "accuracy"], list(groups), 2)
-    reward, accuracy = figure.axes
+    figure = report.draw(report.panel_curves(groups, 2), list(groups), 2)
+    reward, *_, accuracy = figure.axes
     assert list(reward.lines[0].get_ydata()) == pytest.approx([0.3, 0.45, 0.5])
     band = reward.collections[0].get_paths()[0].vertices
     assert {round(float(y), 6) for x, y in band if x == 2} == {0.3, 0.6}  # 0.45 +- 0.15
@@ -128,38 +120,33 @@ def test_a_figure_shows_mean_band_and_seeds(tmp_path):
     assert accuracy.lines[-1].get_color() == report.COLOURS[2]  # sft is the third group, also where it is the second line
 
 
-def test_pictures_are_written_and_the_same_each_time(tmp_path):
-    groups = three_methods(tmp_path)
-    for out in ("one", "two"):
-        report.main(["curves", *groups, "--only", "overview", "--out", str(tmp_path / out), "--dpi", "50"])
-        assert {path.name for path in (tmp_path / out).iterdir()} == {"overview.png", "overview.svg"}
-    one, two = ((tmp_path / out / "overview.svg").read_bytes() for out in ("one", "two"))
-    assert one == two and b"<text" not in one  # text as paths
-
-
 def test_the_command_draws_without_torch_and_ends_with_a_message(tmp_path):
     code = "import sys; from tools import report; report.main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = run_script("-c", code, "curves", two_seeds(tmp_path), "--only", "alpha", "--dpi", "50", "--out", tmp_path / "o")
+    done = run_script("-c", code, "curves", two_seeds(tmp_path), "--out", tmp_path / "sgpo")
     assert done.stdout.splitlines()[-1] == "False", done.stderr
-    done = run_script("tools/report.py", "tokens", "--data", "x", "--model", "x", "--out", "/nowhere/x.html")
-    assert (done.returncode, done.stderr) == (1, "report.py: /nowhere/x.html: its folder does not exist\n")
+    assert (tmp_path / "sgpo.png").exists() and b"<text" not in (tmp_path / "sgpo.svg").read_bytes()  # text as paths
+    done = run_script("tools/report.py", "curves", tmp_path / "none", "--out", "x")
+    assert done.returncode == 1 and done.stderr.startswith(f"report.py: {tmp_path}/none: no metrics.jsonl")
 
 
 def test_rows_show_every_seed_and_the_mean(tmp_path):
-    text = "row,seed,accuracy\nsgpo,0,0.9\nsgpo,1,0.7\ngrpo,0,0.5\n"
-    (tmp_path / "table.csv").write_text(text)
-    rows = report.read_rows(tmp_path / "table.csv", "accuracy")
-    (axes,) = report.draw_rows(rows, "accuracy").axes
+    path = tmp_path / "table.csv"
+    path.write_text("row,seed,accuracy\nsgpo,0,0.9\nsgpo,1,0.7\ngrpo,0,0.5\n")
+    (axes,) = report.draw_rows(report.read_rows(path)).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["sgpo", "grpo"]
     assert [container.lines[0].get_xdata()[0] for container in axes.containers] == pytest.approx([0.8, 0.5])
     (bar,) = axes.containers[0].lines[2][0].get_segments()
     assert bar[:, 0].tolist() == pytest.approx([0.7, 0.9])  # stdev 0.1 sqrt 2 over sqrt 2
-    report.main(["rows", str(tmp_path / "table.csv"), "--out", str(tmp_path / "pictures/table")])
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"table.png", "table.svg"}
-    (tmp_path / "table.csv").write_text(text + "hpt,0,oops\n")
-    with pytest.raises(ValueError, match="table.csv:5: no row with a number in 'accuracy'.*oops"):
-        report.read_rows(tmp_path / "table.csv", "accuracy")
-    knobs = report.draw_rows({"delta=0.1": [0.5, 0.6], "delta=inf": [0.7, 0.8], "gamma=1.0": [0.9, 0.9]}, "accuracy").axes
+    for name in ("one", "two"):
+        report.main(["rows", str(path), "--out", str(tmp_path / name)])
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    path.write_text(path.read_text() + "hpt,0,oops\n")
+    with pytest.raises(ValueError, match="table.csv:5: no row with an accuracy.*oops"):
+        report.read_rows(path)
+
+
+def test_knobs_get_a_panel_each():
+    knobs = report.draw_rows({"delta=0.1": [0.5, 0.6], "delta=inf": [0.7, 0.8], "gamma=1.0": [0.9, 0.9]}).axes
     assert [one.get_xlabel() for one in knobs] == ["delta", "gamma"]
     assert [label.get_text() for label in knobs[0].get_xticklabels()] == ["0.1", "inf"]
 
