@@ -109,14 +109,14 @@ def test_a_log_that_training_wrote():
 
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
     groups = report.read_groups(three_methods(tmp_path))
-    figure = report.draw(report.panel_curves(groups, 2), list(groups), 2)
+    figure = report.draw(groups, 2)
     reward, *_, accuracy = figure.axes
     assert list(reward.lines[0].get_ydata()) == pytest.approx([0.3, 0.45, 0.5])
     band = reward.collections[0].get_paths()[0].vertices
     assert {round(float(y), 6) for x, y in band if x == 2} == {0.3, 0.6}  # 0.45 +- 0.15
     assert band[:, 0].max() == 2 and len(reward.collections[1].get_paths()) == 0  # one seed: no band
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["sgpo (1 to 2 seeds)", "grpo (1 seed)", "sft (1 seed)"]
+    assert legend == ["sgpo (2 seeds)", "grpo (1 seed)", "sft (1 seed)"]
     assert accuracy.lines[-1].get_color() == report.COLOURS[2]  # sft is the third group, also where it is the second line
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 # Okabe and Ito's colour-blind-safe colours without yellow, which is lost on white
@@ -37,6 +39,7 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
 GUIDED = ("reward_guided", "alpha")  # methods without a guided group log 0 for these, which is no measurement
 SEEDS = ("seed", "data_seed", "sampling_seed")
 MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # inside a group, and what is in train.MAY_CHANGE
+Curve = dict[str, list]  # "step", "mean", "stderr", "seeds": parallel lists
 
 
 # ---------------------------------------------------------------------------------------------------- reading runs
@@ -69,8 +72,8 @@ def read_run(path: Path) -> Run:
     if not records or "config" not in records[0]:
         raise ValueError(f"{path}:1: no settings of a run")
     config = records[0]["config"]
-    steps = [record for record in records[1:] if record["stage"] == config["method"] != "sft"]
-    evals = [record for record in records[1:] if record["stage"] == "eval" and not record["guided"]]
+    steps = [record for record in records if record.get("stage") == config["method"] != "sft"]
+    evals = [record for record in records if record.get("stage") == "eval" and not record["guided"]]
     return Run(path, config, steps, evals)
 
 
@@ -100,8 +103,9 @@ def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
 def _check_group(runs: Sequence[Run]) -> None:
     first, seeds, different = runs[0], {}, set()
     for run in runs:
-        names = run.config.keys() & first.config.keys()
-        different |= {name for name in names if run.config[name] != first.config[name]} - set(MAY_DIFFER)
+        for name in run.config.keys() & first.config.keys():
+            if run.config[name] != first.config[name] and name not in MAY_DIFFER:
+                different.add(name)
         own = tuple(run.config.get(name) for name in SEEDS)
         if own in seeds:
             raise ValueError(f"{seeds[own]} and {run.path} are of one group and have the same seeds")
@@ -127,36 +131,52 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 def trailing_mean(series: Mapping[int, float], window: int) -> dict[int, float]:
     """{step: mean of the last `window` steps up to this one}. Not centred: a point stays where it is when the run goes on."""
-    return {step: statistics.fmean(series[s] for s in range(step - window + 1, step + 1) if s in series) for step in series}
+    means = {}
+    for step in series:
+        last = [series[s] for s in range(step - window + 1, step + 1) if s in series]
+        means[step] = statistics.fmean(last)
+    return means
 
 
-def over_seeds(series: Sequence[Mapping[int, float]]) -> dict[str, list]:
-    """{step: value} of each seed -> {"step", "mean", "stderr", "seeds"}: parallel lists over all steps that a seed reached."""
-    steps = sorted(set().union(*series))
-    values = [[one[step] for one in series if step in one] for step in steps]
-    mean, stderr = zip(*map(mean_and_stderr, values), strict=True)
-    return {"step": steps, "mean": list(mean), "stderr": list(stderr), "seeds": list(map(len, values))}
+def over_seeds(series: Sequence[Mapping[int, float]]) -> Curve:
+    """{step: value} of each seed -> the curve of their means, over all steps that a seed reached."""
+    curve = {"step": sorted(set().union(*series)), "mean": [], "stderr": [], "seeds": []}
+    for step in curve["step"]:
+        values = [one[step] for one in series if step in one]
+        mean, stderr = mean_and_stderr(values)
+        curve["mean"].append(mean)
+        curve["stderr"].append(stderr)
+        curve["seeds"].append(len(values))
+    return curve
 
 
-def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, dict[str, dict[str, dict[str, list]]]]:
-    """{panel: {label: {key: curve}}}, smoothed seed by seed before the mean over seeds is taken.
+def curve_of(runs: Sequence[Run], key: str, smooth: int) -> Curve:
+    """A quantity over steps, smoothed seed by seed before the mean over seeds is taken; without steps if no run measured it.
 
-    A group without a quantity is not in that panel: a method that samples no guided group has neither p_guide nor alpha, SFT
-    has accuracy alone. Accuracy is not smoothed. Of two evaluations at one step the later counts, so a run with an SFT warm-up
-    starts from the accuracy after it.
+    Accuracy is not smoothed. Of two evaluations at one step the later counts, so a run with an SFT warm-up starts from the
+    accuracy after it.
     """
-    panels: dict[str, dict[str, dict[str, dict[str, list]]]] = {name: {} for name in PANELS}
-    for label, runs in groups.items():
-        for name, (_, _, keys) in PANELS.items():
-            for key in keys:
-                if name == "accuracy":
-                    series = [{record["step"]: record[key] for record in run.evals} for run in runs]
-                else:  # a response has at least one token, so a guided length of 0 means that there was no guided group
-                    length = "length_guided" if set(keys) & set(GUIDED) else "length_auto"
-                    series = [{r["step"]: r[key] for r in run.steps if r[length] > 0} for run in runs]
-                    series = [trailing_mean(one, smooth) for one in series]
-                if any(series):
-                    panels[name].setdefault(label, {})[key] = over_seeds([one for one in series if one])
+    series = []
+    for run in runs:
+        if key == "accuracy":
+            series.append({record["step"]: record[key] for record in run.evals})
+        else:  # a response has at least one token, so a guided length of 0 means that there was no guided group
+            length = "length_guided" if key in GUIDED else "length_auto"
+            measured = {record["step"]: record[key] for record in run.steps if record[length] > 0}
+            series.append(trailing_mean(measured, smooth))
+    return over_seeds(series)
+
+
+def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, dict[str, dict[str, Curve]]]:
+    """{panel: {label: {key: curve}}}. A group is only in the panels for which it has everything: one without guided responses
+    has neither p_guide nor alpha, SFT has accuracy alone."""
+    panels = {}
+    for name, (_, _, keys) in PANELS.items():
+        panels[name] = {}
+        for label, runs in groups.items():
+            curves = {key: curve_of(runs, key, smooth) for key in keys}
+            if all(curve["step"] for curve in curves.values()):
+                panels[name][label] = curves
     return panels
 
 
@@ -164,15 +184,16 @@ def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, 
 # matplotlib (requirements-dev.txt) is imported by the functions that draw. Without pyplot: no global state, no display.
 
 
-def draw(panels: Mapping[str, Mapping[str, Any]], labels: Sequence[str], smooth: int) -> Any:
+def draw(groups: Mapping[str, Sequence[Run]], smooth: int) -> Any:
     """A matplotlib Figure of the panels that have a curve; a group keeps its colour and marker in all of them."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    panels, labels = panel_curves(groups, smooth), list(groups)
     names = [name for name in PANELS if panels[name]]
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.9), layout="constrained")
-    counts: dict[str, set[int]] = {label: set() for label in labels}
     for place, name in enumerate(names, start=1):
         title, y_label, keys = PANELS[name]
         smoothed = name != "accuracy" and smooth > 1
@@ -181,39 +202,30 @@ def draw(panels: Mapping[str, Mapping[str, Any]], labels: Sequence[str], smooth:
         for label, curves in panels[name].items():
             for key, line in keys.items():
                 _draw_curve(axes, curves[key], labels.index(label), line, every_point=name == "accuracy")
-                counts[label] |= set(curves[key]["seeds"])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.ticklabel_format(useOffset=False)
-    _legend(figure, labels, counts)
+    handles = []
+    for index, (label, runs) in enumerate(groups.items()):
+        text = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        handles.append(Line2D([], [], color=COLOURS[index], marker=MARKERS[index], markersize=5, label=text))
+    # below the axes, where it hides nothing
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    legend.set_title("mean and ± 1 standard error over seeds (one seed: no band)", prop={"size": "small"})
     return figure
 
 
-def _draw_curve(axes: Any, curve: Mapping[str, list], index: int, line: str, every_point: bool) -> None:
+def _draw_curve(axes: Any, curve: Curve, index: int, line: str, every_point: bool) -> None:
     """Line, markers and band of one curve. One seed has no band."""
-    steps, mean, colour = curve["step"], curve["mean"], COLOURS[index]
-    axes.plot(steps, mean, line, color=colour, linewidth=1.7)
+    steps, mean, stderr = (np.array(curve[name]) for name in ("step", "mean", "stderr"))
+    colour = COLOURS[index]
     stride = 1 if every_point else max(len(steps) // 6, 1)
     start = index % min(stride, len(steps))  # differs by group: on lines that run together no marker covers another
-    axes.plot(steps[start::stride], mean[start::stride], MARKERS[index], color=colour, markersize=4.5)
-    low, high = ([m + sign * e for m, e in zip(mean, curve["stderr"], strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    marks = {"marker": MARKERS[index], "markersize": 4.5, "markevery": (start, stride)}
+    axes.plot(steps, mean, line, color=colour, linewidth=1.7, **marks)
+    axes.fill_between(steps, mean - stderr, mean + stderr, color=colour, alpha=0.2, linewidth=0)
     if len(steps) == 1:  # a band without width cannot be seen: SFT has one accuracy
-        axes.vlines(steps, low, high, color=colour, linewidth=1.7)
-
-
-def _legend(figure: Any, labels: Sequence[str], counts: Mapping[str, set[int]]) -> None:
-    """The groups with their numbers of seeds, below the axes, where the legend hides nothing."""
-    from matplotlib.lines import Line2D
-
-    handles, texts = [], []
-    for index, label in enumerate(labels):
-        if counts[label]:
-            low, high = min(counts[label]), max(counts[label])
-            texts.append(f"{label} ({f'{low} to ' if low < high else ''}{high} seed{'s' if high > 1 else ''})")
-            handles.append(Line2D([], [], color=COLOURS[index], marker=MARKERS[index], markersize=5))
-    legend = figure.legend(handles, texts, loc="outside lower center", ncols=min(len(texts), 4), frameon=False)
-    legend.set_title("mean and ± 1 standard error over seeds (one seed: no band)", prop={"size": "small"})
+        axes.vlines(steps, mean - stderr, mean + stderr, color=colour, linewidth=1.7)
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
@@ -254,32 +266,36 @@ def draw_rows(rows: Mapping[str, Sequence[float]]) -> Any:
     for row, values in rows.items():
         knob, _, value = row.partition("=")
         panels.setdefault(knob if value else "", {})[value or row] = values
-    if set(panels) != {""}:
-        figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
-            _draw_points(axes, points, across=True)
-            axes.set_xlabel(knob)
+    upright = "" not in panels
+    size = (4.4 * len(panels), 3.6) if upright else (7.5, 0.32 * len(rows) + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=upright, squeeze=False)[0]
+    for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
+        _draw_points(axes, points, upright)
+        axes.set_xlabel(knob if upright else "accuracy")
+    if upright:
         all_axes[0].set_ylabel("accuracy")
     else:
-        figure = Figure(figsize=(7.5, 0.32 * len(rows) + 1.2), layout="constrained")
-        axes = figure.subplots()
-        _draw_points(axes, rows, across=False)
         axes.invert_yaxis()
-        axes.set_xlabel("accuracy")
     figure.supxlabel("small: one seed; large: the mean with ± 1 standard error over seeds", fontsize="small")
     return figure
 
 
-def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], across: bool) -> None:
+def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], upright: bool) -> None:
     """Each name at its place along one axis, its seeds and their mean along the other."""
+    one_seed = {"color": COLOURS[5], "markersize": 3.5, "alpha": 0.8, "zorder": 1}
+    all_seeds = {"fmt": "o", "color": COLOURS[0], "capsize": 3, "zorder": 2}
     for place, values in enumerate(points.values()):
+        places = [place] * len(values)
         mean, error = mean_and_stderr(values)
-        seeds = ([place] * len(values), values) if across else (values, [place] * len(values))
-        axes.plot(*seeds, "o", color=COLOURS[5], markersize=3.5, alpha=0.8, zorder=1)
-        where = (place, mean) if across else (mean, place)
-        axes.errorbar(*where, **{"yerr" if across else "xerr": error}, fmt="o", color=COLOURS[0], capsize=3, zorder=2)
-    (axes.set_xticks if across else axes.set_yticks)(range(len(points)), list(points))
+        if upright:
+            axes.plot(places, values, "o", **one_seed)
+            axes.errorbar(place, mean, yerr=error, **all_seeds)
+        else:
+            axes.plot(values, places, "o", **one_seed)
+            axes.errorbar(mean, place, xerr=error, **all_seeds)
+    set_ticks = axes.set_xticks if upright else axes.set_yticks
+    set_ticks(range(len(points)), list(points))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -312,8 +328,7 @@ def main(arguments: Sequence[str]) -> Any:
         return save(draw_rows(read_rows(args.csv)), args.out, dpi=150)
     if args.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
-    groups = read_groups(args.groups)
-    return save(draw(panel_curves(groups, args.smooth), list(groups), args.smooth), args.out, dpi=90)
+    return save(draw(read_groups(args.groups), args.smooth), args.out, dpi=90)
 
 
 if __name__ == "__main__":
