@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of 
 from tools import report
 
 HERE = Path(__file__).resolve().parent.parent
+Lines = Sequence[dict[str, str]]  # of a csv
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
 PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
 
@@ -74,6 +76,7 @@ HARD = (
     "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 --sft_fraction 0 "
     "--max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0"
 )
+HARD_FLAGS = METHODS | ABLATIONS | {"random-target-no-kl-clip": "--target random --delta inf"}
 HARD_ROWS = ("sgpo", "grpo", "random-target", "no-kl-clip", "no-target-selection", "random-target-no-kl-clip")
 HARD_ROWS += ("no-proximal-constraints",)
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
@@ -101,32 +104,35 @@ class Job:
     also_eval: str = ""  # a second file of held-out problems for the trained model; the csv gets a column "accuracy_also"
 
 
-def rate_flag(method: str, rate: str) -> list[str]:
-    return ["--sft_learning_rate" if method == "sft" else "--learning_rate", rate]
+def rate_flag(method: str, rate: str) -> str:
+    return f"--sft_learning_rate {rate}" if method == "sft" else f"--learning_rate {rate}"
 
 
-def rates_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def rates_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every method at every rate, evaluated on the validation problems."""
-    valid = "--eval_data data/tiny/valid.jsonl --eval_every 0 --no-eval_guided".split()
-    return {
-        f"{method}@{rate}": [*METHODS[method].split(), *rate_flag(method, rate), *valid]
-        for method, rates in RATES.items()
-        for rate in rates
-    }
+    valid, rows = "--eval_data data/tiny/valid.jsonl --eval_every 0 --no-eval_guided", {}
+    for method, rates in RATES.items():
+        for rate in rates:
+            rows[f"{method}@{rate}"] = f"{METHODS[method]} {rate_flag(method, rate)} {valid}"
+    return rows
 
 
-def table_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def table_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every method at its best rate and every ablation at SGPO's."""
     best = best_rates(args.results / "rates.csv")
-    rows = {name: [*flags.split(), *rate_flag(name, best[name])] for name, flags in METHODS.items()}
-    return rows | {name: [*flags.split(), *rate_flag("sgpo", best["sgpo"])] for name, flags in ABLATIONS.items()}
+    rows = {name: f"{flags} {rate_flag(name, best[name])}" for name, flags in METHODS.items()}
+    return rows | {name: f"{flags} {rate_flag('sgpo', best['sgpo'])}" for name, flags in ABLATIONS.items()}
 
 
-def knobs_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def knobs_rows(args: argparse.Namespace) -> dict[str, str]:
     """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
     rate = rate_flag("sgpo", best_rates(args.results / "rates.csv")["sgpo"])
-    others = [(name, value) for name, values in KNOBS.items() for value in values if value != DEFAULTS[name]]
-    return {"default": rate} | {f"{name}={value}": [f"--{name}", value, *rate] for name, value in others}
+    rows = {"default": rate}
+    for name, values in KNOBS.items():
+        for value in values:
+            if value != DEFAULTS[name]:
+                rows[f"{name}={value}"] = f"--{name} {value} {rate}"
+    return rows
 
 
 def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,18 +146,17 @@ def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def hard_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def hard_rows(args: argparse.Namespace) -> dict[str, str]:
     """The hard world with good strategies, then with 6 % and 30 % of low quality."""
     best, rows = best_rates(args.results / "rates.csv"), {}
     for suffix, data in (("", "train"), ("@low06", "train-low06"), ("@low30", "train-low30")):
         for name in LOW_QUALITY_ROWS if suffix else HARD_ROWS:
-            flags = (METHODS | ABLATIONS | {"random-target-no-kl-clip": "--target random --delta inf"})[name].split()
-            rate = rate_flag("sgpo", best["grpo" if name == "grpo" else "sgpo"])
-            rows[name + suffix] = [*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags, *rate]
+            rate = rate_flag(name, best["grpo" if name == "grpo" else "sgpo"])
+            rows[name + suffix] = f"{HARD} --data data/hard/{data}.jsonl {HARD_FLAGS[name]} {rate}"
     return rows
 
 
-def model_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def model_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every sampling method from the model of --base, with equal numbers of sampled responses; sft reads each solution once."""
     base = args.base.split()
     if "--model" not in base or args.steps < 2 or args.steps % 2:
@@ -160,10 +165,10 @@ def model_rows(args: argparse.Namespace) -> dict[str, list[str]]:
         raise ValueError("--base: --data without --eval_data, so no run would have an accuracy to compare")
     if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(base):
         raise ValueError(f"--base: {', '.join(sorted(fixed))} would make the numbers of sampled responses unequal")
-    rows = {"sft": [*base, "--method", "sft", "--sft_epochs", "1", *PLAIN_SFT.split()]}
+    rows = {"sft": f"{args.base} --method sft --sft_epochs 1 {PLAIN_SFT}"}
     for name in MODEL_ROWS:
         steps = args.steps if name == "sgpo" else args.steps * 12 // 8
-        rows[name] = [*base, "--method", name, "--steps", str(steps), "--sft_fraction", "0"]
+        rows[name] = f"{args.base} --method {name} --steps {steps} --sft_fraction 0"
     return rows
 
 
@@ -180,7 +185,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     """All runs of a suite, seed by seed. `rates` has seeds that no table uses; `hard` evaluates families held out whole too."""
     rows, first = SUITES[args.suite][0](args), 100 if args.suite == "rates" else 0
     also = "data/hard/mixes.jsonl" if args.suite == "hard" else ""
-    return [Job(row, first + seed, tuple(flags), also) for seed in range(args.seeds) for row, flags in rows.items()]
+    seeds = range(first, first + args.seeds)
+    return [Job(row, seed, tuple(flags.split()), also) for seed in seeds for row, flags in rows.items()]
 
 
 def best_rates(path: Path) -> dict[str, str]:
@@ -192,7 +198,8 @@ def best_rates(path: Path) -> dict[str, str]:
         scores = {rate: column(runs, f"{method}@{rate}", "accuracy").values() for rate in rates}
         if missing := [rate for rate in rates if not scores[rate]]:
             raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python tools/sweep.py rates`")
-        best[method] = max((round(statistics.fmean(scores[rate]), 6), float(rate), rate) for rate in rates)[-1]
+        means = {rate: round(statistics.fmean(scores[rate]), 6) for rate in rates}
+        best[method] = max(rates, key=lambda rate: (means[rate], float(rate)))
     return best
 
 
@@ -259,7 +266,8 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
     head, *records = read_log(folder)
     steps = [r for r in records if "step_s" in r]
     evals = [r for r in records if r["stage"] == "eval"]
-    alone, guided = ([r["accuracy"] for r in evals if r["guided"] == kind] for kind in (False, True))
+    alone = [r["accuracy"] for r in evals if not r["guided"]]
+    guided = [r["accuracy"] for r in evals if r["guided"]]
     last = steps[-10:]
     also = {}
     if job.also_eval:
@@ -303,7 +311,8 @@ def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
     names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
     lines = []
     for row in dict.fromkeys(job.row for job in jobs):
-        logs = [[r for r in read_log(runs / job.row / str(job.seed)) if "step_s" in r] for job in jobs if job.row == row]
+        folders = [runs / row / str(job.seed) for job in jobs if job.row == row]
+        logs = [[r for r in read_log(folder) if "step_s" in r] for folder in folders]
         for records in zip(*logs, strict=True):
             means = {name: mean_of(records, name) for name in names}
             lines.append({"row": row, "step": records[0]["step"], "seeds": len(records)} | means)
@@ -407,7 +416,7 @@ NOT_TESTABLE = (
 )
 
 
-def column(lines: Sequence[dict[str, str]], row: str, name: str) -> dict[str, float]:
+def column(lines: Lines, row: str, name: str) -> dict[str, float]:
     """{seed: value} of one row and column of a csv; empty cells are left out."""
     return {line["seed"]: float(line[name]) for line in lines if line["row"] == row and line[name]}
 
@@ -420,7 +429,7 @@ def verdict(difference: tuple[float, float, float], denied: bool = False) -> str
     return "reproduced" if low > 0 else "the opposite" if high < 0 else "not reproduced"
 
 
-def with_error(lines: Sequence[dict[str, str]], row: str, name: str, digits: int = 3) -> str:
+def with_error(lines: Lines, row: str, name: str, digits: int = 3) -> str:
     values = list(column(lines, row, name).values())
     if not values:
         return ""
@@ -449,7 +458,7 @@ def reference_of(row: str) -> str:
     return f"{knob}={DEFAULTS[knob]}" if is_knob else "sgpo" + "".join(row.partition("@")[1:])
 
 
-def shared_flags(lines: Sequence[dict[str, str]]) -> str:
+def shared_flags(lines: Lines) -> str:
     """The flags that every run of a csv begins with: said once above its table."""
     words = zip(*(line["flags"].split() for line in lines), strict=False)
     shared = [run[0] for run in itertools.takewhile(lambda run: len(set(run)) == 1, words)]
@@ -458,7 +467,7 @@ def shared_flags(lines: Sequence[dict[str, str]]) -> str:
     return " ".join(shared)
 
 
-def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
+def rows_table(lines: Lines) -> list[str]:
     """One line of markdown for each row: mean and standard error over seeds, the paired difference, and the cost."""
     shared = shared_flags(lines)
     names = {"accuracy": "accuracy", "accuracy_also": "on mixes", "guided": "guided", "kept": "kept"}
@@ -510,7 +519,7 @@ def suite_page(suite: str, results: Path) -> str:
     return "\n".join([*page, ""])
 
 
-def claims_section(lines: Sequence[dict[str, str]], claims: Sequence[Claim]) -> list[str]:
+def claims_section(lines: Lines, claims: Sequence[Claim]) -> list[str]:
     page = [
         "",
         "## The paper's claims",
@@ -533,11 +542,12 @@ def token_claim(path: Path) -> list[str]:
     """The claim about single tokens, from what `report.py divergence` wrote; nothing if it was not run."""
     if not path.exists():
         return []
-    tokens, means = read_csv(path), []
-    for kind in (True, False):
-        part = [(int(token["count"]), float(token["mean_d"])) for token in tokens if (token["token"] in OPERATIONS) == kind]
-        means.append(sum(count * d for count, d in part) / sum(count for count, _ in part))
-    high, low = means
+    counts, sums = Counter(), Counter()
+    for token in read_csv(path):
+        kind = token["token"] in OPERATIONS
+        counts[kind] += int(token["count"])
+        sums[kind] += int(token["count"]) * float(token["mean_d"])
+    high, low = sums[True] / counts[True], sums[False] / counts[False]
     return [
         f"| d_t is large on the tokens that carry the strategy and near zero on routine ones | mean {high:.4f} nats on the "
         f"six operations, {low:.5f} on all other tokens (base model, divergence.csv) | "
