@@ -1,8 +1,6 @@
 """Many runs: rows, rates, verdicts, pages."""
 
 import argparse
-import itertools
-import re
 import shutil
 
 import mpmath  # comes with math-verify's sympy
@@ -48,6 +46,9 @@ def test_every_row_of_every_suite_is_a_valid_command():
         differs = {key for key, value in vars(rows[name]).items() if value != getattr(rows["sgpo"], key)}
         assert differs == {flag.removeprefix("--").removeprefix("no-") for flag in words.split() if "--" in flag}
     assert {len(values) for values in sweep.RATES.values()} == {4}  # no method is searched more than another
+    for row, cfg in configs["knobs"].items():  # the row says what the run was
+        name, value = row.split("=")
+        assert getattr(cfg, name) == float(value)
     assert {cfg.model for cfg in own.values()} == {"m"} and own.pop("sft").steps == 0
     assert {responses(cfg) for cfg in own.values()} == {12 * 8 * 12} and {cfg.sft_fraction for cfg in own.values()} == {0}
 
@@ -67,17 +68,6 @@ def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main([*flags, "--results", str(tmp_path)])
     assert message in f"{stop.value} {capsys.readouterr().err}"
-
-
-def test_knobs_run_the_default_once_and_show_it_for_every_knob():
-    jobs = jobs_of("knobs")
-    lines = sweep.knob_lines([{"row": job.row, "seed": job.seed, "flags": " ".join(job.flags)} for job in jobs])
-    want = [(f"{name}={value}", seed) for name, values in sweep.KNOBS.items() for value in values for seed in (0, 1)]
-    assert [(line["row"], line["seed"]) for line in lines] == want
-    assert len({job.flags for job in jobs}) == len(jobs) / 2 == len(want) / 2 - 2  # the default is in three rows, and runs once
-    for line in lines:  # the row says what the run was
-        name, value = line["row"].split("=")
-        assert getattr(train.parse_config([*line["flags"].split(), "--out", "x"]), name) == float(value)
 
 
 def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
@@ -142,27 +132,6 @@ def test_the_best_rate_is_the_one_of_highest_mean(tmp_path):
     sweep.write_csv(tmp_path / "rates.csv", lines[:-2])
     with pytest.raises(ValueError, match="no run of hpt at 4e-4"):
         sweep.best_rates(tmp_path / "rates.csv")
-
-
-def test_the_page_says_what_the_csv_says(tmp_path):
-    """Two seeds; every row 0.1 under SGPO but one, which is above, and one whose difference changes its sign."""
-    lines = []
-    for row, seed in itertools.product((*sweep.METHODS, *sweep.ABLATIONS), (0, 1)):
-        accuracy = {"sgpo": 0.8, "reverse-kl": 0.9, "hpt": 0.7 + 0.2 * seed}.get(row, 0.7) + seed / 100
-        line = {"row": row, "seed": seed, "base": 0.4, "accuracy": accuracy, "entropy_last10": 0.1, "alpha_last10": 0.2}
-        line |= {"alpha_first10": f"0.5{seed}", "steps": 60, "sampled_tokens": 9, "step_s": 7, "commit": "abc", "flags": row}
-        lines.append(line)
-    shutil.copy(TINY / "rates.csv", tmp_path)
-    sweep.write_csv(tmp_path / "table.csv", lines)
-    page = sweep.suite_page("table", tmp_path)
-    assert "| luffy | -0.100 [-0.100, -0.100] | 0.705 ± 0.005 |" in page and "| base | | 0.400 |" in page
-    assert "| SGPO beats LUFFY | +0.100 [+0.100, +0.100] | reproduced |" in page
-    assert re.search(r"SGPO beats HPT \| \+0\.000 .*\| not reproduced", page)
-    assert re.search(r"reverse KL .*\| the opposite", page) and re.search(r"alpha starts high .*\| \+0\.305 ", page)
-    for text, last in (("0.5000 nats", 0.04), ("not reproduced (rule", 0.06)):  # add and min: (3 * 0.6 + 0.2) / 4
-        assert text not in page  # no divergence.csv yet, or another
-        (tmp_path / "divergence.csv").write_text(f"token,count,mean_d\nadd,3,0.6\nmin,1,0.2\n=,9,{last}\n")
-        assert text in sweep.suite_page("table", tmp_path)
 
 
 def test_the_committed_pages_are_what_their_csv_files_say():

@@ -103,6 +103,9 @@ class Job:
     flags: tuple[str, ...]
     also_eval: str = ""  # a second file of held-out problems for the trained model; the csv gets a column "accuracy_also"
 
+    def folder(self, runs: Path) -> Path:
+        return runs / self.row / str(self.seed)
+
 
 def rate_flag(method: str, rate: str) -> str:
     return f"--sft_learning_rate {rate}" if method == "sft" else f"--learning_rate {rate}"
@@ -125,25 +128,9 @@ def table_rows(args: argparse.Namespace) -> dict[str, str]:
 
 
 def knobs_rows(args: argparse.Namespace) -> dict[str, str]:
-    """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
+    """SGPO at its rate with every value of delta, alpha_0 and gamma, the others at the paper's."""
     rate = rate_flag("sgpo", best_rates(args.results / "rates.csv")["sgpo"])
-    rows = {"default": rate}
-    for name, values in KNOBS.items():
-        for value in values:
-            if value != DEFAULTS[name]:
-                rows[f"{name}={value}"] = f"--{name} {value} {rate}"
-    return rows
-
-
-def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The csv lines of `knobs` knob by knob, in the order of KNOBS; the default run takes its place in each of them."""
-    return [
-        line | {"row": f"{name}={value}"}
-        for name, values in KNOBS.items()
-        for value in values
-        for line in lines
-        if line["row"] == ("default" if value == DEFAULTS[name] else f"{name}={value}")
-    ]
+    return {f"{name}={value}": f"--{name} {value} {rate}" for name, values in KNOBS.items() for value in values}
 
 
 def hard_rows(args: argparse.Namespace) -> dict[str, str]:
@@ -238,14 +225,13 @@ def run_job(job: Job, folder: Path) -> str | None:
 
 def run_suite(jobs: Sequence[Job], runs: Path, parallel: int) -> None:
     """Run what is not done yet, `parallel` at a time. SystemExit that names the failed runs, after all others have ended."""
-    todo = [job for job in jobs if not is_done(runs / job.row / str(job.seed), job)]
+    todo = [job for job in jobs if not is_done(job.folder(runs), job)]
     failures = []
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run") as bar:
-        futures = {pool.submit(run_job, job, runs / job.row / str(job.seed)): job for job in todo}
+        futures = [pool.submit(run_job, job, job.folder(runs)) for job in todo]
         try:
             for future in as_completed(futures):
                 failures += [future.result()] if future.result() else []
-                bar.set_postfix_str(f"{futures[future].row} seed {futures[future].seed}")
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # ctrl-c also reaches the runs that are going
@@ -311,7 +297,7 @@ def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
     names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
     lines = []
     for row in dict.fromkeys(job.row for job in jobs):
-        folders = [runs / row / str(job.seed) for job in jobs if job.row == row]
+        folders = [job.folder(runs) for job in jobs if job.row == row]
         logs = [[r for r in read_log(folder) if "step_s" in r] for folder in folders]
         for records in zip(*logs, strict=True):
             means = {name: mean_of(records, name) for name in names}
@@ -495,7 +481,7 @@ def suite_page(suite: str, results: Path) -> str:
     """The page of a suite, from the csv files in `results` alone: what was run, the table, the claims with their verdicts."""
     lines = read_csv(results / f"{suite}.csv")
     seeds = sorted({line["seed"] for line in lines}, key=int)
-    runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
+    runs = len({(line["flags"], line["seed"]) for line in lines})  # an older knobs.csv shows one run as three
     page = [
         f"# {TITLES[suite]}",
         "",
@@ -584,8 +570,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
     """<suite>.csv, <suite>_steps.csv, the page, and last the pictures, which need matplotlib (requirements-dev.txt)."""
     results.mkdir(parents=True, exist_ok=True)
-    lines = [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs]
-    write_csv(results / f"{suite}.csv", knob_lines(lines) if suite == "knobs" else lines)
+    lines = [summarise_run(job, job.folder(runs)) for job in jobs]
+    write_csv(results / f"{suite}.csv", lines)
     if suite == "rates":
         return print(best_rates(results / "rates.csv"))
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
