@@ -35,8 +35,9 @@ def write_run(folder, records, **config):
 
 
 def two_seeds(root):
-    write_run(root / "sgpo/0", [eval_record(0, 0.5), *(step_record(t, r) for t, r in ((1, 0.2), (2, 0.4), (3, 0.6)))])
-    write_run(root / "sgpo/1", [eval_record(0, 0.5), step_record(1, 0.4), step_record(2, 0.8)], seed=1)
+    for seed, rewards in enumerate([(0.2, 0.4, 0.6), (0.4, 0.8)]):
+        steps = [step_record(step, reward) for step, reward in enumerate(rewards, start=1)]
+        write_run(root / f"sgpo/{seed}", [eval_record(0, 0.5), *steps], seed=seed)
     return str(root / "sgpo")
 
 
@@ -105,7 +106,8 @@ def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):
 
 def test_a_log_that_training_wrote():
     run = report.read_run(ROOT / "results/tiny/sgpo-1e-4-seed0.jsonl")
-    assert len(run.steps) == 60 and [round(record["accuracy"], 3) for record in run.evals] == [0.469, 0.747, 0.932, 0.983]
+    assert len(run.steps) == 60
+    assert [round(record["accuracy"], 3) for record in run.evals] == [0.469, 0.747, 0.932, 0.983]
 
 
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
@@ -154,7 +156,10 @@ def test_knobs_get_a_panel_each():
 
 def arguments(command, out, **changes):
     flags = {"data": ROOT / "data/tiny/test.jsonl", "model": TINY_BASE, "out": out, "max_new_tokens": 32} | changes
-    return [command, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    words = [command]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +205,21 @@ def test_the_map_equals_transformers(page, view):
 @pytest.fixture
 def made_up_model(monkeypatch):
     """Two problems have correct responses; a response is the list of its tokens' (log p alone, log p guided, d_t)."""
-    long, short, wrong = [(-0.3, 0.0, 0.5)] * 4, [(-1.0, -2.0, 0.1)], [(-0.1, -0.1, 9.0)]
+    long = [(-0.3, 0.0, 0.5)] * 4
+    short = [(-1.0, -2.0, 0.1)]
+    wrong = [(-0.1, -0.1, 9.0)]
     groups = {"tiny-jako-35": ([long, short, wrong], [True, True, False]), "tiny-nuba-98": ([wrong, long], [False, True])}
-    names = ("logp_auto", "logp_guided", "divergence")
+
+    def sample(model, tokenizer, worker, problem, args, *, guided):
+        return groups.get(problem.id, ([wrong], [False]))
 
     def tokens(model, tokenizer, problem, response, *, delta, top):
-        return [dict(zip(names, token, strict=True), text=str(token[2]), kept=token[2] <= delta) for token in response]
+        return [
+            {"logp_auto": auto, "logp_guided": guided, "divergence": d, "text": str(d), "kept": d <= delta}
+            for auto, guided, d in response
+        ]
 
-    monkeypatch.setattr(token_map, "sample_group", lambda m, t, w, p, *_, **__: groups.get(p.id, ([wrong], [False])))
+    monkeypatch.setattr(token_map, "sample_group", sample)
     monkeypatch.setattr(token_map, "token_map", tokens)
     monkeypatch.setattr(token_map, "load_model", lambda *_, **__: (None, None))
     return long, short
@@ -233,10 +245,10 @@ def test_divergence_is_the_mean_over_the_targets_of_many_problems(tmp_path, made
     assert (tmp_path / "d.csv").read_text() == "token,count,mean_d,dropped\n0.5,4,0.5,1.0\n0.1,1,0.1,0.0\n"
 
 
-@pytest.mark.parametrize("flags", [{"delta": 0}, {"delta": "inf"}, {"top": 0}, {"group_guided": 0}])
-def test_bad_settings_are_refused_before_anything_is_loaded(flags):
-    with pytest.raises(ValueError, match=f"--{[*flags][0]} must be"):
-        report.main(arguments("tokens", "x.html", model="no such model", **flags))
+@pytest.mark.parametrize("name, value", [("delta", 0), ("delta", "inf"), ("top", 0), ("group_guided", 0)])
+def test_bad_settings_are_refused_before_anything_is_loaded(name, value):
+    with pytest.raises(ValueError, match=f"--{name} must be"):
+        report.main(arguments("tokens", "x.html", model="no such model", **{name: value}))
 
 
 def test_words_get_their_blanks_back_and_bytes_their_names():
@@ -246,7 +258,8 @@ def test_words_get_their_blanks_back_and_bytes_their_names():
     assert [text for _, text in texts] == ["gano", "add", "5", "4", "=", "9", ",", "\\boxed{", "0", "}", "<|im_end|>"]
     assert "".join(blank + text for blank, text in texts) == tokenizer.decode(ids) and texts[1][0] == " "
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(tokenizer_models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"Ġa": 256}, merges=[("Ġ", "a")]))
+    vocab = {character: i for i, character in enumerate([*alphabet, "Ġa"])}
+    bpe = Tokenizer(tokenizer_models.BPE(vocab=vocab, merges=[("Ġ", "a")]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
     texts = token_map.token_texts(tokenizer, tokenizer.encode("b a\né a"))
@@ -279,12 +292,12 @@ def spans(page):
 def test_the_page_escapes_everything():
     page = made_up_page([(text, 0.25) for text in HOSTILE])
     names = re.findall(r"<([a-z]\w*)", page)
-    # 12 tokens twice, ticks, headings and the legend's sample; nothing that a token or the problem brought along
-    assert (names.count("script"), names.count("span"), {"b", "i", "u"} & set(names)) == (2, 2 * 12 + 6 + 4 + 1, set())
+    assert names.count("script") == 2 and not {"b", "i", "u"} & set(names)  # nothing that a token or the problem brought along
+    assert names.count("span") == 2 * 12 + 6 + 4 + 1  # 12 tokens twice, ticks, headings and the legend's sample
     assert [text for _, _, text in spans(page)] == 2 * list(HOSTILE.values())
     for text in ("if a < b & b > c:\n</div>", "<script>alert(1)</script>", 'a <i>"strategy"</i> & more', "<u>0", "--data a<b>"):
         assert html.escape(text) in page
-    tips = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    tips = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     line = "d = 0.2500 nats, kept (≤ 1); p = 1.0000 with strategy, 0.3679 alone"
     top = [["<i>&", "1e-05", False], ["a", "0.5000", True]]
     assert tips[1][10] == ["token 11 of 12: ␣the", line, top, top]

@@ -121,12 +121,12 @@ def test_seed_interval_by_hand():
 
 def test_the_best_rate_is_the_one_of_highest_mean(tmp_path):
     # the second rate has the best run of all, the third the highest mean; then two means are equal, and the larger rate wins
-    for best, accuracies in ((2, (0.5, 0.5, 0.8, 0.2, 0.6, 0.6, 0.5, 0.5)), (3, (0.3, 0.1, 0.0, 0.0, 0.0, 0.0, 0.2, 0.2))):
-        lines = [
-            {"row": f"{method}@{rates[i // 2]}", "seed": i % 2, "accuracy": accuracy}
-            for method, rates in sweep.RATES.items()
-            for i, accuracy in enumerate(accuracies)
-        ]
+    clear, equal = (0.5, 0.5, 0.8, 0.2, 0.6, 0.6, 0.5, 0.5), (0.3, 0.1, 0.0, 0.0, 0.0, 0.0, 0.2, 0.2)
+    for best, accuracies in ((2, clear), (3, equal)):
+        lines = []
+        for method, rates in sweep.RATES.items():
+            for i, accuracy in enumerate(accuracies):
+                lines.append({"row": f"{method}@{rates[i // 2]}", "seed": i % 2, "accuracy": accuracy})
         sweep.write_csv(tmp_path / "rates.csv", lines)
         assert sweep.best_rates(tmp_path / "rates.csv") == {method: rates[best] for method, rates in sweep.RATES.items()}
     sweep.write_csv(tmp_path / "rates.csv", lines[:-2])
