@@ -76,7 +76,7 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
         return fake_model(handler, body, number)
 
     with ChatServer(script) as server:
-        flags = extraction_flags(server.url, data, out, "--price_in", "2", "--price_out", "30", "--workers", "3")
+        flags = extraction_flags(server.url, data, out, "--price", "2", "30", "--workers", "3")
         assert extract.main(flags) == 0
     printed = capsys.readouterr()
     assert len(server.requests) == 3 * (1 + 5 + 1) == len(synced) - 4  # a line for the run and one for each row too
@@ -311,7 +311,7 @@ def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys,
     monkeypatch.setitem(sys.modules, "openai", None)
     data = extraction_data(tmp_path, 3)
     flags = ["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]
-    assert extract.main([*flags, "--price_in", "1", "--price_out", "100"]) == 0
+    assert extract.main([*flags, "--price", "1", "100"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and "nothing was sent" in printed
     prompt = extraction_prompt("What is 20 + 40?", "The sum is \\boxed{60}.")[0]["content"]

@@ -81,8 +81,7 @@ def test_a_broken_line_is_named_and_an_unfinished_one_left_out(tmp_path, capsys)
 
 def test_a_group_is_one_setting_under_several_seeds(tmp_path):
     good = two_seeds(tmp_path)
-    groups = report.read_groups([f"Ours={good}", good + "/"])
-    assert list(groups) == ["Ours", "sgpo"]
+    groups = report.read_groups([good + "/"])
     assert [run.config["seed"] for run in groups["sgpo"]] == [0, 1]
     write_run(tmp_path / "a/0", [step_record(1, 0.5)], max_rows=3)
     write_run(tmp_path / "a/1", [step_record(1, 0.5)], max_rows=5, seed=1, learning_rate=3e-4)
@@ -91,8 +90,8 @@ def test_a_group_is_one_setting_under_several_seeds(tmp_path):
     write_run(tmp_path / "sgpo/2", [step_record(1, 0.5)], seed=1)
     with pytest.raises(ValueError, match="sgpo/1/.* and .*sgpo/2/.* have the same seeds"):
         report.read_groups([good])
-    with pytest.raises(ValueError, match="two groups are called 'a'"):
-        report.read_groups([f"a={tmp_path / 'a/0'}", f"a={tmp_path / 'a/1'}"])
+    with pytest.raises(ValueError, match="two groups are called '0'"):
+        report.read_groups([str(tmp_path / "a/0"), str(tmp_path / "sgpo/0")])
 
 
 def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):

@@ -430,10 +430,16 @@ def extract(args: Namespace) -> int:
                 results = ask_all(rows, journal, model.ask, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
-        failed = {row_id: record["failed"] for row_id, (record, row) in results.items() if row is None}
-        if len(failed) < len(rows):
+        failed, lines = {}, []
+        for row in rows:
+            record, done = results[row.id]
+            if done is None:
+                failed[row.id] = record["failed"]
+            else:
+                lines.append(to_line(asdict(done)))
+        if lines:
             part = Path(f"{out}.part")
-            part.write_bytes(b"".join(to_line(asdict(results[row.id][1])) for row in rows if row.id not in failed))
+            part.write_bytes(b"".join(lines))
             part.replace(out)  # the file appears whole, or not at all
     answers = list(journal.answers.values())
     now = spent(answers[len(before) :], args)
@@ -499,9 +505,10 @@ def spent(answers: Sequence[Answer], args: Namespace) -> str:
 
 
 def cost(prompt_tokens: int, completion_tokens: int, args: Namespace) -> str:
-    if args.price_in is None:
+    if args.price is None:
         return ""
-    return f", cost {(prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6:.2f}"
+    price_in, price_out = args.price
+    return f", cost {(prompt_tokens * price_in + completion_tokens * price_out) / 1e6:.2f}"
 
 
 def dry_run(args: Namespace) -> int:
@@ -593,21 +600,19 @@ def build_parser() -> ArgumentParser:
     add("--report", metavar="FILE", help="only print the quality of such a file")
     add("--dry_run", action="store_true", help="print the first prompts and an estimate, send nothing")
     add("--candidates", type=int, default=5, help="strategies asked for in a round; 5 is the paper's number")
-    add("--rounds", type=int, default=2, help="rounds at most: another one asks for new candidates if none is left, or for the "
-        "scores again if they could not be read")  # fmt: skip
+    add("--rounds", type=int, default=2, help="rounds at most: one more if no candidate is left, or the scores cannot be read")
     add("--solution_tries", type=int, default=3, help="solutions asked for at most, for a row without one")
     add("--temperature", type=float, default=0.6, help="of solutions and candidates; 0.6 is DeepSeek-R1's advice; scores get 0")
     add("--top_p", type=float, default=0.95)
     add("--max_tokens", type=int, default=8192, help="of one answer, thoughts included; an answer that is cut off is not used")
     add("--seed", type=int, default=0, help="candidate i is asked for with seed + i; also draws the report's samples")
-    add("--body", type=json.loads, default={}, metavar="JSON", help="fields for every request; null removes one: "
-        """'{"max_tokens": null, "max_completion_tokens": 8192, "temperature": null}'""")  # fmt: skip
+    body = """fields for every request; null removes one: '{"max_tokens": null, "max_completion_tokens": 8192}'"""
+    add("--body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--workers", type=int, default=8, help="rows worked on at once, each with one request at a time; for --local the batch")
     add("--retries", type=int, default=10, help="after HTTP 429 and 5xx, timeouts and failed connections")
     add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server")
     add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="the environment variable that holds the key")
-    add("--price_in", type=float, help="per million tokens sent; with --price_out it shows the cost")
-    add("--price_out", type=float, help="per million tokens received")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
     add("--limit", type=int, metavar="N", help="only the first N rows")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="--local: of the weights")
     add("--device", default="auto", help="--local: auto takes cuda if there is one, else cpu")
@@ -626,8 +631,6 @@ def check_arguments(args: Namespace) -> None:
             raise ValueError("one of --endpoint and --local is needed")
         if args.endpoint and not args.model:
             raise ValueError("--endpoint needs --model, the model's name there")
-    if (args.price_in is None) != (args.price_out is None):
-        raise ValueError("--price_in and --price_out: the cost needs both")
     for name in ("candidates", "rounds", "solution_tries", "max_tokens", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")

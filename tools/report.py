@@ -77,22 +77,20 @@ def read_run(path: Path) -> Run:
     return Run(path, config, steps, evals)
 
 
-def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
-    """FOLDER or LABEL=FOLDER -> {label: its runs}, in the order given.
+def read_groups(folders: Sequence[str]) -> dict[str, list[Run]]:
+    """{a folder's name: the runs in it}, in the order given.
 
-    ValueError for a folder without any run, two groups of one label, and runs that are not one method under several seeds: a
-    band over different settings would say nothing about seeds. Paths and settings of the machine may differ.
+    ValueError for a folder without any run, two of one name, and runs that are not one method under several seeds: a band
+    over different settings would say nothing about seeds. Paths and settings of the machine may differ.
     """
     groups: dict[str, list[Run]] = {}
-    for argument in arguments:
-        label, split, folder = argument.partition("=")
-        if not split or Path(argument).is_dir():  # a folder's own name may hold a "="
-            label, folder = Path(argument).resolve().name, argument
+    for folder in folders:
+        label = Path(folder).resolve().name
         paths = sorted(Path(folder).rglob("metrics.jsonl"))
         if not paths:
             raise ValueError(f"{folder}: no metrics.jsonl in it or below, so this group has no run")
         if label in groups:
-            raise ValueError(f"two groups are called {label!r}; name one of them LABEL=FOLDER")
+            raise ValueError(f"two groups are called {label!r}, by the names of their folders")
         groups[label] = [read_run(path) for path in paths]
         _check_group(groups[label])
     if len(groups) > len(COLOURS):
@@ -309,7 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more, **options)
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser("curves", help="training curves, a line for each method, mean and band over seeds", **options)
-    curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
+    curves.add_argument("groups", nargs="+", metavar="FOLDER", help="the runs of one method, which the folder is named after")
     curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none")
     rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", **options)
     rows.add_argument("csv", type=Path, help="table.csv, knobs.csv or hard.csv of sweep.py")

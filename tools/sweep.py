@@ -17,7 +17,6 @@ problem in half as many steps again (LUFFY's solution counts as one of them). Th
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import os
@@ -446,8 +445,7 @@ def reference_of(row: str) -> str:
 
 def shared_flags(lines: Lines) -> str:
     """The flags that every run of a csv begins with: said once above its table."""
-    words = zip(*(line["flags"].split() for line in lines), strict=False)
-    shared = [run[0] for run in itertools.takewhile(lambda run: len(set(run)) == 1, words)]
+    shared = os.path.commonprefix([line["flags"].split() for line in lines])  # of lists, so word by word
     if shared and shared[-1].startswith("--"):  # a flag whose values differ from row to row
         shared.pop()
     return " ".join(shared)
