@@ -555,10 +555,6 @@ def report(args: Namespace) -> int:
         report_journal(log, {row.id for row in rows}, args)
     else:
         print(f"{log.name} is not there: nothing about candidates, scores and rejections")
-    leaking = [row.id for row in rows if leaks(row.strategy, row.problem, row.solution or "", row.answer)]
-    print(f"leaks by the filter: {share(len(leaking), len(rows))} " + ", ".join(leaking[: args.samples]))
-    types = Counter(row.strategy.type.lower() for row in rows)
-    print(f"types: {len(types)} different; " + ", ".join(f"{name} ({n})" for name, n in types.most_common(10)))
     for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
         print(f"\n--- {row.id}\n{row.problem}\n\n{format_strategy(row.strategy)}")
     return 0

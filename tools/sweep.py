@@ -39,6 +39,7 @@ from tools import report
 
 HERE = Path(__file__).resolve().parent.parent
 Lines = Sequence[dict[str, str]]  # of a csv
+Interval = tuple[float, float, float]  # mean, low, high
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
 PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
 
@@ -322,7 +323,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
-def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[float, float, float]:
+def seed_interval(first: dict[str, float], second: dict[str, float]) -> Interval:
     """first - second over the seeds that both have: (mean, low, high) of its 95 % confidence interval (Student's t).
 
     Paired, because a seed fixes the data order and the evaluation's draws for both. ValueError with fewer than two seeds in
@@ -332,73 +333,14 @@ def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[fl
     if not 2 <= len(seeds) <= len(T95) + 1:
         raise ValueError(f"a paired interval needs 2 to {len(T95) + 1} seeds in common, got {len(seeds)}")
     mean, stderr = report.mean_and_stderr([first[seed] - second[seed] for seed in seeds])
-    return mean, mean - T95[len(seeds) - 2] * stderr, mean + T95[len(seeds) - 2] * stderr
+    half = T95[len(seeds) - 2] * stderr
+    return mean, mean - half, mean + half
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv. With `denied` it says the contrary."""
-
-    text: str
-    less: tuple[str, str]
-    more: tuple[str, str] = ("sgpo", "accuracy")
-    denied: bool = False
-
-
-TABLE_CLAIMS = (
-    Claim("SGPO improves the base model", ("sgpo", "base")),
-    Claim(
-        "SFT on the strong model's solutions alone does not (1.5B: -1.0 points, 7B: +0.5)",
-        ("sft", "base"),
-        more=("sft", "accuracy"),
-        denied=True,
-    ),
-    Claim("SGPO beats SFT", ("sft", "accuracy")),
-    Claim("SGPO beats SFT+GRPO", ("sft+grpo", "accuracy")),
-    Claim("SGPO beats LUFFY", ("luffy", "accuracy")),
-    Claim("SGPO beats HPT", ("hpt", "accuracy")),
-    Claim("LUFFY beats SFT+GRPO", ("sft+grpo", "accuracy"), more=("luffy", "accuracy")),
-    Claim("HPT beats SFT+GRPO", ("sft+grpo", "accuracy"), more=("hpt", "accuracy")),
-    Claim("without strategy distillation it is worse (7B: -2.2)", ("no-distillation", "accuracy")),
-    Claim("without autonomous GRPO it is worse (7B: -3.5)", ("no-autonomous-grpo", "accuracy")),
-    Claim("without all proximal constraints it is worse (7B: -6.8)", ("no-proximal-constraints", "accuracy")),
-    Claim("and its entropy collapses", ("no-proximal-constraints", "entropy_last10"), more=("sgpo", "entropy_last10")),
-    Claim("without the KL clip it is worse (7B: -3.4)", ("no-kl-clip", "accuracy")),
-    Claim("with a random target instead of the most reachable it is worse (ours)", ("random-target", "accuracy")),
-    Claim("with a fixed weight instead of alpha(q) it is worse (7B: -1.2)", ("fixed-weight", "accuracy")),
-    Claim("with a group-advantage weight instead of alpha(q) it is worse", ("group-advantage-weight", "accuracy")),
-    Claim("with the reverse KL it is worse (7B: -1.2)", ("reverse-kl", "accuracy")),
-    Claim("with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)", ("sft-on-target", "accuracy")),
-    Claim("alpha starts high and falls", ("sgpo", "alpha_last10"), more=("sgpo", "alpha_first10")),
-)
-HARD_CLAIMS = (
-    Claim("SGPO beats GRPO on as many samples", ("grpo", "accuracy")),
-    Claim("without the KL clip it is worse (7B: -3.4)", ("no-kl-clip", "accuracy")),
-    Claim("with a random target instead of the most reachable it is worse (ours)", ("random-target", "accuracy")),
-    Claim("without all proximal constraints it is worse (7B: -6.8)", ("no-proximal-constraints", "accuracy")),
-    Claim("and its entropy collapses", ("no-proximal-constraints", "entropy_last10"), more=("sgpo", "entropy_last10")),
-    Claim(
-        "a fixed weight instead of alpha(q) is worse (7B: -1.2), with 6 % of the strategies of low quality",
-        ("fixed-weight@low06", "accuracy"),
-        more=("sgpo@low06", "accuracy"),
-    ),
-    Claim("and with 30 %", ("fixed-weight@low30", "accuracy"), more=("sgpo@low30", "accuracy")),
-    Claim("6 % of low quality, the paper's share, do no harm", ("sgpo@low06", "accuracy"), denied=True),
-    Claim("30 % do none either (not a claim of the paper)", ("sgpo@low30", "accuracy"), denied=True),
-    Claim(
-        "the strategies carry over: mixes of types never trained on are solved as well as known ones",
-        ("sgpo", "accuracy_also"),
-        denied=True,
-    ),
-)
-CLAIMS = {"table": TABLE_CLAIMS, "hard": HARD_CLAIMS}
+# The paper's claims, by suite. Each says that one figure is above another: "more" and "less", a row and a column of the csv.
+# A "denied" one says that it is not.
+CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
-NOT_TESTABLE = (
-    "the benchmark accuracies (MATH500, AMC23, OlympiadBench, AIME24) of any method: needs the real models and a GPU",
-    "that the gain holds across model sizes and families (1.5B, 7B, Llama 8B): one toy model here",
-    "the audit of strategy quality (39.4 / 54.4 / 6.2 % high, medium, low): the toy's strategies are right by construction",
-    "training cost (17 hours for 7B on 32 GPUs)",
-)
 
 
 def column(lines: Lines, row: str, name: str) -> dict[str, float]:
@@ -406,7 +348,7 @@ def column(lines: Lines, row: str, name: str) -> dict[str, float]:
     return {line["seed"]: float(line[name]) for line in lines if line["row"] == row and line[name]}
 
 
-def verdict(difference: tuple[float, float, float], denied: bool = False) -> str:
+def verdict(difference: Interval, denied: bool = False) -> str:
     """What the 95 % interval of more - less says of the claim. A denied difference is one that the interval must not show."""
     _, low, high = difference
     if denied:
@@ -499,11 +441,12 @@ def suite_page(suite: str, results: Path) -> str:
     if suite in CLAIMS:
         page += claims_section(lines, CLAIMS[suite])
     if suite == "table":
-        page += token_claim(results / "divergence.csv") + [f"| {text} | | not testable here |" for text in NOT_TESTABLE]
+        page += token_claim(results / "divergence.csv")
+        page += [f"| {text} | | not testable here |" for text in CLAIMS["not_testable"]]
     return "\n".join([*page, ""])
 
 
-def claims_section(lines: Lines, claims: Sequence[Claim]) -> list[str]:
+def claims_section(lines: Lines, claims: Sequence[dict[str, Any]]) -> list[str]:
     page = [
         "",
         "## The paper's claims",
@@ -516,9 +459,9 @@ def claims_section(lines: Lines, claims: Sequence[Claim]) -> list[str]:
         "|---|---|---|",
     ]
     for claim in claims:
-        difference = seed_interval(column(lines, *claim.more), column(lines, *claim.less))
-        mean, low, high = difference
-        page.append(f"| {claim.text} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict(difference, claim.denied)} |")
+        difference = seed_interval(column(lines, *claim["more"]), column(lines, *claim["less"]))
+        figures = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+        page.append(f"| {claim['text']} | {figures} | {verdict(difference, claim.get('denied', False))} |")
     return page
 
 
