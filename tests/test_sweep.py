@@ -35,10 +35,16 @@ def test_every_row_of_every_suite_is_a_valid_command():
     configs = {}
     for suite in sweep.SUITES:
         jobs = jobs_of(suite)
-        assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and all("/" not in job.row for job in jobs)
-        configs[suite] = {job.row: train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"]) for job in jobs}
+        assert len({(job.row, job.seed) for job in jobs}) == len(jobs)
+        configs[suite] = {}
+        for job in jobs:
+            assert "/" not in job.row
+            configs[suite][job.row] = train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"])
     rows, own = configs["table"], configs["model"]
-    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS} and {cfg.seed for cfg in configs["rates"].values()} == {101}
+    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS}
+    assert {cfg.seed for cfg in configs["rates"].values()} == {101}
+    for name, method in (("grpo", "grpo"), ("sgpo@low30", "sgpo")):  # the rates found for the methods
+        assert configs["hard"][name].learning_rate == rows[method].learning_rate
     assert {row for picture in sweep.CURVES.values() for row in picture} <= set(rows) - {"sft"}
     for name in ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"):  # LUFFY's solution counts as one response
         assert responses(rows[name]) == 11_520, name
@@ -50,7 +56,8 @@ def test_every_row_of_every_suite_is_a_valid_command():
         name, value = row.split("=")
         assert getattr(cfg, name) == float(value)
     assert {cfg.model for cfg in own.values()} == {"m"} and own.pop("sft").steps == 0
-    assert {responses(cfg) for cfg in own.values()} == {12 * 8 * 12} and {cfg.sft_fraction for cfg in own.values()} == {0}
+    assert {responses(cfg) for cfg in own.values()} == {12 * 8 * 12}
+    assert {cfg.sft_fraction for cfg in own.values()} == {0}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,8 @@ def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
     want |= {"sampled_tokens": "120", "step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5", "kept": "9.5"}
     assert want.items() <= lines[len(lines) // 2].items()
     sgpo = [line for line in steps if line["row"] == "sgpo"]
-    assert [line["step"] for line in sgpo] == [str(k) for k in range(1, 13)] and sgpo[3]["entropy"] == "3.5"
+    assert [int(line["step"]) for line in sgpo] == [*range(1, 13)]
+    assert sgpo[3]["entropy"] == "3.5"
     assert sgpo[5]["kept"] == "" and sgpo[6]["kept"] == "6.5"  # steps without any target have no share of kept tokens
     page = (results / "hard.md").read_text()
     assert f"All rows: `{sweep.HARD}`." in page  # not --data, whose values differ
