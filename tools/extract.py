@@ -5,10 +5,10 @@
     python strategy.py --data problems.jsonl --endpoint URL --model NAME --dry_run   # prompts and an estimate, sends nothing
     python strategy.py --report strategies.jsonl
 
-A row gets a solution if the data has none, five candidate strategies, the leak filter, one call that scores what is left,
-and the best is kept [app B]; data/README.md says how, and what the journal beside the output, OUT.log.jsonl, is for: an answer
-is on the disk, under a hash of its exact request, before its worker asks the next question, so a kill loses at most one
-answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
+A row gets a solution if the data has none, then five candidate strategies. The leak filter rejects some, one call scores the
+rest, and the best one is kept [app B]; data/README.md has the details. The journal beside the output, OUT.log.jsonl, makes the
+command safe to kill: each answer is on the disk, under a hash of its exact request, before its worker asks the next question.
+A kill loses at most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
 """
 
 import fcntl
