@@ -124,7 +124,8 @@ def test_a_figure_shows_mean_band_and_seeds(tmp_path):
 
 def test_the_command_draws_without_torch_and_ends_with_a_message(tmp_path):
     code = "import sys; from tools import report; report.main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = run_script("-c", code, "curves", two_seeds(tmp_path), "--out", tmp_path / "sgpo")
+    write_run(tmp_path / "sgpo/0", [eval_record(0, 0.5), eval_record(9, 0.7)])
+    done = run_script("-c", code, "curves", tmp_path / "sgpo", "--out", tmp_path / "sgpo")
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert (tmp_path / "sgpo.png").exists() and b"<text" not in (tmp_path / "sgpo.svg").read_bytes()  # text as paths
     done = run_script("tools/report.py", "curves", tmp_path / "none", "--out", "x")

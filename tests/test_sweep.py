@@ -80,6 +80,8 @@ def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
 def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
     drawn, results = [], tmp_path / "results"
     monkeypatch.setattr(report, "main", drawn.append)
+    for name, few in (("HARD_ROWS", ("sgpo", "grpo")), ("LOW_QUALITY_ROWS", ("sgpo",)), ("CLAIMS", {})):
+        monkeypatch.setattr(sweep, name, few)
     results.mkdir()
     shutil.copy(TINY / "rates.csv", results)
     command = ["hard", "--seeds", "2", "--results", str(results), "--runs", str(tmp_path / "runs")]
