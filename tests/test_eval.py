@@ -221,11 +221,11 @@ def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
     results = grading.main(arguments)
     part = results["files"][str(data)]
     assert list(part["correct"].values()) == [1, 0, 2] and list(part["guided"]["correct"].values()) == [2, 2, 1]
-    overall = part["guidance"]["overall"]
-    assert (overall["helps"], overall["hurts"], overall["same"]) == pytest.approx((2 / 3, 1 / 3, 0))
+    effect = part["guidance"]
+    assert (effect["p_auto"], effect["p_guide"], effect["difference"]) == pytest.approx((1 / 2, 5 / 6, 1 / 3))
     # 0.5 * 0.6 / 0.6; 0.8 at 0 -> 1; 0 at 1 -> 0.5
-    assert overall["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6)
-    assert list(part["guidance"]["families"]) == ["sum"] and (tmp_path / "eval-tiny-both.json").is_file()
+    assert effect["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6) and effect["low"] < 0 < effect["high"]
+    assert (tmp_path / "eval-tiny-both.json").is_file()
     assert f"{data} guided: avg@2 83.3" in capsys.readouterr().out
     assert [(row["guided"], row["difference"]) for row in compare(results, results)] == [(False, 0.0), (True, 0.0)]
 

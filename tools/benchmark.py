@@ -1,20 +1,12 @@
-"""The paper's benchmarks and its table, comparisons of two models, and what a strategy in the prompt changes.
+"""The paper's benchmarks and its table, and the comparison of two models: eval.py's --benchmarks, --table and --compare.
 
-Works on the result files that eval.py writes, whose commands it serves (--benchmarks, --compare, --table, --both):
-
-    benchmark_files   the files that data/prepare.py wrote, each with the paper's number of samples
-    compare           two models on the same problems: the paired difference with a 95 % interval
-    guidance          without a strategy against with one, problem by problem
-    table             results beside the paper's own, in its layout
-
-What it is not: a test of significance over training runs. The intervals are over problems: how far other problems of the kind
-would move a figure. Two trainings that differ in nothing but their seed may differ by more.
+The intervals are over problems: how far other problems of the kind would move a figure. They do not say what another training
+run would give. Two trainings that differ in nothing but their seed may differ by more.
 """
 
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,41 +67,24 @@ def read_results(path: str) -> dict:
 RESAMPLES = 10_000
 
 
-def bootstrap_means(values: Sequence[int], *, seed: int | Sequence[int], resamples: int = RESAMPLES) -> np.ndarray:
-    """(resamples,) float64: each is the mean of P values that are drawn, with replacement, from the P values given.
-
-    The values are whole numbers, so their sums are exact, and a mean of zero is exactly zero.
-    """
-    values, generator = np.asarray(values, dtype=np.int64), np.random.default_rng(seed)
-    P = len(values)
-    sums = np.empty(resamples, dtype=np.int64)
-    rows = max(1, 2**22 // P)  # at most 32 MB of indices at once
-    for start in range(0, resamples, rows):
-        part = sums[start : start + rows]
-        part[:] = values[generator.integers(P, size=(len(part), P))].sum(axis=1)
-    return sums / P
-
-
-def interval(draws: np.ndarray) -> dict:
-    """{"low", "high", "p"} of bootstrap draws of a difference: its 95 % percentile interval, and a two-sided p-value.
-
-    p is twice the share of draws on the less likely side of zero (zero included), at most 1. It is 0 if no draw is there, which
-    means: below 2 / draws.
-    """
-    low, high = np.percentile(draws, [2.5, 97.5])
-    tail = min(np.mean(draws <= 0), np.mean(draws >= 0))
-    return {"low": float(low), "high": float(high), "p": float(min(1.0, 2 * tail))}
-
-
 def paired_bootstrap(a: Sequence[int], b: Sequence[int], n: int, *, seed: int | Sequence[int]) -> tuple[dict, np.ndarray]:
-    """avg@n of b minus that of a: ({"difference", "low", "high", "p"}, the draws).
+    """avg@n of b minus that of a: ({"difference", "low", "high"}, the difference in each of RESAMPLES draws of problems).
 
     a, b: (P,) correct samples of n, of the same problems in the same order. A problem is drawn for both at once, which takes
     the spread of its difficulty out of the interval.
     """
-    change = np.subtract(b, a, dtype=np.int64)
-    draws = bootstrap_means(change, seed=seed) / n
+    change, generator = np.subtract(b, a, dtype=np.int64), np.random.default_rng(seed)
+    P = len(change)
+    # sums of whole numbers are exact, so a difference of zero is exactly zero
+    sums = [change[generator.integers(P, size=P)].sum() for _ in range(RESAMPLES)]
+    draws = np.array(sums) / (n * P)
     return {"difference": float(change.mean() / n), **interval(draws)}, draws
+
+
+def interval(draws: np.ndarray) -> dict[str, float]:
+    """The 95 % percentile interval of bootstrap draws."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
 
 
 SETTINGS = ("n", "max_new_tokens", "temperature", "top_p")
@@ -151,10 +126,9 @@ def compare(a: dict, b: dict, names: tuple[str, str] = ("A", "B"), *, seed: int 
 
 
 def _comparable(a: dict, b: dict, names: tuple[str, str]) -> None:
-    for one, two, name, other in ((a, b, *names), (b, a, *names[::-1])):
-        for checksum, guided in sorted(one.keys() - two.keys()):
-            how = f"{one[checksum, guided]['file']} {'with' if guided else 'without'} strategies"
-            raise ValueError(f"cannot be compared: {how} is in {name}; {other} has no file of that checksum, evaluated so")
+    for key in sorted(a.keys() ^ b.keys()):
+        file = f"{(a | b)[key]['file']} {'with' if key[1] else 'without'} strategies"
+        raise ValueError(f"cannot be compared: {file} is in {names[key in b]} only (files are known by their checksum)")
     for key, x in a.items():
         y = b[key]
         for name in SETTINGS:
@@ -181,99 +155,18 @@ def comparison_lines(rows: Sequence[dict], names: tuple[str, str]) -> list[str]:
     lines = [f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)", f"A: {names[0]}", f"B: {names[1]}"]
     for row in rows:
         a, b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
-        p = f"p {row['p']:.4f}" if row["p"] else f"p below {2 / RESAMPLES:.4f}"
         lines.append(
             f"{row['file']}{' guided' * row['guided']}: A {a:.1f}  B {b:.1f}  difference {change:+.1f} "
-            f"[{low:+.1f}, {high:+.1f}]  {p}  problems {row['problems']}"
+            f"[{low:+.1f}, {high:+.1f}]  problems {row['problems']}"
         )
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------- guidance
-
-
-def guidance(
-    auto: Sequence[int], guided: Sequence[int], n: int, alpha: Sequence[float], families: Sequence[str], *, seed: int = 0
-) -> dict:
-    """What a strategy in the prompt changes: {"overall": figures, "families": {family: figures}}.
-
-    auto, guided  (P,): each problem's number of correct samples of n, without and with its strategy
-    alpha         (P,): the weight alpha(q) [eq 6] that these pass rates give (weighting.instance_weight)
-    families      (P,): each problem's family. Families of one problem share the row "(other)". If all of them are such,
-                  "families" is empty
-
-    Figures: p_auto, p_guide, mean alpha, and the shares of problems that guidance helps, hurts and leaves as they were. The
-    shares hold the noise of n samples: even if guidance does nothing, some look helped and as many look hurt, so the signal is
-    helps minus hurts. "overall" also has the paired difference with its interval.
-    """
-
-    def figures(chosen: Sequence[int]) -> dict:
-        P = len(chosen)
-        return {
-            "problems": P,
-            "p_auto": sum(auto[i] for i in chosen) / (n * P),
-            "p_guide": sum(guided[i] for i in chosen) / (n * P),
-            "helps": sum(guided[i] > auto[i] for i in chosen) / P,
-            "hurts": sum(guided[i] < auto[i] for i in chosen) / P,
-            "same": sum(guided[i] == auto[i] for i in chosen) / P,
-            "alpha": sum(alpha[i] for i in chosen) / P,
-        }
-
-    counts, members = Counter(families), {}
-    for index, family in enumerate(families):
-        members.setdefault(family if counts[family] > 1 else "(other)", []).append(index)
-    overall = figures(range(len(auto))) | paired_bootstrap(auto, guided, n, seed=seed)[0]
-    shown = sorted(members) if max(counts.values()) > 1 else []
-    return {"overall": overall, "families": {family: figures(members[family]) for family in shown}}
-
-
-def guidance_lines(result: dict) -> list[str]:
-    """guidance's figures as text, in per cent but for alpha."""
-
-    def line(name: str, f: dict) -> str:
-        p_auto, p_guide, helps, hurts, same = (100 * f[key] for key in ("p_auto", "p_guide", "helps", "hurts", "same"))
-        return (
-            f"  {name}: p_auto {p_auto:.1f}  p_guide {p_guide:.1f}  helps {helps:.1f} %  hurts {hurts:.1f} %  "
-            f"same {same:.1f} %  alpha {f['alpha']:.3f}  problems {f['problems']}"
-        )
-
-    overall = result["overall"]
-    change, low, high = (100 * overall[name] for name in ("difference", "low", "high"))
-    first = f"{line('guidance', overall)}  difference {change:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return [first, *(line(name, figures) for name, figures in result["families"].items())]
-
-
 # ---------------------------------------------------------------------------------------------------- the paper's table
 
-
 COLUMNS = ("math500", "amc23", "olympiad", "aime24")
-# the paper's own figures (arXiv 2606.24064), per cent: the columns, and their average
-PAPER_ROWS = {
-    "Qwen2.5-1.5B-Instruct": {
-        "base": (50.1, 21.3, 18.4, 3.0, 23.2),
-        "SFT": (48.4, 19.7, 16.1, 4.7, 22.2),
-        "SFT+GRPO": (54.1, 26.2, 21.7, 5.5, 26.9),
-        "HPT": (53.8, 28.5, 22.6, 7.7, 28.2),
-        "LUFFY": (54.4, 27.9, 23.1, 8.4, 28.5),
-        "SGPO": (57.7, 29.0, 23.7, 9.0, 29.9),
-    },
-    "Qwen2.5-7B-Instruct": {
-        "base": (75.2, 43.0, 38.8, 11.8, 42.2),
-        "SFT": (76.4, 42.1, 40.0, 12.4, 42.7),
-        "SFT+GRPO": (80.3, 52.7, 48.4, 18.0, 49.9),
-        "HPT": (79.1, 53.5, 48.8, 17.0, 49.6),
-        "LUFFY": (78.0, 53.0, 47.6, 16.4, 48.8),
-        "SGPO": (82.7, 55.9, 50.0, 19.7, 52.1),
-    },
-    "Llama-3.2-8B-Instruct": {
-        "base": (43.7, 20.3, 14.5, 3.0, 20.4),
-        "SFT": (45.1, 21.7, 16.7, 6.0, 22.4),
-        "SFT+GRPO": (50.0, 23.4, 19.3, 8.0, 25.2),
-        "HPT": (51.3, 24.0, 20.1, 9.8, 26.3),
-        "LUFFY": (50.7, 24.3, 21.9, 9.4, 26.5),
-        "SGPO": (52.0, 25.6, 22.9, 10.0, 27.6),
-    },
-}
+# the paper's own figures (arXiv 2606.24064), per cent: {model: {method: the columns, and their average}}
+PAPER_ROWS = json.loads(Path(__file__).with_name("paper_table.json").read_text(encoding="utf-8"))
 PAPER_NOTE = (
     "[paper]: the paper's own figures (arXiv 2606.24064), not measured here: avg@4 on MATH500 and Olympiad, avg@32 on AMC23 "
     "and AIME24, temperature 0.6, top_p 0.95, up to 32K tokens."
@@ -303,7 +196,10 @@ def table(results: Sequence[dict]) -> str:
         parts = _parts(result)
         for guided in sorted({guided for _, guided in parts}):
             model = f"{result['config']['model']}{', guided' * guided}"
-            found = _by_name([part for (_, group), part in parts.items() if group == guided], model)
+            group = [part for (_, other), part in parts.items() if other == guided]
+            found = {Path(part["file"]).stem: part for part in group}
+            if len(found) < len(group):
+                raise ValueError(f"{model}: two files have one name, but the table has one place for it")
             lines.append(f"| {model} | {' | '.join(_cells(found))} |")
             notes += [f"{model}: {note}" for note in _differences(found, guided)]
     shown = _paper_models(results)
@@ -320,16 +216,6 @@ def _paper_models(results: Sequence[dict]) -> list[str]:
     """The paper's models whose rows belong beside these results."""
     names = [result["config"]["model"].lower().replace("llama-3.1-8b", "llama-3.2-8b") for result in results]
     return [model for model in PAPER_ROWS if any(model.lower() in name for name in names)] or list(PAPER_ROWS)
-
-
-def _by_name(parts: Sequence[dict], model: str) -> dict[str, dict]:
-    found = {}
-    for part in parts:
-        name = Path(part["file"]).stem
-        if name in found:
-            raise ValueError(f"{model}: two files are called {name}, but the table has one place for it")
-        found[name] = part
-    return found
 
 
 def _cells(found: dict[str, dict]) -> list[str]:

@@ -5,15 +5,10 @@
     python strategy.py --data problems.jsonl --endpoint URL --model NAME --dry_run   # prompts and an estimate, sends nothing
     python strategy.py --report strategies.jsonl
 
-For each row: a solution if the data has none (asked for again while the grader finds it wrong); five candidate strategies
-from it [app B]; those that cannot be read, are repeated or leak (tools/leaks.py) are rejected [ours]; one call scores the
-others on four criteria [app B, tab 5], by the same model [ours: the paper does not say whose scores they are]; the one with
-the highest mean is kept. train.py takes the output as it is.
-
-The journal beside it, OUT.log.jsonl, makes the command safe to kill. Each answer is on the disk before its worker asks the
-next question, under a hash of the exact request; the same command again takes those answers from there and asks for the
-rest. A kill loses at most one answer a worker, the one on its way. What needs no model (reading, the filter, the choice) is
-done anew each time, so a better filter or grader can be run over paid answers for nothing.
+A row gets a solution if the data has none, then five candidate strategies. The leak filter rejects some, one call scores the
+rest, and the best one is kept [app B]; data/README.md has the details. The journal beside the output, OUT.log.jsonl, makes the
+command safe to kill: each answer is on the disk, under a hash of its exact request, before its worker asks the next question.
+A kill loses at most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
 """
 
 import fcntl
@@ -21,8 +16,6 @@ import hashlib
 import json
 import os
 import random
-import re
-import statistics
 import sys
 import threading
 import time
@@ -34,14 +27,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, same_answer
 from strategy import (
-    CRITERIA,
     LEAK_SCORE,
     Strategy,
     best_candidate,
@@ -73,10 +67,6 @@ class RowFailed(Exception):
     """This row gets no strategy, for the reason given; the others go on."""
 
 
-class Refused(RowFailed):
-    """The server does not take this request (HTTP 400, 413, 422), because of its text or because of a field in all of them."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """One paid reply. finish: why the text ended, see WHOLE. usage: prompt_tokens, completion_tokens, or {}."""
@@ -88,6 +78,7 @@ class Answer:
 
 
 Ask = Callable[[str, int, Messages], Answer]  # (step, index of the try, messages) -> Answer
+Verdict = Callable[[str, str], tuple[str | None, bool]]  # (solution, reference) -> (the answer it gives, whether it is right)
 
 
 def settings_of(args: Namespace) -> Record:
@@ -120,17 +111,19 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 class Server:
     """A chat server, asked through the openai package.
 
-    The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times.
-    It waits as long as a Retry-After header says; without one, half a second at first and eight in the end. If the header asks
-    for more than a minute or two (versions differ), it gives up, at once or after its own waits.
+    The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times. It
+    waits as long as a Retry-After header says, and gives up if that is more than a minute or two (versions differ).
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
-        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", args.endpoint):  # not quoted: it may hold a password
+        url = urlsplit(args.endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:  # it may hold a password
             raise ValueError("--endpoint: expected https://host/v1 or http://host:port/v1, without a user name or a query")
         self.key = environment.get(args.key_env, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(f"${args.key_env}: the key holds characters that no HTTP header can carry")
+        if self.key and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ValueError(f"--endpoint: plain http would show ${args.key_env} to all on the way; use https, or unset it")
         try:
             import openai  # here, because only --endpoint needs it
         except ImportError:
@@ -142,12 +135,10 @@ class Server:
             max_retries=args.retries,
             timeout=openai.Timeout(args.read_timeout, connect=10.0),
         )
-        self.lock, self.failures = threading.Lock(), 0  # failures: in a row, of all workers
+        self.failures = 0  # in a row, of all workers
 
-    def ask(self, body: Record, stop: threading.Event) -> Answer:
-        """The answer to one request, after as many tries as it takes. Raises RowFailed, Refused or Stop."""
-        if stop.is_set():
-            raise Stop("stopped")
+    def ask(self, body: Record) -> Answer:
+        """The answer to one request, after as many tries as it takes. Raises RowFailed or Stop."""
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:
             # extra_body, because --body may hold fields that the package does not know as arguments
@@ -168,13 +159,10 @@ class Server:
         if status == 429:  # the limit is the same for all rows
             return Stop(f"{reason}; Retry-After: {error.response.headers.get('retry-after')}")
         if status is not None and status < 500 and status not in (400, 408, 409, 413, 422):
-            return Stop(reason)  # a wrong key, model or path is as wrong the next time
-        with self.lock:
-            self.failures += 1
+            return Stop(reason)  # a wrong key, model or path is as wrong for the next row
+        self.failures += 1
         if self.failures >= GIVE_UP_AFTER:
             return Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
-        if status in (400, 413, 422):
-            return Refused(f"the server refuses a request of this row: {reason}")
         return RowFailed(f"no answer: {reason}")
 
 
@@ -183,19 +171,19 @@ def read_reply(reply: Any) -> Answer:
 
     The package checks no field, so any may be missing. An empty text is an answer too: it is paid, and cannot be read.
     """
-    choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
-        raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}")
+    try:
+        choice, message = reply.choices[0], reply.choices[0].message
+        text, finish = text_of(message.content), choice.finish_reason
+    except (AttributeError, IndexError, TypeError):
+        raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}") from None
     counts = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Answer(text_of(message.content), choices[0].finish_reason, usage, text_of(reasoning))
+    return Answer(text, finish, usage, text_of(reasoning))
 
 
 def text_of(value: Any) -> str:
-    """A field's text; "" if it is none. A model that is cut off inside a character may leave half of a surrogate pair in it,
-    which cannot be written as UTF-8 and becomes "?"."""
+    """A field's text; "" if it is none. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?"."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
@@ -210,21 +198,18 @@ class LocalModel:
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
-        self.waiting: list[tuple[dict, list[int], Future]] = []  # (body, prompt ids, the answer to come)
-        self.list_lock, self.turn = threading.Lock(), threading.Lock()
+        self.arrived, self.turn = SimpleQueue(), threading.Lock()
+        self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come), for one at a time
 
-    def ask(self, body: Record, stop: threading.Event) -> Answer:
+    def ask(self, body: Record) -> Answer:
         """The answer to one request; RowFailed if its prompt does not fit the model."""
         from model import encode_chat
 
         ids, future = encode_chat(self.tokenizer, body["messages"]), Future()
         if len(ids) >= self.model.config.max_position_embeddings:
             raise RowFailed(f"a prompt of {len(ids)} tokens fills the model's context")
-        with self.list_lock:
-            self.waiting.append((body, ids, future))
+        self.arrived.put((body, ids, future))
         with self.turn:  # whoever gets in samples for all that wait; the others find their answers when they get in
-            if stop.is_set():
-                raise Stop("stopped")
             if not future.done():
                 time.sleep(0.02)  # the workers of the last batch are about to ask their next questions
                 self._sample(body["temperature"])
@@ -234,20 +219,26 @@ class LocalModel:
         """Answers for all that wait with this temperature: one call of generate has one."""
         from rollout import generate
 
-        with self.list_lock:
-            batch = [place for place in self.waiting if place[0]["temperature"] == temperature]
+        while not self.arrived.empty():
+            self.waiting.append(self.arrived.get())
+        batch = [place for place in self.waiting if place[0]["temperature"] == temperature]
         first = batch[0][0]
         groups = generate(
-            self.model, [ids for _, ids, _ in batch], n=1, max_new_tokens=first["max_tokens"], temperature=temperature,
-            top_p=first["top_p"], eos_ids=self.model.config.eos_ids, seed=[body["seed"] for body, _, _ in batch],
+            self.model,
+            [ids for _, ids, _ in batch],
+            n=1,
+            max_new_tokens=first["max_tokens"],
+            temperature=temperature,
+            top_p=first["top_p"],
+            eos_ids=self.model.config.eos_ids,
+            seed=[body["seed"] for body, _, _ in batch],
             max_rows=self.max_rows,
-        )  # fmt: skip
+        )
         for (_, ids, future), (row,) in zip(batch, groups, strict=True):
             text = self.tokenizer.decode(row.response_ids, skip_special_tokens=True)
             usage = {"prompt_tokens": len(ids), "completion_tokens": len(row.response_ids)}
             future.set_result(Answer(text, "stop" if row.finished else "length", usage))
-        with self.list_lock:
-            self.waiting = [place for place in self.waiting if not place[2].done()]
+        self.waiting = [place for place in self.waiting if not place[2].done()]
 
 
 class Journal:
@@ -263,17 +254,11 @@ class Journal:
         self.answers: dict[str, Answer] = {}  # by the hash of the request
 
     def write(self, record: Record) -> None:
-        """Add a line. It is on the disk (fsync) when this returns, or OSError says why it is not there at all."""
-        line = to_line(record | {"time": round(time.time(), 3)})
+        """Add a line. It is on the disk (fsync) when this returns."""
         with self.lock:
-            size = os.fstat(self.stream.fileno()).st_size
-            try:
-                while line:  # the file is unbuffered: a write takes what there is room for
-                    line = line[self.stream.write(line) :]
-                os.fsync(self.stream.fileno())
-            except OSError:  # such as a full disk
-                self.stream.truncate(size)  # half a line would spoil the next one
-                raise
+            self.stream.write(to_line(record | {"time": round(time.time(), 3)}))
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
 
 
 @contextmanager
@@ -282,7 +267,7 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
 
     start: the line of this run. ValueError if the journal's answers were made with other settings.
     """
-    with path.open("a+b", buffering=0) as stream:
+    with path.open("a+b") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
         except BlockingIOError:
@@ -291,6 +276,7 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
                 stream.write(b"\n")  # a kill left half a line; the next one must not be glued to it
+                stream.flush()
         journal = Journal(stream)
         for record in read_journal(path):
             if record["kind"] == "answer":
@@ -317,22 +303,7 @@ def to_line(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-class Grader:
-    """The grader for several threads: its worker answers one question at a time."""
-
-    def __init__(self, worker: MathWorker) -> None:
-        self.worker, self.lock = worker, threading.Lock()
-
-    def verdict(self, solution: str, answer: str) -> tuple[str | None, bool]:
-        """(the answer that a solution gives, None if it gives none; whether it is right)."""
-        found = extract_answer(solution)
-        if found is None:
-            return None, False
-        with self.lock:
-            return found, same_answer(found, answer, self.worker)
-
-
-def extract_row(row: Problem, ask: Ask, grader: Grader, args: Namespace) -> tuple[Record, Problem | None]:
+def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tuple[Record, Problem | None]:
     """(the journal's record of a row, the row with solution and strategy, or None if it failed).
 
     The record: row, kept (the candidate's index), failed (the reason, or null), candidates: a list of {index, strategy,
@@ -340,16 +311,25 @@ def extract_row(row: Problem, ask: Ask, grader: Grader, args: Namespace) -> tupl
     """
     record = {"kind": "row", "row": row.id, "kept": None, "failed": None, "candidates": []}
     try:
-        row = replace(row, solution=right_solution(row, ask, grader, args.solution_tries))
+        row = replace(row, solution=right_solution(row, ask, verdict, args.solution_tries))
         return record, replace(row, strategy=row.strategy or chosen_strategy(row, ask, args, record))
     except RowFailed as error:
         return record | {"failed": str(error)}, None
 
 
-def right_solution(row: Problem, ask: Ask, grader: Grader, tries: int) -> str:
+def grade(worker: MathWorker, lock: threading.Lock, solution: str, answer: str) -> tuple[str | None, bool]:
+    """(the answer that a solution gives, or None; whether it is right). The worker is for one thread at a time."""
+    found = extract_answer(solution)
+    if found is None:
+        return None, False
+    with lock:
+        return found, same_answer(found, answer, worker)
+
+
+def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
     """The data's own solution, or else the first of the model's that the grader finds right."""
     if row.solution:
-        found, right = grader.verdict(row.solution, row.answer)
+        found, right = verdict(row.solution, row.answer)
         if found is not None and not right:  # a strategy drawn from a wrong solution would teach its mistake
             raise RowFailed(f"the data's solution ends in {found!r}, the data's answer is {row.answer!r}")
         return row.solution
@@ -357,7 +337,7 @@ def right_solution(row: Problem, ask: Ask, grader: Grader, tries: int) -> str:
     for index in range(tries):
         reply = ask("solution", index, solution_prompt(row.problem))
         text = without_thoughts(reply.text)
-        found, right = grader.verdict(text, row.answer)
+        found, right = verdict(text, row.answer)
         if right and reply.finish in WHOLE:
             return text
         given.append("cut off" if reply.finish not in WHOLE else "no answer" if found is None else f"answer {found[:60]!r}")
@@ -447,13 +427,19 @@ def extract(args: Namespace) -> int:
         try:
             with open_journal(log, start) as journal:
                 before = list(journal.answers.values())
-                results = ask_all(rows, journal, model.ask, Grader(worker), args)
+                results = ask_all(rows, journal, model.ask, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
-        failed = {row_id: record["failed"] for row_id, (record, row) in results.items() if row is None}
-        if len(failed) < len(rows):
+        failed, lines = {}, []
+        for row in rows:
+            record, done = results[row.id]
+            if done is None:
+                failed[row.id] = record["failed"]
+            else:
+                lines.append(to_line(asdict(done)))
+        if lines:
             part = Path(f"{out}.part")
-            part.write_bytes(b"".join(to_line(asdict(results[row.id][1])) for row in rows if row.id not in failed))
+            part.write_bytes(b"".join(lines))
             part.replace(out)  # the file appears whole, or not at all
     answers = list(journal.answers.values())
     now = spent(answers[len(before) :], args)
@@ -466,7 +452,7 @@ def extract(args: Namespace) -> int:
 
 
 def ask_all(
-    rows: Sequence[Problem], journal: Journal, send: Callable, grader: Grader, args: Namespace
+    rows: Sequence[Problem], journal: Journal, send: Callable[[Record], Answer], verdict: Verdict, args: Namespace
 ) -> dict[str, tuple[Record, Problem | None]]:
     """{row id: extract_row's result}, with every answer from the journal or put into it.
 
@@ -480,29 +466,28 @@ def ask_all(
         key = hash_of([body, step, index])  # the index too: --body may have removed the seed
         if (known := journal.answers.get(key)) is not None:
             return known
-        try:
-            answer = send(body, stop)
-        except Refused as error:
-            if not journal.answers:  # nothing was ever answered, so the reason is in the settings and not in this row
-                raise Stop(str(error)) from None
-            raise
+        if stop.is_set():
+            raise Stop("stopped")
+        answer = send(body)
         place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
         journal.write(place | asdict(answer))  # before this worker goes on
         journal.answers[key] = replace(answer, reasoning="")  # thoughts stay on the disk: they would fill the memory
         return answer
 
-    def stop_if_failed(future: Future) -> None:
-        if future.cancelled() or future.exception():
-            stop.set()  # called in the worker, before it takes its next row
+    def work(row: Problem) -> tuple[Record, Problem | None]:
+        try:
+            record, done = extract_row(row, partial(ask, row), verdict, args)
+            journal.write(record)
+            return record, done
+        except BaseException:
+            stop.set()  # here, before this worker takes its next row
+            raise
 
     with ThreadPoolExecutor(args.workers) as pool:
+        futures = {pool.submit(work, row): row.id for row in rows}
         try:
-            futures = {pool.submit(extract_row, row, partial(ask, row), grader, args): row.id for row in rows}
-            for future in futures:
-                future.add_done_callback(stop_if_failed)
-            for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=args.quiet):
+            for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=None):  # None: without a terminal
                 results[futures[future]] = future.result()
-                journal.write(future.result()[0])
         except BaseException as error:
             stop.set()
             if isinstance(error, KeyboardInterrupt):
@@ -516,14 +501,14 @@ def spent(answers: Sequence[Answer], args: Namespace) -> str:
     """12 answers, 3,400 + 1,200 tokens, cost 0.01: tokens sent and received, and the cost if the prices are given."""
     sent = sum(answer.usage.get("prompt_tokens", 0) for answer in answers)
     received = sum(answer.usage.get("completion_tokens", 0) for answer in answers)
-    text = f"{len(answers):,} answers, {sent:,} + {received:,} tokens"
-    if args.price_in is not None:
-        text += f", cost {cost(sent, received, args):.2f}"
-    return text
+    return f"{len(answers):,} answers, {sent:,} + {received:,} tokens{cost(sent, received, args)}"
 
 
-def cost(prompt_tokens: float, completion_tokens: float, args: Namespace) -> float:
-    return (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
+def cost(prompt_tokens: int, completion_tokens: int, args: Namespace) -> str:
+    if args.price is None:
+        return ""
+    price_in, price_out = args.price
+    return f", cost {(prompt_tokens * price_in + completion_tokens * price_out) / 1e6:.2f}"
 
 
 def dry_run(args: Namespace) -> int:
@@ -538,10 +523,9 @@ def dry_run(args: Namespace) -> int:
             if number < args.samples:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
     most = requests * args.max_tokens
-    print(f"{len(rows)} rows, {requests:,} requests in one round, about {tokens_in:,} tokens in and {tokens_out:,} out.")
-    print(f"Thoughts are not in this, and are billed: with them up to {most:,} tokens out, --max_tokens for each request")
-    if args.price_in is not None:
-        print(f"cost about {cost(tokens_in, tokens_out, args):.2f}, up to {cost(tokens_in, most, args):.2f}")
+    print(f"{len(rows)} rows, {requests:,} requests in one round")
+    print(f"about {tokens_in:,} tokens in and {tokens_out:,} out{cost(tokens_in, tokens_out, args)}")
+    print(f"thoughts are billed too: up to {most:,} tokens out{cost(tokens_in, most, args)}, --max_tokens for each request")
     print("nothing was sent")
     return 0
 
@@ -571,12 +555,13 @@ def report(args: Namespace) -> int:
         report_journal(log, {row.id for row in rows}, args)
     else:
         print(f"{log.name} is not there: nothing about candidates, scores and rejections")
-    report_texts(rows, args)
+    for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
+        print(f"\n--- {row.id}\n{row.problem}\n\n{format_strategy(row.strategy)}")
     return 0
 
 
 def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
-    """What the journal knows: candidates read and rejected, scores and bands of the kept ones, tokens."""
+    """What the journal knows: candidates and why they were rejected, bands of the kept ones, tokens."""
     records, answers = {}, []
     for record in read_journal(log):
         if record["kind"] == "row":
@@ -585,31 +570,13 @@ def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
             answers.append(Answer(record["text"], record["finish"], record["usage"]))
     candidates = [candidate for record in records.values() for candidate in record["candidates"]]
     why = Counter(candidate["rejected"][0] for candidate in candidates if candidate["rejected"])
-    read = sum(candidate["strategy"] is not None for candidate in candidates)
-    print(f"candidates: {len(candidates)} of {len(records)} rows; read {share(read, len(candidates))}")
+    print(f"candidates: {len(candidates)} of {len(records)} rows")
     print("rejected: " + (", ".join(f"{kind} {share(n, len(candidates))}" for kind, n in why.most_common()) or "none"))
-    print(f"rows without a strategy: {sum(record['failed'] is not None for record in records.values())}")
     chosen = [record for record in records.values() if record["kept"] is not None and record["row"] in kept]
-    scores = [record["candidates"][record["kept"]]["scores"] for record in chosen]
-    if scores:
-        bands = Counter(map(quality, scores))
-        print("scores of the kept, mean: " + ", ".join(f"{c} {statistics.fmean(s[c] for s in scores):.2f}" for c in CRITERIA))
-        print("quality: " + ", ".join(f"{band} {share(bands[band], len(scores))}" for band in ("high", "medium", "low")))
-        print("  (by the model that chose; in the paper another model judged 500: 39.4 %, 54.4 %, 6.2 %)")
+    bands = Counter(quality(record["candidates"][record["kept"]]["scores"]) for record in chosen)
+    print("quality: " + ", ".join(f"{band} {share(bands[band], len(chosen))}" for band in ("high", "medium", "low")))
+    print("  (by the model that chose; in the paper another model judged 500: 39.4 %, 54.4 %, 6.2 %)")
     print(f"paid: {spent(answers, args)}")
-
-
-def report_texts(rows: Sequence[Problem], args: Namespace) -> None:
-    """What the texts show: leaks by today's filter, types, and samples to read."""
-    found = {row.id: leaks(row.strategy, row.problem, row.solution or "", row.answer) for row in rows}
-    leaking = {row_id: reasons for row_id, reasons in found.items() if reasons}
-    print(f"leaks by the filter: {share(len(leaking), len(rows))}")
-    for row_id, reasons in list(leaking.items())[: args.samples]:
-        print(f"  {row_id}: {reasons[0]}")
-    types = Counter(row.strategy.type.lower() for row in rows)
-    print(f"types: {len(types)} different; " + ", ".join(f"{name} ({n})" for name, n in types.most_common(10)))
-    for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
-        print(f"\n--- {row.id}\n{row.problem}\n\n{format_strategy(row.strategy)}")
 
 
 def share(part: int, whole: int) -> str:
@@ -629,26 +596,23 @@ def build_parser() -> ArgumentParser:
     add("--report", metavar="FILE", help="only print the quality of such a file")
     add("--dry_run", action="store_true", help="print the first prompts and an estimate, send nothing")
     add("--candidates", type=int, default=5, help="strategies asked for in a round; 5 is the paper's number")
-    add("--rounds", type=int, default=2, help="rounds at most: another one asks for new candidates if none is left, or for the "
-        "scores again if they could not be read")  # fmt: skip
+    add("--rounds", type=int, default=2, help="rounds at most: one more if no candidate is left, or the scores cannot be read")
     add("--solution_tries", type=int, default=3, help="solutions asked for at most, for a row without one")
     add("--temperature", type=float, default=0.6, help="of solutions and candidates; 0.6 is DeepSeek-R1's advice; scores get 0")
     add("--top_p", type=float, default=0.95)
     add("--max_tokens", type=int, default=8192, help="of one answer, thoughts included; an answer that is cut off is not used")
     add("--seed", type=int, default=0, help="candidate i is asked for with seed + i; also draws the report's samples")
-    add("--body", type=json.loads, default={}, metavar="JSON", help="fields for every request; null removes one: "
-        """'{"max_tokens": null, "max_completion_tokens": 8192, "temperature": null}'""")  # fmt: skip
+    body = """fields for every request; null removes one: '{"max_tokens": null, "max_completion_tokens": 8192}'"""
+    add("--body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--workers", type=int, default=8, help="rows worked on at once, each with one request at a time; for --local the batch")
     add("--retries", type=int, default=10, help="after HTTP 429 and 5xx, timeouts and failed connections")
     add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server")
     add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="the environment variable that holds the key")
-    add("--price_in", type=float, help="per million tokens sent; with --price_out it shows the cost")
-    add("--price_out", type=float, help="per million tokens received")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
     add("--limit", type=int, metavar="N", help="only the first N rows")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="--local: of the weights")
     add("--device", default="auto", help="--local: auto takes cuda if there is one, else cpu")
     add("--samples", type=int, default=5, metavar="N", help="--report: print N strategies; --dry_run: the prompts of N rows")
-    add("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
@@ -663,16 +627,9 @@ def check_arguments(args: Namespace) -> None:
             raise ValueError("one of --endpoint and --local is needed")
         if args.endpoint and not args.model:
             raise ValueError("--endpoint needs --model, the model's name there")
-    if (args.price_in is None) != (args.price_out is None):
-        raise ValueError("--price_in and --price_out: the cost needs both")
-    from_one = ("candidates", "rounds", "solution_tries", "max_tokens", "workers", "limit")
-    from_zero = ("retries", "samples", "temperature", "read_timeout", "price_in", "price_out")
-    for name in from_one + from_zero:
-        least, given = int(name in from_one), getattr(args, name)
-        if given is not None and not given >= least:
-            raise ValueError(f"--{name} must be at least {least}, got {given}")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p must be in (0, 1], got {args.top_p}")
+    for name in ("candidates", "rounds", "solution_tries", "max_tokens", "workers", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not isinstance(args.body, dict) or {"model", "messages", "stream"} & set(args.body):
         raise ValueError(f"--body must be a JSON object without model, messages and stream, got {args.body!r}")
     if args.local and args.body:

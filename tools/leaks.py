@@ -152,8 +152,6 @@ def leaks(strategy, problem: str, solution: str, answer: str) -> list[str]:
     Allowed: exponents, indices, ordinals, references to steps, 0, 1, 2 and a half, coefficients of well-known formulas,
     units (60 minutes), angles, and spelled numbers up to ten that are not stated as a result. If such a number IS the
     answer, the words around it decide.
-    Not seen: intermediate results without a number ("the triangle is isosceles"), symbolic ones with small coefficients,
-    other languages, rounded values, terms in another order. The scoring prompt's no_leak is there for these.
     """
     given, wanted = _values(problem), _values(answer)
     computed = _values(solution) - given - wanted

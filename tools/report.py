@@ -1,13 +1,12 @@
-"""Pictures of runs: training curves over seeds, and one column of a sweep's csv.
+"""Pictures of runs: training curves over seeds, and the accuracies of a sweep.
 
-    python tools/report.py curves runs/sgpo runs/grpo --out pictures      a folder for each method, in it a run for each seed
+    python tools/report.py curves runs/sgpo runs/grpo --out pictures/curves     a folder for each method, with a run a seed
     python tools/report.py rows results/tiny/table.csv --out pictures/table
-    python tools/report.py tokens ...                                     (or divergence) the token map: token_map.py
+    python tools/report.py tokens ...                                           (or divergence) the token map: token_map.py
 
-`curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics (arXiv 2606.24064) as
-PNG and SVG. `rows` draws every row of a csv that sweep.py wrote with its seeds, or the effect of a knob.
-
-What it is not: a live monitor, or a judge: one seed has no band. A command writes over what an earlier call left at --out.
+`curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics (arXiv 2606.24064).
+`rows` draws every row of a csv that sweep.py wrote with its seeds, or the effect of a knob. Both write PNG and SVG, over what
+an earlier call left there.
 """
 
 import argparse
@@ -21,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 # Okabe and Ito's colour-blind-safe colours without yellow, which is lost on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # the same distinction without colour
-# file name -> title, y axis, and the records' keys with their line styles
+# panel -> title, y axis, and the records' keys with their line styles
 PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "reward": ("Reward", "mean reward alone", {"reward_auto": "-"}),
     "entropy": ("Entropy", "nats per token", {"entropy": "-"}),
@@ -36,9 +37,9 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "accuracy": ("Held-out accuracy", "accuracy alone", {"accuracy": "-"}),
 }
 GUIDED = ("reward_guided", "alpha")  # methods without a guided group log 0 for these, which is no measurement
-STEP = ("step", "reward_auto", "entropy", "length_auto", "length_guided", *GUIDED)
 SEEDS = ("seed", "data_seed", "sampling_seed")
 MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # inside a group, and what is in train.MAY_CHANGE
+Curve = dict[str, list]  # "step", "mean", "stderr", "seeds": parallel lists
 
 
 # ---------------------------------------------------------------------------------------------------- reading runs
@@ -55,67 +56,41 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a metrics.jsonl. ValueError "file:line: what" for a broken line, a missing key, a value that is no number.
+    """Read a metrics.jsonl. ValueError "file:line: what" for a line that is no JSON, or a file without settings.
 
     A last line without its line end is left out, with a note: a run that is still going is writing it.
     """
     *lines, unfinished = path.read_bytes().split(b"\n")
     if unfinished:
         print(f"{path}:{len(lines) + 1}: the last line is unfinished (is the run still going?), left out")
-    run = Run(path, {}, [], [])
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            _take(run, json.loads(line))
-        except ValueError as error:  # JSONDecodeError, and UnicodeDecodeError for bytes that are no text, are ValueErrors
-            raise ValueError(f"{path}:{number}: {error}, in {line[:80]!r}") from error
-    if not run.config:
-        raise ValueError(f"{path}: empty")
-    return run
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}, in {line[:80]!r}") from None
+    if not records or "config" not in records[0]:
+        raise ValueError(f"{path}:1: no settings of a run")
+    config = records[0]["config"]
+    steps = [record for record in records if record.get("stage") == config["method"] != "sft"]
+    evals = [record for record in records if record.get("stage") == "eval" and not record["guided"]]
+    return Run(path, config, steps, evals)
 
 
-def _take(run: Run, record: Any) -> None:
-    """Add one line's record to its run. The first line holds the settings."""
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    if not run.config:
-        run.config.update(record.get("config", {}))
-        if not {"method", "seed"} <= run.config.keys():
-            raise ValueError("the first line must hold the run's config with its method and seed")
-    elif record.get("stage") == "eval":
-        _check_numbers(record, ("step", "accuracy", "guided"))
-        if not record["guided"]:
-            run.evals.append(record)
-    elif record.get("stage") == run.config["method"] != "sft":
-        _check_numbers(record, STEP)
-        if run.steps and record["step"] <= run.steps[-1]["step"]:
-            raise ValueError(f"step {record['step']} after step {run.steps[-1]['step']}")
-        run.steps.append(record)
-    elif record.get("stage") not in ("sft", "sft_validation"):  # a supervised stage samples nothing: no curve has its steps
-        raise ValueError(f"stage is {record.get('stage')!r}, expected eval, sft, sft_validation or {run.config['method']}")
+def read_groups(folders: Sequence[str]) -> dict[str, list[Run]]:
+    """{a folder's name: the runs in it}, in the order given.
 
-
-def _check_numbers(record: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in names:
-        if not isinstance(record.get(name), int | float) or not math.isfinite(record[name]):
-            raise ValueError(f"{name} is {record.get(name)!r}, expected a finite number")
-
-
-def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
-    """FOLDER or LABEL=FOLDER -> {label: its runs}, in the order given.
-
-    ValueError for a folder without any run, two groups of one label, and runs that are not one method under several seeds: a
-    band over different settings would say nothing about seeds. Paths and settings of the machine may differ.
+    ValueError for a folder without any run, two of one name, and runs that are not one method under several seeds: a band
+    over different settings would say nothing about seeds. Paths and settings of the machine may differ.
     """
     groups: dict[str, list[Run]] = {}
-    for argument in arguments:
-        label, split, folder = argument.partition("=")
-        if not split or Path(argument).is_dir():  # a folder's own name may hold a "="
-            label, folder = Path(argument).resolve().name, argument
+    for folder in folders:
+        label = Path(folder).resolve().name
         paths = sorted(Path(folder).rglob("metrics.jsonl"))
         if not paths:
             raise ValueError(f"{folder}: no metrics.jsonl in it or below, so this group has no run")
         if label in groups:
-            raise ValueError(f"two groups are called {label!r}; name one of them LABEL=FOLDER")
+            raise ValueError(f"two groups are called {label!r}, by the names of their folders")
         groups[label] = [read_run(path) for path in paths]
         _check_group(groups[label])
     if len(groups) > len(COLOURS):
@@ -124,19 +99,21 @@ def read_groups(arguments: Sequence[str]) -> dict[str, list[Run]]:
 
 
 def _check_group(runs: Sequence[Run]) -> None:
-    first, seeds = runs[0], {}
+    first, seeds, different = runs[0], {}, set()
     for run in runs:
-        names = set(run.config) & set(first.config) - set(MAY_DIFFER)
-        for name in sorted(name for name in names if run.config[name] != first.config[name]):
-            from train import MAY_CHANGE  # what changes the cost and not the result. Imported here: torch takes seconds
+        for name in run.config.keys() & first.config.keys():
+            if run.config[name] != first.config[name] and name not in MAY_DIFFER:
+                different.add(name)
+        own = tuple(run.config.get(name) for name in SEEDS)
+        if own in seeds:
+            raise ValueError(f"{seeds[own]} and {run.path} are of one group and have the same seeds")
+        seeds[own] = run.path
+    if different:
+        from train import MAY_CHANGE  # what changes the cost and not the result. Imported here: torch takes seconds
 
-            if name not in MAY_CHANGE:
-                values = f"{first.config[name]!r} in {first.path} but {run.config[name]!r} in {run.path}"
-                raise ValueError(f"one group must be one method under several seeds, but {name} is {values}")
-        seed = ", ".join(f"{name} {run.config[name]}" for name in SEEDS if name in run.config)
-        if seed in seeds:
-            raise ValueError(f"{seeds[seed]} and {run.path} are of one group and both have {seed}")
-        seeds[seed] = run.path
+        different -= set(MAY_CHANGE)
+    if different:
+        raise ValueError(f"{first.path}: the runs of a group may differ in their seeds, not in {', '.join(sorted(different))}")
     if not any(run.steps or run.evals for run in runs):
         raise ValueError(f"{first.path}: neither an RL step nor an evaluation in this group yet")
 
@@ -152,36 +129,52 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 def trailing_mean(series: Mapping[int, float], window: int) -> dict[int, float]:
     """{step: mean of the last `window` steps up to this one}. Not centred: a point stays where it is when the run goes on."""
-    return {step: statistics.fmean(series[s] for s in range(step - window + 1, step + 1) if s in series) for step in series}
+    means = {}
+    for step in series:
+        last = [series[s] for s in range(step - window + 1, step + 1) if s in series]
+        means[step] = statistics.fmean(last)
+    return means
 
 
-def over_seeds(series: Sequence[Mapping[int, float]]) -> dict[str, list]:
-    """{step: value} of each seed -> {"step", "mean", "stderr", "seeds"}: parallel lists over all steps that a seed reached."""
-    steps = sorted(set().union(*series))
-    values = [[one[step] for one in series if step in one] for step in steps]
-    mean, stderr = zip(*map(mean_and_stderr, values), strict=True)
-    return {"step": steps, "mean": list(mean), "stderr": list(stderr), "seeds": list(map(len, values))}
+def over_seeds(series: Sequence[Mapping[int, float]]) -> Curve:
+    """{step: value} of each seed -> the curve of their means, over all steps that a seed reached."""
+    curve = {"step": sorted(set().union(*series)), "mean": [], "stderr": [], "seeds": []}
+    for step in curve["step"]:
+        values = [one[step] for one in series if step in one]
+        mean, stderr = mean_and_stderr(values)
+        curve["mean"].append(mean)
+        curve["stderr"].append(stderr)
+        curve["seeds"].append(len(values))
+    return curve
 
 
-def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, dict[str, dict[str, dict[str, list]]]]:
-    """{panel: {label: {key: curve}}}, smoothed seed by seed before the mean over seeds is taken.
+def curve_of(runs: Sequence[Run], key: str, smooth: int) -> Curve:
+    """A quantity over steps, smoothed seed by seed before the mean over seeds is taken; without steps if no run measured it.
 
-    A group without a quantity is not in that panel: a method that samples no guided group has neither p_guide nor alpha, SFT
-    has accuracy alone. Accuracy is not smoothed. Of two evaluations at one step the later counts, so a run with an SFT warm-up
-    starts from the accuracy after it.
+    Accuracy is not smoothed. Of two evaluations at one step the later counts, so a run with an SFT warm-up starts from the
+    accuracy after it.
     """
-    panels: dict[str, dict[str, dict[str, dict[str, list]]]] = {name: {} for name in PANELS}
-    for label, runs in groups.items():
-        for name, (_, _, keys) in PANELS.items():
-            for key in keys:
-                if name == "accuracy":
-                    series = [{record["step"]: record[key] for record in run.evals} for run in runs]
-                else:  # a response has at least one token, so a guided length of 0 means that there was no guided group
-                    length = "length_guided" if set(keys) & set(GUIDED) else "length_auto"
-                    series = [{r["step"]: r[key] for r in run.steps if r[length] > 0} for run in runs]
-                    series = [trailing_mean(one, smooth) for one in series]
-                if any(series):
-                    panels[name].setdefault(label, {})[key] = over_seeds([one for one in series if one])
+    series = []
+    for run in runs:
+        if key == "accuracy":
+            series.append({record["step"]: record[key] for record in run.evals})
+        else:  # a response has at least one token, so a guided length of 0 means that there was no guided group
+            length = "length_guided" if key in GUIDED else "length_auto"
+            measured = {record["step"]: record[key] for record in run.steps if record[length] > 0}
+            series.append(trailing_mean(measured, smooth))
+    return over_seeds(series)
+
+
+def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, dict[str, dict[str, Curve]]]:
+    """{panel: {label: {key: curve}}}. A group is only in the panels for which it has everything: one without guided responses
+    has neither p_guide nor alpha, SFT has accuracy alone."""
+    panels = {}
+    for name, (_, _, keys) in PANELS.items():
+        panels[name] = {}
+        for label, runs in groups.items():
+            curves = {key: curve_of(runs, key, smooth) for key in keys}
+            if all(curve["step"] for curve in curves.values()):
+                panels[name][label] = curves
     return panels
 
 
@@ -189,59 +182,52 @@ def panel_curves(groups: Mapping[str, Sequence[Run]], smooth: int) -> dict[str, 
 # matplotlib (requirements-dev.txt) is imported by the functions that draw. Without pyplot: no global state, no display.
 
 
-def draw(panels: Mapping[str, Mapping[str, Any]], names: Sequence[str], labels: Sequence[str], smooth: int) -> Any:
-    """A matplotlib Figure of the named panels, at most three in a row; a group keeps its colour and marker in all of them."""
+def draw(groups: Mapping[str, Sequence[Run]], smooth: int) -> Any:
+    """A matplotlib Figure of the panels that have a curve; a group keeps its colour and marker in all of them."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    panels, labels = panel_curves(groups, smooth), list(groups)
+    names = [name for name in PANELS if panels[name]]
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4.6 * columns if columns > 1 else 6.4, 3.2 * rows + 0.9), layout="constrained")
-    counts: dict[str, set[int]] = {label: set() for label in labels}
-    for place, name in enumerate(names):
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.9), layout="constrained")
+    for place, name in enumerate(names, start=1):
         title, y_label, keys = PANELS[name]
-        axes = figure.add_subplot(rows, columns, place + 1, title=title, xlabel="RL step", ylabel=y_label)
-        if name != "accuracy" and smooth > 1:
-            axes.set_xlabel(f"RL step (trailing mean of {smooth} steps)")
+        smoothed = name != "accuracy" and smooth > 1
+        x_label = f"RL step (trailing mean of {smooth} steps)" if smoothed else "RL step"
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=x_label, ylabel=y_label)
         for label, curves in panels[name].items():
             for key, line in keys.items():
                 _draw_curve(axes, curves[key], labels.index(label), line, every_point=name == "accuracy")
-                counts[label] |= set(curves[key]["seeds"])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.ticklabel_format(useOffset=False)
-    _legend(figure, labels, counts)
+    handles = []
+    for index, (label, runs) in enumerate(groups.items()):
+        text = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        handles.append(Line2D([], [], color=COLOURS[index], marker=MARKERS[index], markersize=5, label=text))
+    # below the axes, where it hides nothing
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    legend.set_title("mean and ± 1 standard error over seeds (one seed: no band)", prop={"size": "small"})
     return figure
 
 
-def _draw_curve(axes: Any, curve: Mapping[str, list], index: int, line: str, every_point: bool) -> None:
+def _draw_curve(axes: Any, curve: Curve, index: int, line: str, every_point: bool) -> None:
     """Line, markers and band of one curve. One seed has no band."""
-    steps, mean, colour = curve["step"], curve["mean"], COLOURS[index]
-    axes.plot(steps, mean, line, color=colour, linewidth=1.7)
+    steps, mean, stderr = (np.array(curve[name]) for name in ("step", "mean", "stderr"))
+    colour = COLOURS[index]
     stride = 1 if every_point else max(len(steps) // 6, 1)
     start = index % min(stride, len(steps))  # differs by group: on lines that run together no marker covers another
-    axes.plot(steps[start::stride], mean[start::stride], MARKERS[index], color=colour, markersize=4.5)
-    low, high = ([m + sign * e for m, e in zip(mean, curve["stderr"], strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    marks = {"marker": MARKERS[index], "markersize": 4.5, "markevery": (start, stride)}
+    axes.plot(steps, mean, line, color=colour, linewidth=1.7, **marks)
+    axes.fill_between(steps, mean - stderr, mean + stderr, color=colour, alpha=0.2, linewidth=0)
     if len(steps) == 1:  # a band without width cannot be seen: SFT has one accuracy
-        axes.vlines(steps, low, high, color=colour, linewidth=1.7)
+        axes.vlines(steps, mean - stderr, mean + stderr, color=colour, linewidth=1.7)
 
 
-def _legend(figure: Any, labels: Sequence[str], counts: Mapping[str, set[int]]) -> None:
-    """The groups with their numbers of seeds, below the axes, where the legend hides nothing."""
-    from matplotlib.lines import Line2D
-
-    handles, texts = [], []
-    for index, label in enumerate(labels):
-        if counts[label]:
-            low, high = min(counts[label]), max(counts[label])
-            texts.append(f"{label} ({f'{low} to ' if low < high else ''}{high} seed{'s' if high > 1 else ''})")
-            handles.append(Line2D([], [], color=COLOURS[index], marker=MARKERS[index], markersize=5))
-    legend = figure.legend(handles, texts, loc="outside lower center", ncols=min(len(texts), 4), frameon=False)
-    legend.set_title("mean and ± 1 standard error over seeds (one seed: no band)", prop={"size": "small"})
-
-
-def save(figure: Any, path: Path, dpi: int) -> list[Path]:
-    """Write the figure as path.png and path.svg: the two paths.
+def save(figure: Any, path: Path, dpi: int) -> None:
+    """Write the figure as path.png and path.svg.
 
     Text as paths: an SVG in a README is shown as an image and loads no font. With the salt and without the date the same data
     gives the same bytes, so a picture under version control changes only when its data do.
@@ -249,49 +235,28 @@ def save(figure: Any, path: Path, dpi: int) -> list[Path]:
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report.py"}):
-        for file, metadata in zip(files, ({}, {"Date": None}), strict=True):
-            figure.savefig(file, dpi=dpi, metadata=metadata)
-    return files
-
-
-def write_curves(args: argparse.Namespace) -> list[Path]:
-    """Draw every panel that any group has, and all of them in one overview: the files written."""
-    if args.smooth < 1:
-        raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
-    groups = read_groups(args.groups)
-    panels = panel_curves(groups, args.smooth)
-    drawn = [name for name in PANELS if panels[name]]
-    pictures = {name: [name] for name in drawn} | {"overview": drawn}
-    written = []
-    for file in args.only or pictures:
-        if file in pictures:
-            written += save(draw(panels, pictures[file], list(groups), args.smooth), args.out / file, args.dpi)
-    for name in PANELS:
-        print(f"{name}: {', '.join(panels[name]) or 'not drawn, no group has it'}")
-    print(f"{len(written)} pictures in {args.out}")
-    return written
+        figure.savefig(f"{path}.png", dpi=dpi)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    print(f"{path}.png, {path}.svg")
 
 
 # ---------------------------------------------------------------------------------------------------- rows of a sweep
 
 
-def read_rows(path: Path, column: str) -> dict[str, list[float]]:
-    """{row: its value for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
+def read_rows(path: Path) -> dict[str, list[float]]:
+    """{row: its accuracy for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
     rows: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.setdefault(line["row"], []).append(float(line[column]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: no row with a number in {column!r}: {line}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows")
+                rows.setdefault(line["row"], []).append(float(line["accuracy"]))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path}:{number}: no row with an accuracy: {line}") from None
     return rows
 
 
-def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
+def draw_rows(rows: Mapping[str, Sequence[float]]) -> Any:
     """A Figure: each row with its seeds, mean and standard error. Rows named knob=value get a panel for each knob."""
     from matplotlib.figure import Figure
 
@@ -299,32 +264,36 @@ def draw_rows(rows: Mapping[str, Sequence[float]], y_label: str) -> Any:
     for row, values in rows.items():
         knob, _, value = row.partition("=")
         panels.setdefault(knob if value else "", {})[value or row] = values
-    if set(panels) != {""}:
-        figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
-            _draw_points(axes, points, across=True)
-            axes.set_xlabel(knob)
-        all_axes[0].set_ylabel(y_label)
+    upright = "" not in panels
+    size = (4.4 * len(panels), 3.6) if upright else (7.5, 0.32 * len(rows) + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=upright, squeeze=False)[0]
+    for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
+        _draw_points(axes, points, upright)
+        axes.set_xlabel(knob if upright else "accuracy")
+    if upright:
+        all_axes[0].set_ylabel("accuracy")
     else:
-        figure = Figure(figsize=(7.5, 0.32 * len(rows) + 1.2), layout="constrained")
-        axes = figure.subplots()
-        _draw_points(axes, rows, across=False)
         axes.invert_yaxis()
-        axes.set_xlabel(y_label)
     figure.supxlabel("small: one seed; large: the mean with ± 1 standard error over seeds", fontsize="small")
     return figure
 
 
-def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], across: bool) -> None:
+def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], upright: bool) -> None:
     """Each name at its place along one axis, its seeds and their mean along the other."""
+    one_seed = {"color": COLOURS[5], "markersize": 3.5, "alpha": 0.8, "zorder": 1}
+    all_seeds = {"fmt": "o", "color": COLOURS[0], "capsize": 3, "zorder": 2}
     for place, values in enumerate(points.values()):
+        places = [place] * len(values)
         mean, error = mean_and_stderr(values)
-        seeds = ([place] * len(values), values) if across else (values, [place] * len(values))
-        axes.plot(*seeds, "o", color=COLOURS[5], markersize=3.5, alpha=0.8, zorder=1)
-        where = (place, mean) if across else (mean, place)
-        axes.errorbar(*where, **{"yerr" if across else "xerr": error}, fmt="o", color=COLOURS[0], capsize=3, zorder=2)
-    (axes.set_xticks if across else axes.set_yticks)(range(len(points)), list(points))
+        if upright:
+            axes.plot(places, values, "o", **one_seed)
+            axes.errorbar(place, mean, yerr=error, **all_seeds)
+        else:
+            axes.plot(values, places, "o", **one_seed)
+            axes.errorbar(mean, place, xerr=error, **all_seeds)
+    set_ticks = axes.set_xticks if upright else axes.set_yticks
+    set_ticks(range(len(points)), list(points))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -338,16 +307,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more, **options)
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser("curves", help="training curves, a line for each method, mean and band over seeds", **options)
-    curves.add_argument("groups", nargs="+", metavar="GROUP", help="FOLDER or LABEL=FOLDER with the runs of one method")
-    curves.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    curves.add_argument("--only", nargs="+", choices=(*PANELS, "overview"), help="only these pictures; None: all")
+    curves.add_argument("groups", nargs="+", metavar="FOLDER", help="the runs of one method, which the folder is named after")
     curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none")
-    rows = commands.add_parser("rows", help="one column of a sweep's csv, every row with its seeds", **options)
+    rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", **options)
     rows.add_argument("csv", type=Path, help="table.csv, knobs.csv or hard.csv of sweep.py")
-    rows.add_argument("--column", default="accuracy", help="which column")
-    rows.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     for command in (curves, rows):
-        command.add_argument("--dpi", type=int, default=150, help="of the PNG")
+        command.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     return parser
 
 
@@ -357,9 +322,11 @@ def main(arguments: Sequence[str]) -> Any:
 
         return token_map.main(arguments)
     args = build_parser().parse_args(arguments)
-    if args.command == "curves":
-        return write_curves(args)
-    return save(draw_rows(read_rows(args.csv, args.column), args.column), args.out, args.dpi)
+    if args.command == "rows":
+        return save(draw_rows(read_rows(args.csv)), args.out, dpi=150)
+    if args.smooth < 1:
+        raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
+    return save(draw(read_groups(args.groups), args.smooth), args.out, dpi=90)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sampl
 from grader import MathWorker, same_answer
 from model import load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
-from tools.benchmark import benchmark_files, guidance, guidance_lines
+from tools.benchmark import benchmark_files, paired_bootstrap
 from weighting import instance_weight
+
+Records = dict[tuple[str, bool, str], dict]  # a problem's samples by (file, guided, its id)
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def begin(folder: Path, settings: dict) -> None:
         raise ValueError(f"{folder}: of another evaluation ({'; '.join(changes)}); name another --out, or remove it")
 
 
-def read_records(folder: Path) -> dict[tuple[str, bool, str], dict]:
-    """{(file, guided, problem's id): record} of all ranks, also of more or fewer ranks than there are now.
+def read_records(folder: Path) -> Records:
+    """The records of all ranks, also of more or fewer ranks than there are now.
 
     Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
     """
@@ -152,11 +154,14 @@ def write_json(path: Path, value: dict) -> None:
 # ---------------------------------------------------------------------------------------------- the evaluation
 
 
-def share_of(sets: Sequence[EvalSet], kept: dict[tuple[str, bool, str], dict]) -> list[tuple[EvalSet, list[Problem]]]:
+def share_of(sets: Sequence[EvalSet], kept: Records) -> list[tuple[EvalSet, list[Problem]]]:
     """What is left to do for this rank, of each set. The shares are balanced over all sets by the expected lengths."""
-    left = [(one, problem) for one in sets for problem in one.problems if (one.file, one.guided, problem.id) not in kept]
+    left = []
+    for one in sets:
+        left += [(one, problem) for problem in one.problems if (one.file, one.guided, problem.id) not in kept]
     mine = my_share(left, [one.n * expected_length(problem) for one, problem in left])
-    return [(one, chosen) for one in sets if (chosen := [problem for owner, problem in mine if owner is one])]
+    shares = [(one, [problem for owner, problem in mine if owner is one]) for one in sets]
+    return [(one, problems) for one, problems in shares if problems]
 
 
 def majority(answers: Sequence[str | None], worker: MathWorker) -> int | None:
@@ -236,8 +241,9 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     return results
 
 
-def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict], seed: int) -> dict[str, dict]:
-    """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance"."""
+def collect(sets: Sequence[EvalSet], records: Records, seed: int) -> dict[str, dict]:
+    """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance": what
+    a strategy in the prompt changes, with a 95 % interval over problems, and the mean alpha(q) [eq 6]."""
     files: dict[str, dict] = {}
     for one in sets:
         chosen = [records[one.file, one.guided, problem.id] for problem in one.problems]
@@ -250,10 +256,13 @@ def collect(sets: Sequence[EvalSet], records: dict[tuple[str, bool, str], dict],
             continue
         counts = [list(side["correct"].values()) for side in (files[one.file], result)]
         p_auto, p_guide = (torch.tensor(values) / one.n for values in counts)
-        families = [problem.strategy.type.lower() for problem in one.problems]  # as strategy.py --report counts them
-        effect = guidance(*counts, one.n, instance_weight(p_auto, p_guide).tolist(), families, seed=seed)
+        effect = {"p_auto": p_auto.mean().item(), "p_guide": p_guide.mean().item()}
+        effect |= paired_bootstrap(*counts, one.n, seed=seed)[0]
+        effect["alpha"] = instance_weight(p_auto, p_guide).mean().item()
         files[one.file] |= {"guided": result, "guidance": effect}
-        print("\n".join(guidance_lines(effect)))
+        text = f"p_auto {100 * effect['p_auto']:.1f}  p_guide {100 * effect['p_guide']:.1f}"
+        change, low, high = (100 * effect[name] for name in ("difference", "low", "high"))
+        print(f"  {text}  difference {change:+.1f} [{low:+.1f}, {high:+.1f}]  mean alpha {effect['alpha']:.3f}")
     return files
 
 

@@ -8,17 +8,15 @@
                                                     the methods on a model and problems of yours, all from the same model
 
 A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to runs/<suite>/<row>/<seed>/,
-as many at a time as there are cores, one thread each. A finished run is not run again, one that was cut off is. The results are
-csv files, pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
+one thread each. A finished run is not run again, one that was cut off is. The results are csv files, pictures, and a page with
+means, paired differences against SGPO and verdicts on the claims of the paper.
 
-The budget is counted in sampled responses: every method of METHODS but sft draws 60 * 16 * 12 = 11,520 of them. SGPO draws 12 a
-problem (8 alone, 4 guided), the others 8 a problem in half as many steps again. LUFFY's solution counts as one of its 8. The
-ablations keep SGPO's steps. Learning rates: as many values tried for one method as for another; the ablations take SGPO's.
+Every method of METHODS but sft samples 60 * 16 * 12 = 11,520 responses: SGPO 12 a problem (8 alone, 4 guided), the others 8 a
+problem in half as many steps again (LUFFY's solution counts as one of them). The ablations keep SGPO's steps and learning rate.
 """
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import os
@@ -26,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of 
 from tools import report
 
 HERE = Path(__file__).resolve().parent.parent
+Lines = Sequence[dict[str, str]]  # of a csv
+Interval = tuple[float, float, float]  # mean, low, high
 EQUAL_SAMPLES = 60 * 12 // 8  # steps in which a method that samples 8 a problem draws as many as SGPO in 60
 PLAIN_SFT = "--sft_warmup_ratio 0 --sft_validation 0"  # every row of the table is trained on, none is held out
 
@@ -75,15 +76,9 @@ HARD = (
     "--model data/hard/base --eval_data data/hard/test.jsonl --eval_guided --problems_per_step 16 --steps 60 --sft_fraction 0 "
     "--max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 --lr_decay linear --weight_decay 0"
 )
-HARD_ROWS = {
-    "sgpo": "",
-    "grpo": f"--method grpo --steps {EQUAL_SAMPLES}",
-    "random-target": "--target random",
-    "no-kl-clip": "--delta inf",
-    "no-target-selection": "--target all",
-    "random-target-no-kl-clip": "--target random --delta inf",
-    "no-proximal-constraints": "--delta inf --target all",
-}
+HARD_FLAGS = METHODS | ABLATIONS | {"random-target-no-kl-clip": "--target random --delta inf"}
+HARD_ROWS = ("sgpo", "grpo", "random-target", "no-kl-clip", "no-target-selection", "random-target-no-kl-clip")
+HARD_ROWS += ("no-proximal-constraints",)
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "random-target-no-kl-clip", "no-proximal-constraints")
 MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the model of --base has had its warm-up: grpo is the paper's SFT+GRPO
 DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
@@ -108,58 +103,47 @@ class Job:
     flags: tuple[str, ...]
     also_eval: str = ""  # a second file of held-out problems for the trained model; the csv gets a column "accuracy_also"
 
+    def folder(self, runs: Path) -> Path:
+        return runs / self.row / str(self.seed)
 
-def rate_flag(method: str, rate: str) -> list[str]:
-    return ["--sft_learning_rate" if method == "sft" else "--learning_rate", rate]
+
+def rate_flag(method: str, rate: str) -> str:
+    return f"--sft_learning_rate {rate}" if method == "sft" else f"--learning_rate {rate}"
 
 
-def rates_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def rates_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every method at every rate, evaluated on the validation problems."""
-    valid = "--eval_data data/tiny/valid.jsonl --eval_every 0 --no-eval_guided".split()
-    return {
-        f"{method}@{rate}": [*METHODS[method].split(), *rate_flag(method, rate), *valid]
-        for method, rates in RATES.items()
-        for rate in rates
-    }
+    valid, rows = "--eval_data data/tiny/valid.jsonl --eval_every 0 --no-eval_guided", {}
+    for method, rates in RATES.items():
+        for rate in rates:
+            rows[f"{method}@{rate}"] = f"{METHODS[method]} {rate_flag(method, rate)} {valid}"
+    return rows
 
 
-def table_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def table_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every method at its best rate and every ablation at SGPO's."""
     best = best_rates(args.results / "rates.csv")
-    rows = {name: [*flags.split(), *rate_flag(name, best[name])] for name, flags in METHODS.items()}
-    return rows | {name: [*flags.split(), *rate_flag("sgpo", best["sgpo"])] for name, flags in ABLATIONS.items()}
+    rows = {name: f"{flags} {rate_flag(name, best[name])}" for name, flags in METHODS.items()}
+    return rows | {name: f"{flags} {rate_flag('sgpo', best['sgpo'])}" for name, flags in ABLATIONS.items()}
 
 
-def knobs_rows(args: argparse.Namespace) -> dict[str, list[str]]:
-    """SGPO at its rate, as it is and with one of delta, alpha_0 and gamma at another value."""
+def knobs_rows(args: argparse.Namespace) -> dict[str, str]:
+    """SGPO at its rate with every value of delta, alpha_0 and gamma, the others at the paper's."""
     rate = rate_flag("sgpo", best_rates(args.results / "rates.csv")["sgpo"])
-    others = [(name, value) for name, values in KNOBS.items() for value in values if value != DEFAULTS[name]]
-    return {"default": rate} | {f"{name}={value}": [f"--{name}", value, *rate] for name, value in others}
+    return {f"{name}={value}": f"--{name} {value} {rate}" for name, values in KNOBS.items() for value in values}
 
 
-def knob_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The csv lines of `knobs` knob by knob, in the order of KNOBS; the default run takes its place in each of them."""
-    return [
-        line | {"row": f"{name}={value}"}
-        for name, values in KNOBS.items()
-        for value in values
-        for line in lines
-        if line["row"] == ("default" if value == DEFAULTS[name] else f"{name}={value}")
-    ]
-
-
-def hard_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def hard_rows(args: argparse.Namespace) -> dict[str, str]:
     """The hard world with good strategies, then with 6 % and 30 % of low quality."""
     best, rows = best_rates(args.results / "rates.csv"), {}
     for suffix, data in (("", "train"), ("@low06", "train-low06"), ("@low30", "train-low30")):
         for name in LOW_QUALITY_ROWS if suffix else HARD_ROWS:
-            flags = {**HARD_ROWS, **ABLATIONS}[name].split()
-            rate = rate_flag("sgpo", best["grpo" if name == "grpo" else "sgpo"])
-            rows[name + suffix] = [*HARD.split(), "--data", f"data/hard/{data}.jsonl", *flags, *rate]
+            rate = rate_flag(name, best["grpo" if name == "grpo" else "sgpo"])
+            rows[name + suffix] = f"{HARD} --data data/hard/{data}.jsonl {HARD_FLAGS[name]} {rate}"
     return rows
 
 
-def model_rows(args: argparse.Namespace) -> dict[str, list[str]]:
+def model_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every sampling method from the model of --base, with equal numbers of sampled responses; sft reads each solution once."""
     base = args.base.split()
     if "--model" not in base or args.steps < 2 or args.steps % 2:
@@ -168,10 +152,10 @@ def model_rows(args: argparse.Namespace) -> dict[str, list[str]]:
         raise ValueError("--base: --data without --eval_data, so no run would have an accuracy to compare")
     if fixed := {"--group_auto", "--group_guided", "--steps", "--method", "--sft_fraction"} & set(base):
         raise ValueError(f"--base: {', '.join(sorted(fixed))} would make the numbers of sampled responses unequal")
-    rows = {"sft": [*base, "--method", "sft", "--sft_epochs", "1", *PLAIN_SFT.split()]}
+    rows = {"sft": f"{args.base} --method sft --sft_epochs 1 {PLAIN_SFT}"}
     for name in MODEL_ROWS:
         steps = args.steps if name == "sgpo" else args.steps * 12 // 8
-        rows[name] = [*base, "--method", name, "--steps", str(steps), "--sft_fraction", "0"]
+        rows[name] = f"{args.base} --method {name} --steps {steps} --sft_fraction 0"
     return rows
 
 
@@ -188,7 +172,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     """All runs of a suite, seed by seed. `rates` has seeds that no table uses; `hard` evaluates families held out whole too."""
     rows, first = SUITES[args.suite][0](args), 100 if args.suite == "rates" else 0
     also = "data/hard/mixes.jsonl" if args.suite == "hard" else ""
-    return [Job(row, first + seed, tuple(flags), also) for seed in range(args.seeds) for row, flags in rows.items()]
+    seeds = range(first, first + args.seeds)
+    return [Job(row, seed, tuple(flags.split()), also) for seed in seeds for row, flags in rows.items()]
 
 
 def best_rates(path: Path) -> dict[str, str]:
@@ -200,7 +185,8 @@ def best_rates(path: Path) -> dict[str, str]:
         scores = {rate: column(runs, f"{method}@{rate}", "accuracy").values() for rate in rates}
         if missing := [rate for rate in rates if not scores[rate]]:
             raise ValueError(f"{path}: no run of {method} at {', '.join(missing)}; run `python tools/sweep.py rates`")
-        best[method] = max((round(statistics.fmean(scores[rate]), 6), float(rate), rate) for rate in rates)[-1]
+        means = {rate: round(statistics.fmean(scores[rate]), 6) for rate in rates}
+        best[method] = max(rates, key=lambda rate: (means[rate], float(rate)))
     return best
 
 
@@ -239,14 +225,13 @@ def run_job(job: Job, folder: Path) -> str | None:
 
 def run_suite(jobs: Sequence[Job], runs: Path, parallel: int) -> None:
     """Run what is not done yet, `parallel` at a time. SystemExit that names the failed runs, after all others have ended."""
-    todo = [job for job in jobs if not is_done(runs / job.row / str(job.seed), job)]
+    todo = [job for job in jobs if not is_done(job.folder(runs), job)]
     failures = []
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run") as bar:
-        futures = {pool.submit(run_job, job, runs / job.row / str(job.seed)): job for job in todo}
+        futures = [pool.submit(run_job, job, job.folder(runs)) for job in todo]
         try:
             for future in as_completed(futures):
                 failures += [future.result()] if future.result() else []
-                bar.set_postfix_str(f"{futures[future].row} seed {futures[future].seed}")
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # ctrl-c also reaches the runs that are going
@@ -267,7 +252,8 @@ def summarise_run(job: Job, folder: Path) -> dict[str, Any]:
     head, *records = read_log(folder)
     steps = [r for r in records if "step_s" in r]
     evals = [r for r in records if r["stage"] == "eval"]
-    alone, guided = ([r["accuracy"] for r in evals if r["guided"] == kind] for kind in (False, True))
+    alone = [r["accuracy"] for r in evals if not r["guided"]]
+    guided = [r["accuracy"] for r in evals if r["guided"]]
     last = steps[-10:]
     also = {}
     if job.also_eval:
@@ -311,7 +297,8 @@ def step_lines(jobs: Sequence[Job], runs: Path) -> list[dict[str, Any]]:
     names = ("reward_auto", "reward_guided", "alpha", "kl", "kept", "entropy", "length_auto", "with_target", "reach_gap")
     lines = []
     for row in dict.fromkeys(job.row for job in jobs):
-        logs = [[r for r in read_log(runs / job.row / str(job.seed)) if "step_s" in r] for job in jobs if job.row == row]
+        folders = [job.folder(runs) for job in jobs if job.row == row]
+        logs = [[r for r in read_log(folder) if "step_s" in r] for folder in folders]
         for records in zip(*logs, strict=True):
             means = {name: mean_of(records, name) for name in names}
             lines.append({"row": row, "step": records[0]["step"], "seeds": len(records)} | means)
@@ -336,7 +323,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
-def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[float, float, float]:
+def seed_interval(first: dict[str, float], second: dict[str, float]) -> Interval:
     """first - second over the seeds that both have: (mean, low, high) of its 95 % confidence interval (Student's t).
 
     Paired, because a seed fixes the data order and the evaluation's draws for both. ValueError with fewer than two seeds in
@@ -346,81 +333,22 @@ def seed_interval(first: dict[str, float], second: dict[str, float]) -> tuple[fl
     if not 2 <= len(seeds) <= len(T95) + 1:
         raise ValueError(f"a paired interval needs 2 to {len(T95) + 1} seeds in common, got {len(seeds)}")
     mean, stderr = report.mean_and_stderr([first[seed] - second[seed] for seed in seeds])
-    return mean, mean - T95[len(seeds) - 2] * stderr, mean + T95[len(seeds) - 2] * stderr
+    half = T95[len(seeds) - 2] * stderr
+    return mean, mean - half, mean + half
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A sentence of the paper that says `more` > `less`, each a (row, column) of a csv. With `denied` it says the contrary."""
-
-    text: str
-    more: tuple[str, str]
-    less: tuple[str, str]
-    denied: bool = False
-
-
-def beaten_by_sgpo(row: str, text: str) -> Claim:
-    return Claim(text, ("sgpo", "accuracy"), (row, "accuracy"))
-
-
-TABLE_CLAIMS = (
-    Claim("SGPO improves the base model", ("sgpo", "accuracy"), ("sgpo", "base")),
-    Claim(
-        "SFT on the strong model's solutions alone does not (1.5B: -1.0 points, 7B: +0.5)",
-        ("sft", "accuracy"), ("sft", "base"), denied=True,
-    ),  # fmt: skip
-    beaten_by_sgpo("sft", "SGPO beats SFT"),
-    beaten_by_sgpo("sft+grpo", "SGPO beats SFT+GRPO"),
-    beaten_by_sgpo("luffy", "SGPO beats LUFFY"),
-    beaten_by_sgpo("hpt", "SGPO beats HPT"),
-    Claim("LUFFY beats SFT+GRPO", ("luffy", "accuracy"), ("sft+grpo", "accuracy")),
-    Claim("HPT beats SFT+GRPO", ("hpt", "accuracy"), ("sft+grpo", "accuracy")),
-    beaten_by_sgpo("no-distillation", "without strategy distillation it is worse (7B: -2.2)"),
-    beaten_by_sgpo("no-autonomous-grpo", "without autonomous GRPO it is worse (7B: -3.5)"),
-    beaten_by_sgpo("no-proximal-constraints", "without all proximal constraints it is worse (7B: -6.8)"),
-    Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
-    beaten_by_sgpo("no-kl-clip", "without the KL clip it is worse (7B: -3.4)"),
-    beaten_by_sgpo("random-target", "with a random target instead of the most reachable it is worse (ours)"),
-    beaten_by_sgpo("fixed-weight", "with a fixed weight instead of alpha(q) it is worse (7B: -1.2)"),
-    beaten_by_sgpo("group-advantage-weight", "with a group-advantage weight instead of alpha(q) it is worse"),
-    beaten_by_sgpo("reverse-kl", "with the reverse KL it is worse (7B: -1.2)"),
-    beaten_by_sgpo("sft-on-target", "with SFT on the guided trajectories instead of the KL it is worse (7B: -2.8)"),
-    Claim("alpha starts high and falls", ("sgpo", "alpha_first10"), ("sgpo", "alpha_last10")),
-)
-HARD_CLAIMS = (
-    beaten_by_sgpo("grpo", "SGPO beats GRPO on as many samples"),
-    beaten_by_sgpo("no-kl-clip", "without the KL clip it is worse (7B: -3.4)"),
-    beaten_by_sgpo("random-target", "with a random target instead of the most reachable it is worse (ours)"),
-    beaten_by_sgpo("no-proximal-constraints", "without all proximal constraints it is worse (7B: -6.8)"),
-    Claim("and its entropy collapses", ("sgpo", "entropy_last10"), ("no-proximal-constraints", "entropy_last10")),
-    Claim(
-        "a fixed weight instead of alpha(q) is worse (7B: -1.2), with 6 % of the strategies of low quality",
-        ("sgpo@low06", "accuracy"), ("fixed-weight@low06", "accuracy"),
-    ),  # fmt: skip
-    Claim("and with 30 %", ("sgpo@low30", "accuracy"), ("fixed-weight@low30", "accuracy")),
-    Claim("6 % of low quality, the paper's share, do no harm", ("sgpo", "accuracy"), ("sgpo@low06", "accuracy"), denied=True),
-    Claim("30 % do none either (not a claim of the paper)", ("sgpo", "accuracy"), ("sgpo@low30", "accuracy"), denied=True),
-    Claim(
-        "the strategies carry over: mixes of types never trained on are solved as well as known ones",
-        ("sgpo", "accuracy"), ("sgpo", "accuracy_also"), denied=True,
-    ),  # fmt: skip
-)
-CLAIMS = {"table": TABLE_CLAIMS, "hard": HARD_CLAIMS}
+# The paper's claims, by suite. Each says that one figure is above another: "more" and "less", a row and a column of the csv.
+# A "denied" one says that it is not.
+CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
-NOT_TESTABLE = (
-    "the benchmark accuracies (MATH500, AMC23, OlympiadBench, AIME24) of any method: needs the real models and a GPU",
-    "that the gain holds across model sizes and families (1.5B, 7B, Llama 8B): one toy model here",
-    "the audit of strategy quality (39.4 / 54.4 / 6.2 % high, medium, low): the toy's strategies are right by construction",
-    "training cost (17 hours for 7B on 32 GPUs)",
-)
 
 
-def column(lines: Sequence[dict[str, str]], row: str, name: str) -> dict[str, float]:
+def column(lines: Lines, row: str, name: str) -> dict[str, float]:
     """{seed: value} of one row and column of a csv; empty cells are left out."""
     return {line["seed"]: float(line[name]) for line in lines if line["row"] == row and line[name]}
 
 
-def verdict(difference: tuple[float, float, float], denied: bool = False) -> str:
+def verdict(difference: Interval, denied: bool = False) -> str:
     """What the 95 % interval of more - less says of the claim. A denied difference is one that the interval must not show."""
     _, low, high = difference
     if denied:
@@ -428,7 +356,7 @@ def verdict(difference: tuple[float, float, float], denied: bool = False) -> str
     return "reproduced" if low > 0 else "the opposite" if high < 0 else "not reproduced"
 
 
-def with_error(lines: Sequence[dict[str, str]], row: str, name: str, digits: int = 3) -> str:
+def with_error(lines: Lines, row: str, name: str, digits: int = 3) -> str:
     values = list(column(lines, row, name).values())
     if not values:
         return ""
@@ -457,16 +385,15 @@ def reference_of(row: str) -> str:
     return f"{knob}={DEFAULTS[knob]}" if is_knob else "sgpo" + "".join(row.partition("@")[1:])
 
 
-def shared_flags(lines: Sequence[dict[str, str]]) -> str:
+def shared_flags(lines: Lines) -> str:
     """The flags that every run of a csv begins with: said once above its table."""
-    words = zip(*(line["flags"].split() for line in lines), strict=False)
-    shared = [run[0] for run in itertools.takewhile(lambda run: len(set(run)) == 1, words)]
+    shared = os.path.commonprefix([line["flags"].split() for line in lines])  # of lists, so word by word
     if shared and shared[-1].startswith("--"):  # a flag whose values differ from row to row
         shared.pop()
     return " ".join(shared)
 
 
-def rows_table(lines: Sequence[dict[str, str]]) -> list[str]:
+def rows_table(lines: Lines) -> list[str]:
     """One line of markdown for each row: mean and standard error over seeds, the paired difference, and the cost."""
     shared = shared_flags(lines)
     names = {"accuracy": "accuracy", "accuracy_also": "on mixes", "guided": "guided", "kept": "kept"}
@@ -494,7 +421,7 @@ def suite_page(suite: str, results: Path) -> str:
     """The page of a suite, from the csv files in `results` alone: what was run, the table, the claims with their verdicts."""
     lines = read_csv(results / f"{suite}.csv")
     seeds = sorted({line["seed"] for line in lines}, key=int)
-    runs = len({(line["flags"], line["seed"]) for line in lines})  # `knobs` shows its default run once for every knob
+    runs = len({(line["flags"], line["seed"]) for line in lines})  # an older knobs.csv shows one run as three
     page = [
         f"# {TITLES[suite]}",
         "",
@@ -514,11 +441,12 @@ def suite_page(suite: str, results: Path) -> str:
     if suite in CLAIMS:
         page += claims_section(lines, CLAIMS[suite])
     if suite == "table":
-        page += token_claim(results / "divergence.csv") + [f"| {text} | | not testable here |" for text in NOT_TESTABLE]
+        page += token_claim(results / "divergence.csv")
+        page += [f"| {text} | | not testable here |" for text in CLAIMS["not_testable"]]
     return "\n".join([*page, ""])
 
 
-def claims_section(lines: Sequence[dict[str, str]], claims: Sequence[Claim]) -> list[str]:
+def claims_section(lines: Lines, claims: Sequence[dict[str, Any]]) -> list[str]:
     page = [
         "",
         "## The paper's claims",
@@ -531,9 +459,9 @@ def claims_section(lines: Sequence[dict[str, str]], claims: Sequence[Claim]) -> 
         "|---|---|---|",
     ]
     for claim in claims:
-        difference = seed_interval(column(lines, *claim.more), column(lines, *claim.less))
-        mean, low, high = difference
-        page.append(f"| {claim.text} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict(difference, claim.denied)} |")
+        difference = seed_interval(column(lines, *claim["more"]), column(lines, *claim["less"]))
+        figures = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+        page.append(f"| {claim['text']} | {figures} | {verdict(difference, claim.get('denied', False))} |")
     return page
 
 
@@ -541,11 +469,12 @@ def token_claim(path: Path) -> list[str]:
     """The claim about single tokens, from what `report.py divergence` wrote; nothing if it was not run."""
     if not path.exists():
         return []
-    tokens, means = read_csv(path), []
-    for kind in (True, False):
-        part = [(int(token["count"]), float(token["mean_d"])) for token in tokens if (token["token"] in OPERATIONS) == kind]
-        means.append(sum(count * d for count, d in part) / sum(count for count, _ in part))
-    high, low = means
+    counts, sums = Counter(), Counter()
+    for token in read_csv(path):
+        kind = token["token"] in OPERATIONS
+        counts[kind] += int(token["count"])
+        sums[kind] += int(token["count"]) * float(token["mean_d"])
+    high, low = sums[True] / counts[True], sums[False] / counts[False]
     return [
         f"| d_t is large on the tokens that carry the strategy and near zero on routine ones | mean {high:.4f} nats on the "
         f"six operations, {low:.5f} on all other tokens (base model, divergence.csv) | "
@@ -582,8 +511,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) -> None:
     """<suite>.csv, <suite>_steps.csv, the page, and last the pictures, which need matplotlib (requirements-dev.txt)."""
     results.mkdir(parents=True, exist_ok=True)
-    lines = [summarise_run(job, runs / job.row / str(job.seed)) for job in jobs]
-    write_csv(results / f"{suite}.csv", knob_lines(lines) if suite == "knobs" else lines)
+    lines = [summarise_run(job, job.folder(runs)) for job in jobs]
+    write_csv(results / f"{suite}.csv", lines)
     if suite == "rates":
         return print(best_rates(results / "rates.csv"))
     write_csv(results / f"{suite}_steps.csv", step_lines(jobs, runs))
@@ -592,7 +521,7 @@ def write_results(suite: str, jobs: Sequence[Job], runs: Path, results: Path) ->
     if suite == "table":
         for name, rows in CURVES.items():
             folders = [str(runs / row) for row in rows]
-            report.main(["curves", *folders, "--only", "overview", "--dpi", "90", "--out", str(results / name)])
+            report.main(["curves", *folders, "--out", str(results / name / "overview")])
 
 
 if __name__ == "__main__":

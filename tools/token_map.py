@@ -16,7 +16,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -26,8 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 from data.problems import Problem, load_problems
 from grader import MathWorker, is_correct
@@ -310,7 +307,7 @@ def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    print("\n".join(f"{line['token']!r:>16}  {line['count']:>6}  mean d_t {line['mean_d']:.4f}" for line in lines[:10]))
+    print(f"{len(lines)} tokens in {args.out}, the largest mean d_t is {lines[0]['mean_d']:.4f}, of {lines[0]['token']!r}")
     return lines
 
 
