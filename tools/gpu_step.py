@@ -40,7 +40,7 @@ from train import Config
 def job_of(model: CausalLM, settings: Config, ranks: int = 1) -> plan.Job:
     """This run, for plan.py."""
     settings = replace(settings, recompute=model.model.recompute)
-    return plan.Job(plan.shape_of(model.config), settings, ranks, cuda=model.device.type == "cuda")
+    return plan.Job(plan.Shape(model.config), settings, ranks, cuda=model.device.type == "cuda")
 
 
 def micro_batch(contexts: Sequence[list[int]], responses: Sequence[list[int]], distills: bool, first: bool) -> plan.MicroBatch:
