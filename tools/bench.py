@@ -13,9 +13,9 @@ same for every side. It is no benchmark of answers, nor of inference servers. Ti
     python tools/bench.py --out /tmp/b.json --only head --device cpu   one part
     python tools/bench.py --out /tmp/b.json --quick                    toy shapes: checks that everything runs, times nothing
 
-Two rivals need a package more: `pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step. If a rival
-is missing, or dies, the report says so. Exit status 1 if a check or a part of our own fails. Axes: P prompts, n responses a
-prompt, M response tokens, D width, V vocabulary.
+Two rivals need a package more: `pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step. If one is
+missing, or dies, the report says so. Exit status 1 if a check or a part fails. Axes: P prompts, n responses a prompt, M
+response tokens, D width, V vocabulary.
 """
 
 import argparse
@@ -60,6 +60,7 @@ from weighting import group_advantages
 
 PARTS = ("sampler", "update", "step", "head")
 MB = 1e6  # memory is reported in units of 10^6 bytes
+SEED = 0
 
 # for the check of the distribution: few tokens, and weights so large that their probabilities differ a lot
 SMALL_VOCABULARY = SHAPES["toy"] | {"vocab_size": 24, "initializer_range": 0.2}
@@ -107,14 +108,14 @@ WORKLOADS = {  # the parts update and step have one each, the part sampler has t
     ),
 }
 SAMPLER_WORKLOADS = ("uniform", "long tail", "large groups", "strategy prompts")
-# Qwen2.5-0.5B's head and M response tokens; the sides are chunks of these sizes
-HEAD = {"tokens": 4096, "width": 896, "vocabulary": 152064, "ours": 512, "chunks of 128": 128}
-QUICK_HEAD = {"tokens": 512, "width": 32, "vocabulary": 16384, "ours": 64, "chunks of 32": 32}
+# Qwen2.5-0.5B's head, M response tokens, the size of a chunk
+HEAD = {"tokens": 4096, "width": 896, "vocabulary": 152064, "chunk": 512}
+QUICK_HEAD = {"tokens": 512, "width": 32, "vocabulary": 16384, "chunk": 32}
 
 
 def scale(args: argparse.Namespace) -> str:
     """The size of the work: a key of these tables."""
-    return "quick" if args.quick else args.device
+    return "quick" if args.quick else args.device.type
 
 
 def workloads_of(args: argparse.Namespace, *names: str) -> list[Workload]:
@@ -166,16 +167,15 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, float,
     return result, *stop(device, started)
 
 
-def machine_limits(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def machine_limits(args: argparse.Namespace) -> dict[str, float]:
     """What this machine reaches at best: bytes/s of a copy between large tensors, FLOP/s of a large matrix product."""
     size, count = {"quick": (256, 2**16), "cpu": (2048, 2**26), "cuda": (8192, 2**28)}[scale(args)]
-    dtype = getattr(torch, args.dtype)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source, target = (torch.zeros(count, dtype=torch.float32, device=device) for _ in range(2))
+    a, b = torch.randn(2, size, size, device=args.device).to(args.dtype)
+    source, target = torch.zeros(2, count, device=args.device)
 
     def best(work: Callable[[], Any]) -> float:
         work()
-        return min(measured(work, device)[1] for _ in range(5))
+        return min(measured(work, args.device)[1] for _ in range(5))
 
     return {
         "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source)),
@@ -183,17 +183,17 @@ def machine_limits(args: argparse.Namespace, device: torch.device) -> dict[str, 
     }
 
 
-def alternate(title: str, sides: dict[str, Callable[[int], Any]], repeats: int, device: torch.device) -> tuple[list, dict]:
+def alternate(title: str, sides: dict[str, Callable[[int], Any]], args: argparse.Namespace) -> tuple[list, dict]:
     """(a run for each measurement, {rival that died: why}). The sides take turns, A B A B ..., after one round (repeat -1) that
     only warms up. Each gets the number of the repeat; its `result` is in the run. The others go on if a rival dies. Our own
     errors are errors."""
     runs, left_out = [], {}
-    for repeat in range(-1, repeats):
+    for repeat in range(-1, args.repeats):
         for name, work in sides.items():
             if name in left_out:
                 continue
             try:
-                result, seconds, peak = measured(partial(work, repeat), device)
+                result, seconds, peak = measured(partial(work, repeat), args.device)
             except Exception as error:  # whatever a rival raises
                 if name == "ours":
                     raise
@@ -236,12 +236,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- the samplers
 
 
-def model_pair(raw: dict[str, Any], seed: int, dtype: torch.dtype, device: torch.device) -> tuple[CausalLM, Any]:
+def model_pair(raw: dict[str, Any], dtype: torch.dtype, device: torch.device) -> tuple[CausalLM, Any]:
     """(ours, transformers' model of the same class and weights). Both in eval mode; theirs with SDPA attention."""
     from transformers import AutoConfig, AutoModelForCausalLM, logging  # imported here: the head does without
 
     logging.set_verbosity_error()
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     ours = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=dtype, device=device).eval()
     config = AutoConfig.for_model(**raw)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
@@ -249,9 +249,9 @@ def model_pair(raw: dict[str, Any], seed: int, dtype: torch.dtype, device: torch
     return ours, theirs.to(device).eval()
 
 
-def make_prompts(workload: Workload, vocabulary: int, seed: int) -> list[list[int]]:
+def make_prompts(workload: Workload, vocabulary: int) -> list[list[int]]:
     """Prompts of random tokens and ragged lengths."""
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     lengths = [rng.randint(workload.shortest_prompt, workload.longest_prompt) for _ in range(workload.prompts)]
     return [[rng.randrange(1, vocabulary) for _ in range(length)] for length in lengths]
 
@@ -260,24 +260,27 @@ def make_lengths(workload: Workload, seed: int) -> list[int]:
     """The P * n response lengths, the n of a prompt together."""
     rng, rows = random.Random(seed), workload.prompts * workload.group
     # the largest of 64 normal numbers is about 2.4 standard deviations out
-    spread = math.log(workload.longest / workload.median) / 2.4
-    lengths = [round(workload.median * math.exp(rng.gauss(0, spread))) for _ in range(rows)]
+    sigma = math.log(workload.longest / workload.median) / 2.4
+    lengths = [round(workload.median * math.exp(rng.gauss(0, sigma))) for _ in range(rows)]
     lengths = [min(max(length, 1), workload.longest) for length in lengths]
     lengths[rng.randrange(rows)] = workload.longest
     return lengths
 
 
-def prompt_seeds(seed: int, prompts: Sequence[Any]) -> list[int]:
-    return [seed * 1_000_003 + p for p in range(len(prompts))]
-
-
-def sample_groups(model: CausalLM, prompts, lengths: Sequence[int], *, seed: int) -> list[list[Trajectory]]:
+def sample_groups(model: CausalLM, prompts, lengths: Sequence[int], *, seed: int, top_p: float = 1.0) -> list[list[Trajectory]]:
     """Our sampler: n trajectories for each of P prompts. `lengths` are those of all P * n, the n of a prompt together."""
     n = len(lengths) // len(prompts)
-    limits = [lengths[start : start + n] for start in range(0, len(lengths), n)]
-    never = [model.config.vocab_size]
-    seeds = prompt_seeds(seed, prompts)
-    return generate(model, prompts, n=n, max_new_tokens=limits, eos_ids=never, temperature=1.0, top_p=1.0, seed=seeds)
+    return generate(
+        model,
+        prompts,
+        n=n,
+        max_new_tokens=[lengths[start : start + n] for start in range(0, len(lengths), n)],
+        temperature=1.0,
+        top_p=top_p,
+        eos_ids=[model.config.vocab_size],  # none
+        seed=[seed * 1_000_003 + p for p in range(len(prompts))],
+        max_rows=1024,
+    )
 
 
 def sample_ours(model: CausalLM, prompts, lengths: Sequence[int], *, seed: int) -> list[list[int]]:
@@ -307,9 +310,9 @@ def sample_batch(model: Any, prompts, lengths: Sequence[int], *, seed: int) -> l
         ids = [manager.add_request(p, max_new_tokens=length) for p, length in zip(requests, lengths, strict=True)]
         results: dict[str, Any] = {}
         while len(results) < len(ids):
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=300)
             if result is None or not result.is_finished():
-                raise RuntimeError(f"generate_batch ended no response in 60 s, after {len(results)} of {len(ids)}")
+                raise RuntimeError(f"generate_batch ended no response in 300 s, after {len(results)} of {len(ids)}")
             results[result.request_id] = result
     return [results[key].generated_tokens for key in ids]
 
@@ -352,10 +355,11 @@ def teacher_forced(theirs: Any, prompt: list[int], responses: Sequence[list[int]
     return torch.log_softmax(theirs(input_ids=rows).logits[:, len(prompt) - 1 : -1].float(), -1)
 
 
-def check_logprobs(ours, theirs, prompts, length: int, seed: int, tolerance: float = 1e-3) -> dict[str, Any]:
+def check_logprobs(ours, theirs, prompts, length: int, tolerance: float = 1e-3) -> dict[str, Any]:
     """The log-probabilities that our sampler reports are those that transformers' forward gives the same tokens."""
     worst = 0.0
-    for prompt, group in zip(prompts, sample_groups(ours, prompts, [length] * 2 * len(prompts), seed=seed), strict=True):
+    groups = sample_groups(ours, prompts, [length] * 2 * len(prompts), seed=SEED)
+    for prompt, group in zip(prompts, groups, strict=True):
         rows = torch.tensor([row.response_ids for row in group])
         reference = teacher_forced(theirs, prompt, rows.tolist()).cpu().gather(-1, rows[..., None])[..., 0]
         worst = max(worst, (reference - torch.tensor([row.logprobs for row in group])).abs().max().item())
@@ -368,13 +372,13 @@ def check_figures(figures: dict[str, list[float]], base: str, tolerance: float) 
     return {"figures": figures, "max_relative_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
 
 
-def check_distribution(seed: int, device: torch.device, draws: int) -> dict[str, Any]:
+def check_distribution(device: torch.device, draws: int) -> dict[str, Any]:
     """On a model of 24 tokens, the mean log-probability of six sampled tokens is the same for both samplers, to 4 standard
     errors. The seed is fixed and so is the result: a failure is a finding, and not bad luck that a second run would mend."""
-    ours, theirs = model_pair(SMALL_VOCABULARY, seed, torch.float32, device)
+    ours, theirs = model_pair(SMALL_VOCABULARY, torch.float32, device)
     prompt, scores = [3, 17, 5, 11], {}
     for name, model in (("ours", ours), ("generate", theirs)):
-        rows = SAMPLERS[name](model, [prompt], [6] * draws, seed=seed)
+        rows = SAMPLERS[name](model, [prompt], [6] * draws, seed=SEED)
         reference = teacher_forced(theirs, prompt, rows).cpu()
         scores[name] = reference.gather(-1, torch.tensor(rows)[..., None]).sum((1, 2)).tolist()
     means = {name: statistics.fmean(values) for name, values in scores.items()}
@@ -402,50 +406,49 @@ def sampling_floor(model: CausalLM, prompts, lengths: Sequence[int], limits: dic
     return seconds
 
 
-def bench_sampler(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def bench_sampler(args: argparse.Namespace) -> dict[str, Any]:
     """Checks in fp32, then every workload on all samplers in alternation."""
     workloads = workloads_of(args, *args.workloads)
-    small = SHAPES["toy" if args.quick else "SmolLM2-135M-Instruct"]
-    ours, theirs = model_pair(small, args.seed, torch.float32, device)
-    prompts = make_prompts(workloads[0], ours.config.vocab_size, args.seed)
+    ours, theirs = model_pair(SHAPES["toy" if args.quick else "SmolLM2-135M-Instruct"], torch.float32, args.device)
+    prompts = make_prompts(workloads[0], ours.config.vocab_size)
     checks = {
-        "logprobs": check_logprobs(ours, theirs, prompts[:2], 12 if args.quick else 32, args.seed),
-        "distribution": check_distribution(args.seed, device, draws=400 if args.quick else 2000),
+        "logprobs": check_logprobs(ours, theirs, prompts[:2], length=12 if args.quick else 32),
+        "distribution": check_distribution(args.device, draws=400 if args.quick else 2000),
     }
     del ours, theirs
-    limits = machine_limits(args, device)
-    ours, theirs = model_pair(SHAPES[args.shape], args.seed, getattr(torch, args.dtype), device)
-    results = [sampler_workload(ours, theirs, workload, limits, args, device) for workload in workloads]
-    prefill = bench_prefill(ours, make_prompts(workloads[-1], ours.config.vocab_size, args.seed), limits, args, device)
+    limits = machine_limits(args)
+    ours, theirs = model_pair(SHAPES[args.shape], args.dtype, args.device)
+    results = [sampler_workload(ours, theirs, workload, limits, args) for workload in workloads]
+    prefill = bench_prefill(ours, make_prompts(workloads[-1], ours.config.vocab_size), limits, args)
     return {"limits": limits, "checks": checks, "prefill": prefill, "workloads": results}
 
 
-def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args, device: torch.device) -> dict[str, Any]:
+def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
     """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches."""
-    flops = forward_flops(Shape(model.config), [(0, len(prompt)) for prompt in prompts], len(prompts))
-    work = partial(sample_ours, model, prompts, [1] * len(prompts), seed=args.seed)
-    work()
-    seconds = [measured(work, device)[1] for _ in range(args.repeats)]
     tokens = sum(map(len, prompts))
+    flops = forward_flops(Shape(model.config), [(0, len(prompt)) for prompt in prompts], len(prompts))
+    work = partial(sample_ours, model, prompts, [1] * len(prompts), seed=SEED)
+    work()
+    seconds = [measured(work, args.device)[1] for _ in range(args.repeats)]
     rates = spread([tokens / s for s in seconds])
     share = spread([flops / s / limits["matmul"] for s in seconds])
     print(f"  prefill          {rates['median']:.0f} tokens/s, {100 * share['median']:.0f} % of the matrix peak", flush=True)
     return {"prompts": len(prompts), "tokens": tokens, "tokens_per_s": rates, "share": share}
 
 
-def sampler_workload(ours, theirs, workload: Workload, limits, args, device: torch.device) -> dict[str, Any]:
+def sampler_workload(ours, theirs, workload: Workload, limits, args: argparse.Namespace) -> dict[str, Any]:
     """Each repeat has its own lengths and seed, the same for all samplers."""
-    prompts = make_prompts(workload, ours.config.vocab_size, args.seed)
+    prompts = make_prompts(workload, ours.config.vocab_size)
 
     def lengths(repeat: int) -> list[int]:  # the first round is a short one: threads, kernels, lazily made tables
-        return make_lengths(workload, args.seed + repeat) if repeat >= 0 else [2] * (workload.prompts * workload.group)
+        return make_lengths(workload, SEED + repeat) if repeat >= 0 else [2] * (workload.prompts * workload.group)
 
     def sample(name: str, repeat: int) -> list[list[int]]:
         model = ours if name == "ours" else theirs
-        return SAMPLERS[name](model, prompts, lengths(repeat), seed=args.seed + repeat + 1)
+        return SAMPLERS[name](model, prompts, lengths(repeat), seed=SEED + repeat + 1)
 
     sides = {name: partial(sample, name) for name in SAMPLERS}
-    runs, left_out = alternate(workload.name, sides, args.repeats, device)
+    runs, left_out = alternate(workload.name, sides, args)
     for run in runs:
         tokens, prescribed = sum(map(len, run.pop("result"))), lengths(run["repeat"])
         run |= {"tokens": tokens, "prescribed": sum(prescribed), "tokens_per_s": tokens / run["seconds"]}
@@ -458,20 +461,21 @@ def sampler_workload(ours, theirs, workload: Workload, limits, args, device: tor
 # ---------------------------------------------------------------------------------------------------- part: update
 
 
-def trained(model: CausalLM, args, device: torch.device, **changes: Any) -> tuple[CausalLM, torch.optim.Optimizer, Method]:
+def trained(model: CausalLM, args: argparse.Namespace, **changes: Any) -> tuple[CausalLM, torch.optim.Optimizer, Method]:
     """What a step needs: the model, sharded as in training, optimizer, settings. No recomputation, top_p 1, as the rivals."""
-    settings = Method(**{"method": "grpo", "top_p": 1.0, "micro_tokens": 2048 if device.type == "cpu" else 4096, **changes})
-    shard(model, device=device, dtype=getattr(torch, args.dtype), shard_ranks=0, offload=False)
+    micro_tokens = 2048 if args.device.type == "cpu" else 4096
+    settings = Method(**{"method": "grpo", "top_p": 1.0, "micro_tokens": micro_tokens, **changes})
+    shard(model, device=args.device, dtype=args.dtype, shard_ranks=0, offload=False)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True), settings
 
 
-def make_rollouts(workload: Workload, model: CausalLM, seed: int) -> list[ProblemSamples]:
+def make_rollouts(workload: Workload, model: CausalLM) -> list[ProblemSamples]:
     """Sampled groups with rewards that are right half of the time."""
-    prompts = make_prompts(workload, model.config.vocab_size, seed)
+    prompts = make_prompts(workload, model.config.vocab_size)
     rewards = [float(i % 2) for i in range(workload.group)]
     advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
     samples = []
-    for p, rows in enumerate(sample_groups(model, prompts, make_lengths(workload, seed), seed=seed)):
+    for p, rows in enumerate(sample_groups(model, prompts, make_lengths(workload, SEED), seed=SEED)):
         sample = ProblemSamples(p, Example(None, prompts[p], None, None), rows, [], rewards, [])
         sample.advantages = advantages
         samples.append(sample)
@@ -482,10 +486,11 @@ def padded(rows: Sequence[list[Any]], device: torch.device) -> Tensor:
     return pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
 
 
-def plain_update(
-    model: Any, optimizer: Any, samples: Sequence[ProblemSamples], dtype: torch.dtype, rows: int
-) -> dict[str, float]:
-    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits."""
+def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], dtype: torch.dtype, rows: int) -> list[float]:
+    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits.
+
+    Returns [1 + the loss, which is near 0; the gradient norm].
+    """
     items = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
     total = 0.0
     for first in range(0, len(items), rows):
@@ -506,34 +511,37 @@ def plain_update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": total, "grad_norm": norm}
+    return [1 + total, norm]
 
 
-def bench_update(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     """Ours and the plain update on the same rollouts, in alternation. Weights and optimizer states are fp32 on both sides."""
     [workload] = workloads_of(args, "update")
-    ours, theirs = model_pair(SHAPES[args.shape], args.seed, torch.float32, device)
-    samples = make_rollouts(workload, ours, args.seed)
-    model, own_optimizer, settings = trained(ours.train(), args, device)
+    ours, theirs = model_pair(SHAPES[args.shape], torch.float32, args.device)
+    samples = make_rollouts(workload, ours)
+    model, own_optimizer, settings = trained(ours.train(), args)
     optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    rows = 8 if device.type == "cpu" else 2  # more of them, with their whole logits, do not fit beside the weights of 1.5B
+    rows = 8 if args.device.type == "cpu" else 2  # more of them, with their whole logits, do not fit beside the weights of 1.5B
+
+    def our_update(_: int) -> list[float]:
+        metrics = update(model, own_optimizer, settings, samples, 1e-6)
+        return [1 + metrics["loss"], metrics["grad_norm"]]
+
     sides = {
-        "ours": lambda _: update(model, own_optimizer, settings, samples, 1e-6),
-        "transformers": lambda _: plain_update(theirs, optimizer, samples, getattr(torch, args.dtype), rows),
+        "ours": our_update,
+        "transformers": lambda _: plain_update(theirs, optimizer, samples, args.dtype, rows),
     }
-    runs, left_out = alternate("update", sides, args.repeats, device)
+    runs, left_out = alternate("update", sides, args)
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
     prompts = [(0, len(sample.auto[0].prompt_ids)) for sample in samples]  # once for a group, whoever computes it
     spans = prompts + [(len(row.prompt_ids), len(row.response_ids)) for sample in samples for row in sample.auto]
     flops = 3 * forward_flops(Shape(ours.config), spans, tokens)  # the backward pass is twice the forward
-    peak_rate = machine_limits(args, device)["matmul"]
-    # the first update starts from equal weights; its loss is near zero, so 1 is added to it
-    first = {run["side"]: run["result"] for run in runs if run["repeat"] < 0}
-    first = {side: [1 + result["loss"], result["grad_norm"]] for side, result in first.items()}
+    peak_rate = machine_limits(args)["matmul"]
+    first = {run["side"]: run["result"] for run in runs if run["repeat"] < 0}  # it starts from equal weights
     for run in runs:
         del run["result"]
         run |= {"tokens_per_s": tokens / run["seconds"], "flop_share": flops / run["seconds"] / peak_rate}
-    tolerance = 1e-3 if args.dtype == "float32" else 5e-2
+    tolerance = 1e-3 if args.dtype == torch.float32 else 5e-2
     checks = {} if left_out else {"same_update": check_figures(first, "transformers", tolerance)}
     return {"workload": asdict(workload), "checks": checks} | compare("update", runs, "tokens_per_s", left_out)
 
@@ -551,23 +559,23 @@ def word_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0", unk_token="t0")
 
 
-def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     """A whole GRPO step against TRL's GRPOTrainer: the same model, prompts, group, response length and optimizer.
 
     All responses have the full length, because TRL has no way to prescribe others. On both sides the reward is right half of
     the time (the last token is even), so that hardly a group is without a gradient.
     """
     [workload] = workloads_of(args, "step")
-    ours, theirs = model_pair(SHAPES[args.shape], args.seed, torch.float32, device)
-    prompts, tokenizer = make_prompts(workload, ours.config.vocab_size, args.seed), word_tokenizer(ours.config.vocab_size)
+    ours, theirs = model_pair(SHAPES[args.shape], torch.float32, args.device)
+    prompts, tokenizer = make_prompts(workload, ours.config.vocab_size), word_tokenizer(ours.config.vocab_size)
     changes = dict(problems_per_step=workload.prompts, group_auto=workload.group, max_new_tokens=workload.longest)
     ours.config = replace(ours.config, eos_ids=(ours.config.vocab_size,))  # no response ends before the limit, nor at TRL
-    model, optimizer, settings = trained(ours.train(), args, device, **changes)
+    model, optimizer, settings = trained(ours.train(), args, **changes)
     batch = [(p, Example(None, ids, None, None)) for p, ids in enumerate(prompts)]
     one_step = partial(sgpo_step, model, tokenizer, optimizer, settings, batch, even_is_right, learning_rate=1e-6)
-    runs, left_out = alternate("step", {"ours": lambda repeat: one_step(step=repeat + 2)}, args.repeats, device)
+    runs, left_out = alternate("step", {"ours": lambda repeat: one_step(step=repeat + 2)}, args)
     try:
-        runs += trl_steps(theirs.train(), tokenizer, prompts, workload, args, device)
+        runs += trl_steps(theirs.train(), tokenizer, prompts, workload, args)
     except Exception as error:  # it is not installed, or whatever it raises: our own figures are worth as much
         left_out["trl"] = one_line(error)
     for run in runs:
@@ -581,11 +589,11 @@ def even_is_right(response: str, _: Any) -> float:
     return float(int(response.split()[-1][1:]) % 2 == 0)
 
 
-def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, device: torch.device) -> list[dict[str, Any]]:
+def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A run for each of TRL's steps (one generation and one optimizer update; the first warms up)."""
+    import trl
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
     texts = [" ".join(f"t{token}" for token in prompt) for prompt in prompts]
     rows, micro = workload.prompts * workload.group, 8 if not args.quick else 2
@@ -593,22 +601,22 @@ def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args, dev
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = start(device)
+            self.started = start(args.device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds, peak = stop(device, self.started)
+            seconds, peak = stop(args.device, self.started)
             runs.append({"side": "trl", "repeat": len(runs) - 1, "seconds": seconds, "peak_mb": peak / MB})
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
+        config = trl.GRPOConfig(
             output_dir=folder, max_steps=args.repeats + 1, per_device_train_batch_size=micro,
             gradient_accumulation_steps=rows // micro, num_generations=workload.group, temperature=1.0,
             max_completion_length=workload.longest, beta=0.0, learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0,
-            optim="adamw_torch_fused", bf16=args.dtype == "bfloat16", use_cpu=device.type == "cpu", report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=args.seed,
+            optim="adamw_torch_fused", bf16=args.dtype == torch.bfloat16, use_cpu=args.device.type == "cpu", report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=SEED,
             generation_kwargs={"eos_token_id": model.config.vocab_size, "suppress_tokens": None}, shuffle_dataset=False,
         )  # fmt: skip
-        trainer = GRPOTrainer(
+        trainer = trl.GRPOTrainer(
             model=model,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": texts * (args.repeats + 1)}),
@@ -640,26 +648,28 @@ def head_side(chunk: int | None, hidden: Tensor, weight: Tensor, targets: Tensor
     return [loss.item(), *norms]
 
 
-def bench_head(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def bench_head(args: argparse.Namespace) -> dict[str, Any]:
     """The loss at the head, forward and backward, in chunks and with the whole logits."""
     shape = QUICK_HEAD if args.quick else HEAD
-    generator, dtype = torch.Generator("cpu").manual_seed(args.seed), getattr(torch, args.dtype)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     hidden = torch.randn(shape["tokens"], shape["width"], generator=generator)
     weight = 0.02 * torch.randn(shape["vocabulary"], shape["width"], generator=generator)
-    targets = torch.randint(shape["vocabulary"], (shape["tokens"],), generator=generator).to(device)
-    inputs = [hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(), targets]
-    chunks = {"ours": shape["ours"], "autograd": None} | {name: n for name, n in shape.items() if name.startswith("chunks")}
-    sides = {name: lambda _, chunk=chunk: head_side(chunk, *inputs) for name, chunk in chunks.items()}
-    runs, left_out = alternate("head", sides, args.repeats, device)
+    targets = torch.randint(shape["vocabulary"], (shape["tokens"],), generator=generator).to(args.device)
+    inputs = [tensor.to(args.device, args.dtype).requires_grad_() for tensor in (hidden, weight)]
+    sides = {
+        "ours": lambda _: head_side(shape["chunk"], *inputs, targets),
+        "autograd": lambda _: head_side(None, *inputs, targets),
+    }
+    runs, left_out = alternate("head", sides, args)
     figures = {run["side"]: run.pop("result") for run in runs}
-    check = check_figures(figures, "ours", 1e-4 if args.dtype == "float32" else 2e-2)
+    check = check_figures(figures, "ours", 1e-4 if args.dtype == torch.float32 else 2e-2)
     return {"shape": shape, "checks": {"same_loss": check}} | compare("head", runs, "seconds", left_out)
 
 
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def environment(args, device: torch.device) -> dict[str, Any]:
+def environment(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is needed to judge or repeat the figures."""
     packages, cpuinfo = ("torch", "transformers", "trl", "accelerate"), Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
@@ -667,24 +677,17 @@ def environment(args, device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        **{name: getattr(args, name) for name in ("seed", "shape", "dtype", "repeats", "quick")},
+        "seed": SEED,
+        "shape": args.shape,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "repeats": args.repeats,
         "commit": code_commit(),  # with a "+" if files were changed
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "device_type": device.type,
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu,
+        "device_type": args.device.type,
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg(),
         "versions": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
     }
-
-
-def print_checks(report: dict[str, Any]) -> bool:
-    """Every check on a line; returns whether all hold and no part failed."""
-    parts = {name: report[name] for name in PARTS if name in report}
-    for name, part in parts.items():
-        for title, check in part["checks"].items():
-            print(f"{'ok    ' if check['ok'] else 'FAILED'} {name} {title}: {json.dumps(check)}")
-    failed = [name for name, part in parts.items() if "failed" in part]
-    return not failed and all(check["ok"] for part in parts.values() for check in part["checks"].values())
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -698,13 +701,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side, in alternation")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if min(args.repeats, args.threads) < 1:
         parser.error(f"--repeats {args.repeats} and --threads {args.threads} must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.shape = "toy" if args.quick else args.shape
     return args
 
@@ -715,18 +717,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with ranks_of(args.device, timeout_minutes=10) as device:
-        report: dict[str, Any] = environment(args, device)
+    with ranks_of(args.device, timeout_minutes=10) as args.device:
+        report: dict[str, Any] = environment(args)
         for part in args.only:
             try:
-                report[part] = parts[part](args, device)
+                report[part] = parts[part](args)
             except Exception as error:  # the other parts are worth as much
                 traceback.print_exc()
-                report[part] = {"failed": one_line(error), "runs": [], "checks": {}}
+                report[part] = {"failed": one_line(error), "checks": {"ran": {"ok": False}}}
             report["load_after"] = os.getloadavg()
             args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    checks = [(part, title, check) for part in args.only for title, check in report[part]["checks"].items()]
+    for part, title, check in checks:
+        print(f"{'ok    ' if check['ok'] else 'FAILED'} {part} {title}: {json.dumps(check)}")
     print(f"written: {args.out}")
-    return 0 if print_checks(report) else 1
+    return 0 if all(check["ok"] for _, _, check in checks) else 1
 
 
 if __name__ == "__main__":
