@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kv_cache import pages_for
 from model import CausalLM, ModelConfig, build_model
 from parallel import apply_gradients, leave, ranks_of, whole_model
-from rollout import generate, micro_batches, pack, shared_tokens
+from rollout import micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, set_advantages, target_items, update
 from tools import bench, plan
 from train import Config
@@ -40,15 +40,15 @@ from train import Config
 def job_of(model: CausalLM, settings: Config, ranks: int = 1) -> plan.Job:
     """This run, for plan.py."""
     settings = replace(settings, recompute=model.model.recompute)
-    return plan.Job(plan.shape_of(model.config), settings, ranks, cuda=model.device.type == "cuda")
+    return plan.Job(plan.Shape(model.config), settings, ranks, cuda=model.device.type == "cuda")
 
 
-def micro_batch(contexts: Sequence[list[int]], responses: Sequence[list[int]], distills: bool, first: bool) -> plan.MicroBatch:
+def micro_batch(contexts: Sequence[list[int]], responses: Sequence[list[int]], distills: bool) -> plan.MicroBatch:
     """The numbers that plan.py needs of one packed pass, from what `pack` makes."""
     packed = pack(contexts, responses, device=torch.device("cpu"))
-    pairs = [(packed.lengths[p], own) for own, p in zip(packed.lengths, packed.prefixes, strict=True) if p is not None]
-    continued, mask = sum(map(sum, pairs)), sum(own * (before + own) for before, own in set(pairs))
-    return plan.MicroBatch(packed.input_ids.numel(), packed.targets.numel(), continued, mask, distills, first)
+    prompts = [(own, p) for own, p in zip(packed.lengths, packed.prefixes, strict=True) if p is not None]
+    continued = sum(packed.lengths[p] + own for own, p in prompts)
+    return plan.MicroBatch(packed.input_ids.numel(), continued, distills)
 
 
 def passes_of(samples: Sequence[ProblemSamples], settings: Config) -> Iterator[plan.MicroBatch]:
@@ -57,22 +57,20 @@ def passes_of(samples: Sequence[ProblemSamples], settings: Config) -> Iterator[p
     contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     for part in micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)):
-        yield micro_batch([contexts[i] for i in part], [responses[i] for i in part], False, part[0] == 0)
+        yield micro_batch([contexts[i] for i in part], [responses[i] for i in part], False)
     targets = [item[:3] for item in target_items(samples, settings)]
     costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
     for part in micro_batches(costs, settings.micro_tokens):
-        yield micro_batch([targets[i][0] for i in part], [targets[i][2] for i in part], True, False)
+        yield micro_batch([targets[i][0] for i in part], [targets[i][2] for i in part], True)
 
 
-def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], pages: int) -> tuple[str, float]:
-    """(phase, bytes) of the peak of sampling both groups into a cache of this many pages and scoring the guided one."""
-    settings, prompts = job.settings, [s.example.auto_ids for s in samples] + [s.example.guided_ids for s in samples]
-    pairs = [(s.example.auto_ids, row.response_ids) for s in samples for row in s.guided]
-    costs, saved = [len(a) + len(b) for a, b in pairs], shared_tokens([context for context, _ in pairs])
-    parts = micro_batches(costs, settings.micro_tokens, saved)
-    scored = max(micro_batch(*zip(*[pairs[i] for i in part], strict=True), False, False).tokens for part in parts)
+def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], pages: int, scored: int) -> tuple[str, float]:
+    """(phase, bytes) of the peak of sampling both groups into a cache of this many pages, then scoring the guided one in
+    passes of `scored` tokens."""
+    settings = job.settings
+    prompt_tokens = sum(len(s.example.auto_ids) + len(s.example.guided_ids) for s in samples)
     rows = min(settings.max_rows, len(samples) * (settings.group_auto + settings.group_guided))
-    prefill = min(sum(map(len, prompts)), plan.PREFILL_TOKENS)
+    prefill = min(prompt_tokens, plan.PREFILL_TOKENS)
     return plan.peak(plan.sampling_phases(job, pages=pages, rows=rows, prefill_tokens=prefill, scored_tokens=scored))
 
 
@@ -102,38 +100,38 @@ def time_by_kernel(work: Callable[[], Any], device: torch.device, most: int = 12
     return {"seconds": seconds, "host_share": max(0.0, 1 - busy / seconds), "longest": longest}
 
 
-def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, float], device: torch.device) -> list[dict]:
+def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, float]) -> list[dict]:
     """A row for each top_p: 32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each."""
     workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
     if args.quick:
-        workload = bench.SAMPLER_WORKLOADS["quick"][0]
-    prompts = bench.make_prompts(workload, model.config.vocab_size, args.seed)
-    tokens, rows = workload.prompts * workload.group * workload.longest, []
-    lengths = [workload.longest] * (workload.prompts * workload.group)
+        workload = bench.WORKLOADS["quick"][0]
+    prompts = bench.make_prompts(workload, model.config.vocab_size)
+    count, rows = workload.prompts * workload.group, []
+    lengths = [workload.longest] * count
     with whole_model(model) as policy:
         floor = bench.sampling_floor(policy, prompts, lengths, limits)
         for top_p in (1.0, 0.95):
-            call = partial(
-                generate, policy, prompts, n=workload.group, temperature=1.0, top_p=top_p, max_rows=1024,
-                eos_ids=[model.config.vocab_size], seed=bench.prompt_seeds(args.seed, prompts),
-            )  # fmt: skip
-            work = partial(call, max_new_tokens=workload.longest)
+            work = partial(bench.sample_groups, policy, prompts, lengths, seed=0, top_p=top_p)
+            short = partial(bench.sample_groups, policy, prompts, [32] * count, seed=0, top_p=top_p)  # the profiler is slow
             work()  # the first call loads kernels
-            seconds = [bench.measured(work, device)[1] for _ in range(args.repeats)]
-            row = {"top_p": top_p, "tokens_per_s": bench.spread([tokens / s for s in seconds])}
-            row |= {"floor_share": bench.spread([floor / s for s in seconds])}
-            row |= {"time_of_32_tokens": time_by_kernel(partial(call, max_new_tokens=32), device)}  # the profiler is slow
+            seconds = [bench.measured(work, args.device)[1] for _ in range(args.repeats)]
+            row = {
+                "top_p": top_p,
+                "tokens_per_s": bench.spread([sum(lengths) / s for s in seconds]),
+                "floor_share": bench.spread([floor / s for s in seconds]),
+                "time_of_32_tokens": time_by_kernel(short, args.device),
+            }
             rows.append(row)
             rate, share = row["tokens_per_s"]["median"], 100 * row["floor_share"]["median"]
             print(f"  sampling, top_p {top_p:4}  {rate:9.0f} tokens/s, {share:.0f} % of the floor", flush=True)
     return rows
 
 
-def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.Namespace) -> dict:
+def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict:
     """The two halves of sgpo_step, so that each has its own peak and time."""
-    device, rng, V = model.device, random.Random(args.seed), model.config.vocab_size
+    device, rng, V = model.device, random.Random(0), model.config.vocab_size
     tokenizer = bench.word_tokenizer(V)
-    size = (5, 9) if args.quick else (300, 600)
+    size = (5, 9) if quick else (300, 600)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(1, V) for _ in range(count)]
@@ -151,8 +149,8 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.
         return samples
 
     samples, seconds, peak = bench.measured(sampling, device)
-    pages = settings.cache_tokens // plan.PAGE
-    result = {"sampling": memory_row("sampling", predicted_sampling(job, samples, pages), peak + resident, seconds)}
+    predicted = predicted_sampling(job, samples, settings.cache_tokens // plan.PAGE, settings.micro_tokens)
+    result = {"sampling": memory_row("sampling", predicted, peak + resident, seconds)}
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
     for recompute in (True, False):
         name = "update, recomputed" if recompute else "update"
@@ -182,37 +180,35 @@ def memory_row(name: str, predicted: tuple[str, float], measured: float, seconds
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
-    parser.add_argument("--shape", choices=tuple(plan.SHAPES), default="Qwen2.5-1.5B-Instruct")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3, help="of the sampling")
     parser.add_argument("--quick", action="store_true", help="a toy shape: does it run; times nothing")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    args.threads = torch.get_num_threads()
-    with ranks_of(args.device, timeout_minutes=10) as device:
-        report = bench.environment(args, device)
-        raw = bench.TOY if args.quick else plan.SHAPES[args.shape]
-        generator = torch.Generator("cpu").manual_seed(args.seed)
+    args.shape = "toy" if args.quick else "Qwen2.5-1.5B-Instruct"
+    args.dtype, args.repeats = torch.bfloat16, 3
+    with ranks_of(args.device, timeout_minutes=10) as args.device:
+        report = bench.environment(args)
+        raw = plan.SHAPES[args.shape]
         config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
-        model = build_model(config, generator=generator, dtype=torch.float32, device=device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        model = build_model(config, generator=generator, dtype=torch.float32, device=args.device)
         pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))  # 192 rows, of which none waits
         changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
         if args.quick:
             changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
-        model, optimizer, method = bench.trained(model, args, device, method="sgpo", **changes)
-        settings = Config(**vars(method), dtype=args.dtype)
-        limits = bench.machine_limits(args, device)
-        for name, part in (
-            ("step", lambda: step_part(model, optimizer, settings, args)),
-            ("sampling", lambda: sampling_part(model, args, limits, device)),
-        ):
+        model, optimizer, method = bench.trained(model, args, method="sgpo", **changes)
+        settings = Config(**vars(method), dtype="bfloat16")
+        report["limits"] = bench.machine_limits(args)
+        parts = {
+            "step": lambda: step_part(model, optimizer, settings, args.quick),
+            "sampling": lambda: sampling_part(model, args, report["limits"]),
+        }
+        for name, part in parts.items():
             try:
                 report[name] = part()
             except Exception as error:  # the other part is worth as much
                 traceback.print_exc()
                 report[name] = {"failed": bench.one_line(error)}
-            args.out.write_text(json.dumps(report | {"limits": limits}, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int("failed" in report["step"] or "failed" in report["sampling"])
 
 
