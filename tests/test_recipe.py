@@ -52,7 +52,7 @@ def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path,
             "WORK": tmp_path / "work", "MODEL": "m", "LAUNCH": "echo", "BENCH_SOURCE": "none", "EVAL_FILES": test,
             "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
             "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "--steps 1", "EVAL_FLAGS": "--n 2",
-            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --quiet --candidates 1 --rounds 1",
+            "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --candidates 1 --rounds 1",
         })  # fmt: skip
     assert status == 1 and "rows failed, reasons above" in said
     assert ("fewer than half of the rows got a strategy" in said) == few
