@@ -255,10 +255,11 @@ def chunked_head(
         collected: list[dict[str, Tensor]] = []
         for start in range(0, h.shape[0], chunk_tokens):
             span = slice(start, start + chunk_tokens)
+            part = [x[span] for x in inputs]
             guided = [] if teacher is None else [F.linear(teacher[span].to(dtype), w)]
             with torch.set_grad_enabled(wants_grad):
                 logits = F.linear(h[span], w).float().requires_grad_(wants_grad)  # (m, V), a leaf of the chunk's own graph
-                values = terms(logits, *guided, *(x[span] for x in inputs))
+                values = terms(logits, *guided, *part)
                 chunk_loss = values["loss"].sum()
             guided = None  # frees the teacher's logits before the gradient is computed
             if wants_grad:
