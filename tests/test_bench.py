@@ -33,13 +33,10 @@ def test_bench_peak_memory_restarts_and_counts_memory_that_was_used_before():
         assert 0.9 < peak / (pieces * 50_000) < 1.2
 
 
-def test_bench_quick_runs_and_all_ways_agree(tmp_path, monkeypatch):
+def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     out = tmp_path / "new/bench.json"
-    monkeypatch.setattr(bench, "QUICK_HEAD", bench.QUICK_HEAD | {"tokens": 64, "vocabulary": 1024})
     assert bench.main(["--quick", "--device", "cpu", "--threads", "1", "--repeats", "1", "--out", str(out)]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert report["threads"] == 1 and report["repeats"] == 1 and report["device_type"] == "cpu"
-    assert report["versions"].keys() >= {"torch", "transformers"} and report["dtype"] == "float32"
     assert report["command"] and report["commit"] and report["device"] and report["load_after"]
     checks = {name: check for part in bench.PARTS for name, check in report[part]["checks"].items()}
     assert set(checks) == {"logprobs", "distribution", "same_update", "same_loss"}
@@ -51,9 +48,8 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path, monkeypatch):
         for run in result["runs"]:  # the same lengths for every side
             assert run["tokens"] == run["prescribed"] and 0 < run["floor_share"] < 1
     assert [run["side"] for run in report["update"]["runs"]] == ["ours", "transformers"]
-    trl = importlib.util.find_spec("trl") is not None
-    assert [run["side"] for run in report["step"]["runs"]] == (["ours", "trl"] if trl else ["ours"])
-    assert trl or "No module named 'trl'" in report["step"]["left_out"]["trl"]
+    if importlib.util.find_spec("trl") is None:
+        assert "No module named 'trl'" in report["step"]["left_out"]["trl"]
     assert report["head"]["ratio"].keys() == {"autograd"} and 0 < report["sampler"]["prefill"]["share"]["median"] < 1
 
 
@@ -88,9 +84,9 @@ def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, mo
     with pytest.raises(RuntimeError, match="gone"):  # our own errors are errors
         bench.alternate("mine", {"ours": dies}, SimpleNamespace(device=CPU, repeats=1))
     assert second["left_out"]["mortal"] == "RuntimeError: gone" and not second["ratio"]
-    assert [run["side"] for run in second["runs"]] == ["ours"] * 2 and second["tokens_per_s"]["ours"]["median"] > 0
-    update = report["update"]
-    assert update["left_out"] == {"transformers": "RuntimeError: gone"} and [r["side"] for r in update["runs"]] == ["ours"] * 2
+    for part in (second, report["update"]):
+        assert [run["side"] for run in part["runs"]] == ["ours"] * 2
+    assert report["update"]["left_out"] == {"transformers": "RuntimeError: gone"}
 
 
 def test_one_step_on_a_device_at_toy_size(tmp_path):

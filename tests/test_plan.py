@@ -162,6 +162,11 @@ def test_plan_predicts_the_peak_of_one_rank_of_eight():
     assert done.returncode == 0 and done.stdout.count("ranks a copy") == 2, done.stderr
 
 
+def test_a_packed_pass_in_numbers_by_hand():
+    """A prompt of 5 tokens with responses of 3 and 4: the last token of each is no input, and each sees the prompt's keys."""
+    assert gpu_step.micro_batch([[1] * 5] * 2, [[2] * 3, [2] * 4], False) == plan.MicroBatch(5 + 2 + 3, (5 + 2) + (5 + 3), False)
+
+
 def test_plan_of_the_largest_terms_by_hand():
     """Qwen2.5-7B on 8 GPUs, from the published shape: shards, whole weights, a page, activations, head chunks."""
     job = job_for("Qwen2.5-7B-Instruct")
@@ -177,8 +182,10 @@ def test_plan_of_the_largest_terms_by_hand():
     assert sampling["KV cache"] == pytest.approx(0.9 * free, rel=1e-3)
     captured = 8 + 16 + 24 + 32 + 48 + 64 + 96 + 128 + 192  # sizes of a decode step up to 16 problems' 12 rows
     assert sampling["logits"] == V * (2 * captured + 192 * (2 + 4 + 4 + 8))
-    head = update["loss at the head (policy loss)"]
     T = 200 + 16384  # a prompt and the longest response
+    scoring = sum(parts["sampling"]["scoring the guided trajectories"].values())
+    assert scoring == pytest.approx(12 * P / 8 + 2 * P + T * (6 * (D + W) + 520), rel=1e-3)
+    head = update["loss at the head (policy loss)"]
     assert head["activations kept for the backward pass"] == T * L * D * 2
     assert head["chunks of logits"] == 4 * 256 * V * 4 and head["gradient of the head"] == V * D * 2
     assert head["embedding and head, gathered"] == (2 * V + 1) * D * 2
@@ -300,7 +307,7 @@ def test_plan_time_of_a_step_by_hand():
     assert more - update == pytest.approx(4 * 300 * blocks / 5e11 + 600 * blocks / 2.5e11, rel=0.1)
 
 
-def test_plan_of_a_training_command(capsys, monkeypatch, tmp_path):
+def test_plan_of_a_training_command(capsys, monkeypatch):
     """train.py --plan: its own flags and the plan's, no weights, no GPU; anything else is an error."""
     monkeypatch.setattr(train, "prepare", None)
     flags = ["--plan", "--model", "Qwen2.5-7B-Instruct"]

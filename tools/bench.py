@@ -68,11 +68,8 @@ SMALL_VOCABULARY = SHAPES["toy"] | {"vocab_size": 24, "initializer_range": 0.2}
 
 @dataclass(frozen=True)
 class Workload:
-    """`prompts` prompts of ragged lengths, with `group` responses to each.
-
-    The responses' lengths are lognormal with this median, and the longest of all has `longest` tokens. If the two are equal,
-    all have the same length.
-    """
+    """`prompts` prompts of ragged lengths, with `group` responses to each, whose lengths are lognormal with this median; the
+    longest of all has `longest` tokens. If the two are equal, all have the same length."""
 
     name: str
     prompts: int
@@ -83,34 +80,12 @@ class Workload:
     longest: int
 
 
-WORKLOADS = {  # the parts update and step have one each, the part sampler has the others
-    "cpu": (
-        Workload("uniform", 8, 8, 40, 160, median=64, longest=64),
-        Workload("long tail", 8, 8, 40, 160, median=25, longest=512),
-        Workload("large groups", 2, 32, 40, 160, median=48, longest=96),
-        Workload("strategy prompts", 8, 4, 300, 600, median=48, longest=96),
-        Workload("update", 4, 8, 40, 160, median=64, longest=192),
-        Workload("step", 4, 8, 40, 160, median=48, longest=48),
-    ),
-    "cuda": (
-        Workload("uniform", 8, 8, 40, 160, median=128, longest=128),  # generate takes 69 ms a step on an H200
-        Workload("long tail", 8, 8, 40, 160, median=100, longest=512),
-        Workload("large groups", 4, 64, 40, 160, median=100, longest=256),
-        Workload("strategy prompts", 16, 4, 300, 900, median=100, longest=256),
-        Workload("update", 8, 8, 100, 400, median=500, longest=2048),
-        Workload("step", 16, 8, 100, 400, median=128, longest=128),
-    ),
-    "quick": (
-        Workload("uniform", 3, 2, 4, 9, median=6, longest=6),
-        Workload("long tail", 3, 2, 4, 9, median=4, longest=24),
-        Workload("update", 3, 2, 4, 9, median=4, longest=24),
-        Workload("step", 3, 2, 4, 9, median=6, longest=6),
-    ),
-}
+# the parts update and step have one each, the part sampler has the others
+WORKLOADS = json.loads(Path(__file__).with_name("workloads.json").read_text(encoding="utf-8"))
 SAMPLER_WORKLOADS = ("uniform", "long tail", "large groups", "strategy prompts")
 # Qwen2.5-0.5B's head, M response tokens, the size of a chunk
 HEAD = {"tokens": 4096, "width": 896, "vocabulary": 152064, "chunk": 512}
-QUICK_HEAD = {"tokens": 512, "width": 32, "vocabulary": 16384, "chunk": 32}
+QUICK_HEAD = {"tokens": 64, "width": 32, "vocabulary": 1024, "chunk": 32}
 
 
 def scale(args: argparse.Namespace) -> str:
@@ -119,7 +94,7 @@ def scale(args: argparse.Namespace) -> str:
 
 
 def workloads_of(args: argparse.Namespace, *names: str) -> list[Workload]:
-    return [workload for workload in WORKLOADS[scale(args)] if workload.name in names]
+    return [Workload(**row) for row in WORKLOADS[scale(args)] if row["name"] in names]
 
 
 # ---------------------------------------------------------------------------------------------------- measurement
@@ -704,8 +679,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if min(args.repeats, args.threads) < 1:
         parser.error(f"--repeats {args.repeats} and --threads {args.threads} must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.shape = "toy" if args.quick else args.shape
     return args

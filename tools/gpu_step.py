@@ -1,19 +1,15 @@
 """One step of a real size on one GPU, with random weights: how fast, how much memory against the plan, where the time goes.
 
-    python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's shape on CUDA, about a minute on an H100
-    python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
+python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's shape on CUDA, about a minute on an H100
+python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
-    sampling   256 rows at top_p 1 and 0.95: tokens/s, the share of the machine's floor (bench.py), time by kernel
-    step       the two halves of sgpo_step, each with its peak of memory beside the one that plan.py predicts; how far the
-               sampler's log-probabilities are from the trainer's; the update's tokens/s and time by kernel, with and without
-               recomputation
-
-It compares with no rival; that is bench.py.
+sampling   256 rows at top_p 1 and 0.95: tokens/s, the share of the machine's floor (bench.py), time by kernel
+step       the two halves of sgpo_step, with their peaks of memory beside those that plan.py predicts; the update's tokens/s
+           and time by kernel, with and without recomputation; the sampler's log-probabilities against the trainer's
 """
 
 import argparse
 import json
-import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +100,7 @@ def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, f
     """A row for each top_p: 32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each."""
     workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
     if args.quick:
-        workload = bench.WORKLOADS["quick"][0]
+        [workload] = bench.workloads_of(args, "uniform")
     prompts = bench.make_prompts(workload, model.config.vocab_size)
     count, rows = workload.prompts * workload.group, []
     lengths = [workload.longest] * count
@@ -129,14 +125,11 @@ def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, f
 
 def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict:
     """The two halves of sgpo_step, so that each has its own peak and time."""
-    device, rng, V = model.device, random.Random(0), model.config.vocab_size
+    device, V = model.device, model.config.vocab_size
     tokenizer = bench.word_tokenizer(V)
     size = (5, 9) if quick else (300, 600)
-
-    def ids(count: int) -> list[int]:
-        return [rng.randrange(1, V) for _ in range(count)]
-
-    examples = [Example(None, ids(rng.randint(*size)), ids(2 * size[1]), None) for _ in range(settings.problems_per_step)]
+    prompts = bench.make_prompts(bench.Workload("step", settings.problems_per_step, 12, *size, 512, 512), V)
+    examples = [Example(None, ids, ids + ids, None) for ids in prompts]  # with a strategy it is twice as long
     apply_gradients(model, optimizer, 0.0, 0.0, 1.0)  # a step of nothing, which makes AdamW's moments
     job = job_of(model, settings)
     resident = sum(plan.resident(job).values())
