@@ -44,7 +44,7 @@ class Method:
     group_auto: int = knob(8, "G1: autonomous responses per problem [alg 1]; luffy: the solution is one of them [code]", low=2)
     group_guided: int = knob(4, "G2: guided responses per problem [alg 1]", low=1)
     temperature: float = knob(1.0, "sampling temperature in training; the losses use it too [app E]", low=1e-3)
-    top_p: float = knob(0.95, "top-p (nucleus) sampling in training; the losses are over the full softmax [app E]", high=1)
+    top_p: float = knob(0.95, "top-p (nucleus) sampling in training; the losses are over the full softmax [app E]", low=1e-3, high=1)
     max_new_tokens: int = knob(16384, "longest response in training, in tokens [app E]; cut to fit the context", low=1)
     max_rows: int = knob(256, "responses decoded at once", low=1)
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
@@ -58,7 +58,7 @@ class Method:
     # distillation
     delta: float = knob(1.0, "KL clip: tokens with d_t above this many nats are dropped [eq 5, app E]; inf: none")
     alpha_0: float = knob(0.5, "scale of the adaptive weight [eq 6, §4.4]")
-    gamma: float = knob(0.1, "smoothing of the adaptive weight [eq 6, §4.4]")
+    gamma: float = knob(0.1, "smoothing of the adaptive weight [eq 6, §4.4]", low=1e-6)
     alpha_max: float = knob(0.8, "largest adaptive weight [eq 6, §4.4]")
     reach: str = knob("sum", "log-probability that ranks targets: summed [eq 4] or mean per token [ours]", ("sum", "mean"))
     # ablations of sgpo, beside --delta inf
@@ -75,8 +75,8 @@ class Method:
     problems_per_step: int = knob(128, "problems in one step, over all GPUs [ours; from the paper's curves]", low=1)
     minibatches: int = knob(1, "optimizer updates per step [ours]", low=1)
     max_grad_norm: float = knob(1.0, "clip the global gradient norm to this [ours]")
-    micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result")
-    chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result")
+    micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result", low=1)
+    chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result", low=1)
 
     def __post_init__(self) -> None:
         for spec in fields(self):

@@ -97,7 +97,7 @@ class Config(Method):
     eval_max_new_tokens: int = knob(2048, "longest response in tokens; cut to fit the context [ours]")
     eval_guided: bool = knob(False, "before and after each stage, evaluate with the strategy in the prompt too")
     eval_temperature: float = knob(0.6, "sampling temperature in evaluation [§4.2]")
-    eval_top_p: float = knob(0.95, "top-p (nucleus) sampling in evaluation [§4.2]", high=1)
+    eval_top_p: float = knob(0.95, "top-p (nucleus) sampling in evaluation [§4.2]", low=1e-3, high=1)
     # machine
     recompute: bool = knob(True, "recompute activations in the backward pass: far less memory, a third more work")
     dtype: str = knob("auto", "dtype of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
@@ -163,6 +163,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         cfg = Config(**{**preset, **given})
     except ValueError as error:
         parser.error(f"--{error}")
+    except TypeError as error:  # a stored setting that this version does not have
+        parser.error(f"--resume: {given['out']} holds a run of another version of this code: {error}")
     variant = METHODS[cfg.method]
     idle = [] if variant.distills else ["distill", "target", "weight", "autonomous"]
     idle += [] if variant.guided else ["shuffle_strategies"]
