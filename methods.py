@@ -75,8 +75,8 @@ class Method:
     problems_per_step: int = knob(128, "problems in one step, over all GPUs [ours; from the paper's curves]", low=1)
     minibatches: int = knob(1, "optimizer updates per step [ours]", low=1)
     max_grad_norm: float = knob(1.0, "clip the global gradient norm to this [ours]")
-    micro_tokens: int = knob(16384, "tokens in one forward and backward pass; changes memory, never the result", low=1)
-    chunk_tokens: int = knob(256, "tokens per chunk of the language-model head; changes memory, never the result", low=1)
+    micro_tokens: int = knob(16384, "tokens in one pass; changes memory, never the result", low=1)
+    chunk_tokens: int = knob(256, "tokens per chunk of the head; changes memory, never the result", low=1)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
