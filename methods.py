@@ -44,7 +44,7 @@ class Method:
     group_auto: int = knob(8, "G1: autonomous responses per problem [alg 1]; luffy: the solution is one of them [code]", low=2)
     group_guided: int = knob(4, "G2: guided responses per problem [alg 1]", low=1)
     temperature: float = knob(1.0, "sampling temperature in training; the losses use it too [app E]", low=1e-3)
-    top_p: float = knob(0.95, "top-p (nucleus) sampling in training; the losses are over the full softmax [app E]", low=1e-3, high=1)
+    top_p: float = knob(0.95, "top-p (nucleus) sampling in training; losses use the full softmax [app E]", low=1e-3, high=1)
     max_new_tokens: int = knob(16384, "longest response in training, in tokens [app E]; cut to fit the context", low=1)
     max_rows: int = knob(256, "responses decoded at once", low=1)
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
