@@ -164,7 +164,8 @@ def test_plan_predicts_the_peak_of_one_rank_of_eight():
 
 def test_a_packed_pass_in_numbers_by_hand():
     """A prompt of 5 tokens with responses of 3 and 4: the last token of each is no input, and each sees the prompt's keys."""
-    assert gpu_step.micro_batch([[1] * 5] * 2, [[2] * 3, [2] * 4], False) == plan.MicroBatch(5 + 2 + 3, (5 + 2) + (5 + 3), False)
+    batch = gpu_step.micro_batch([[1] * 5] * 2, [[2] * 3, [2] * 4], False)
+    assert batch == plan.MicroBatch(tokens=5 + 2 + 3, continued=(5 + 2) + (5 + 3), distillation=False)
 
 
 def test_plan_of_the_largest_terms_by_hand():
