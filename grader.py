@@ -16,6 +16,8 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from multiprocessing.connection import wait
@@ -110,13 +112,13 @@ class MathWorker(AbstractContextManager):
             self.close()
             raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
 
-    def equal(self, gold: str, prediction: str) -> bool:
+    def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
         """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none in time."""
         self.start()
         verdict = b""
         try:
             self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-            if wait([self._process.stdout], self.timeout_s):
+            if wait([self._process.stdout], self.timeout_s if limit_s is None else max(limit_s, 0)):
                 verdict = self._process.stdout.read(1)
         except BrokenPipeError:
             pass
@@ -226,6 +228,7 @@ def _balanced(text: str) -> bool:  # nor too deep
 def _key(text: str) -> str:
     """A cleaned answer for string comparison: unwrapped text, no blanks but between digits, words in lower case."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)  # x_{1} and x_1
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
     text = re.sub(r"^\(?([A-Z])\)?$", r"\1", text)  # (C), \text{(C)} and C
     # Single letters and pairs keep their case, because they may be symbols (n and N, AB and ab). "No" is a word.
@@ -308,13 +311,28 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     if not (_balanced(gold) and _balanced(prediction)):
         return False
     try:
-        return _same(gold, prediction, worker)
+        return _same(gold, prediction, _one_limit(worker))
     except TimeoutError:
         return False
 
 
-def _same(gold: str, prediction: str, worker: MathWorker) -> bool:
-    """Two cleaned answers, taken apart level by level."""
+def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
+    """worker.equal for all questions about one answer, with the limit of one: two lists of ten items ask a hundred."""
+    seconds = worker.timeout_s
+
+    def ask(gold: str, prediction: str) -> bool:
+        nonlocal seconds
+        worker.start()  # this takes a second, which is not on the clock
+        begin = time.monotonic()
+        verdict = worker.equal(gold, prediction, seconds)
+        seconds -= time.monotonic() - begin
+        return verdict
+
+    return ask
+
+
+def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+    """Two cleaned answers, taken apart level by level. `ask` judges single expressions; it may raise TimeoutError."""
     if not gold or not prediction:  # an empty answer, or an empty side of "="
         return False
     if _key(gold) == _key(prediction):
@@ -324,16 +342,16 @@ def _same(gold: str, prediction: str, worker: MathWorker) -> bool:
         return False
     (g_kind, g_items), (p_kind, p_items) = _structure(g[2] if g else gold), _structure(p[2] if p else prediction)
     if g_kind == p_kind == "item":
-        return _same_item(g_items[0], p_items[0], worker)
+        return _same_item(g_items[0], p_items[0], ask)
     if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
-        return all(_same(g, p, worker) for g in g_items for p in p_items)
+        return all(_same(g, p, ask) for g in g_items for p in p_items)
     if g_kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items)):
-        return all(_same(g, p, worker) for g, p in zip(g_items, p_items, strict=True))
+    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
+        return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
     left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
     for g in g_items:
-        match = next((i for i, p in enumerate(left) if _same(g, p, worker)), None)
+        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
         if match is None:
             return False
         del left[match]
@@ -357,7 +375,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
         return _structure(braces[1].strip())
     tuples = text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1])
-    items = _split(text[1:-1] if tuples else text, "[,;]")[::2]
+    items = [item for item in _split(text[1:-1] if tuples else text, "[,;]")[::2] if item]
     if len(items) > 1:
         return text[0] + text[-1] if tuples else "list", items
     parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
@@ -371,7 +389,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     return "item", [text]
 
 
-def _same_item(gold: str, prediction: str, worker: MathWorker) -> bool:
+def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(g), _number(p)
     numbers = a is not None and b is not None
@@ -382,7 +400,7 @@ def _same_item(gold: str, prediction: str, worker: MathWorker) -> bool:
             return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
     if numbers:
         return a == b
-    return _key(g) == _key(p) or _symbolic_equal(g, p, worker)
+    return _key(g) == _key(p) or _symbolic_equal(g, p, ask)
 
 
 # math-verify is asked only about plain expressions in these characters and commands. It reads 7"8 as 78 and \phantom{7} as 7,
@@ -403,7 +421,7 @@ _MISREAD = re.compile(
 _FACTOR = r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
 
 
-def _symbolic_equal(gold: str, prediction: str, worker: MathWorker) -> bool:
+def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
     expressions = []
     for text in (gold, prediction):
@@ -417,7 +435,7 @@ def _symbolic_equal(gold: str, prediction: str, worker: MathWorker) -> bool:
     if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    return not p - g - {"", "e", "i"} and worker.equal(*expressions)
+    return not p - g - {"", "e", "i"} and ask(*expressions)
 
 
 def why_unusable(answer: str) -> str:

@@ -74,7 +74,7 @@ class Method:
     # the update
     problems_per_step: int = knob(128, "problems in one step, over all GPUs [ours; from the paper's curves]", low=1)
     minibatches: int = knob(1, "optimizer updates per step [ours]", low=1)
-    max_grad_norm: float = knob(1.0, "clip the global gradient norm to this [ours]")
+    max_grad_norm: float = knob(1.0, "clip the global gradient norm to this [ours]", low=1e-6)
     micro_tokens: int = knob(16384, "tokens in one pass; changes memory, never the result", low=1)
     chunk_tokens: int = knob(256, "tokens per chunk of the head; changes memory, never the result", low=1)
 
@@ -85,6 +85,12 @@ class Method:
                 raise ValueError(f"{spec.name} {value}: must be from {low:g} to {high:g}")
             if choices and value not in choices:
                 raise ValueError(f"{spec.name} {value!r}: must be one of {', '.join(choices)}")
+        if self.minibatches > self.problems_per_step:
+            raise ValueError(f"minibatches {self.minibatches}: more than the {self.problems_per_step} problems of a step")
+        if self.method == "hinted" and self.group_guided < 2:
+            raise ValueError("group_guided 1: hinted needs a group of at least 2")
+        if self.hpt_gate > self.group_auto:
+            raise ValueError(f"hpt_gate {self.hpt_gate}: more than the {self.group_auto} responses of a group")
 
 
 # ---------------------------------------------------------------------------------------------------- what rewards decide

@@ -133,6 +133,8 @@ def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"unsupported rope_type={rope['rope_type']!r}; supported: default, llama3")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
+        raise ValueError("partial rotary embeddings are not supported")
     return rope
 
 
@@ -144,9 +146,12 @@ def _merge_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:80]!r}")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------- the decoder
@@ -544,7 +549,9 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
-    names = sorted(set(map(str, _read_json(index)["weight_map"].values())))
+    names = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
+    if not names:
+        raise ValueError(f"{index}: has no weight_map")
     for name in names:  # "../x" or "/x" would leave the folder
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise ValueError(f"{index}: weight_map names {name!r}, which is not a safetensors file of this folder")

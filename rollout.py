@@ -105,6 +105,8 @@ def generate(
     """
     if not (max_rows >= 1 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"max_rows={max_rows}, temperature={temperature} or top_p={top_p} is out of range")
+    if not eos_ids:
+        raise ValueError("eos_ids is empty: no response could ever end")
     groups = _rows(prompts, n, max_new_tokens, seed, model.config.max_position_embeddings)
     pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
     draw = partial(sample, temperature=temperature, top_p=top_p)

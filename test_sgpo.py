@@ -313,6 +313,7 @@ def test_responses_end_at_every_eos_and_at_the_context(small_model):
         ({"max_rows": 0}, "max_rows=0"),
         ({"n": 2, "max_new_tokens": [[4, 0]]}, r"prompt 0: n=2 and max_new_tokens=\[4, 0\]"),
         ({"seed": [1, 2, 3]}, "zip"),
+        ({"eos_ids": ()}, "eos_ids is empty"),
     ],
 )
 def test_generate_refuses_bad_settings(small_model, change, message):
@@ -435,6 +436,39 @@ def test_pack_lays_guided_and_unguided_over_the_same_tokens():
     assert guided.input_ids.tolist() == [[5, 6, 1, 2, 7, 8, 5, 2, 3, 9]]
     assert guided.predict.tolist() == [3, 4, 5, 8, 9]
     assert guided.lengths == [6, 4]
+
+
+def test_both_prompts_end_alike_before_the_first_response_token():
+    """With the tiny world's tokenizer and chat template: the trap of the paired contexts."""
+    tokenizer = tiny_world.build_tokenizer()
+    strategy = tiny_world.strategy_of("kalo", (0, 1, 0))
+    problem = tiny_world.problem_text("kalo", 3, 1)
+    auto = encode_chat(tokenizer, strategy_module.auto_messages(problem))
+    guided = encode_chat(tokenizer, strategy_module.guided_messages(problem, strategy))
+    shared = tokenizer.encode(problem + "\n\n" + strategy_module.INSTRUCTION, add_special_tokens=False)
+    assert len(guided) > len(auto) > len(shared)
+    assert guided[-len(shared) :] == auto[-len(shared) :]  # the problem, the instruction, a header
+    header = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
+    assert auto[-len(header) :] == header
+
+
+def test_public_calls_leave_their_arguments_alone(small_model):
+    prompts, responses = [list(prompt) for prompt in PROMPTS], [[1, 2], [3], [4, 5, 6]]
+    generate(small_model, prompts, n=2, max_new_tokens=3, seed=prompt_seeds(0), **DRAWING)
+    pack(prompts, responses, device=CPU)
+    assert prompts == PROMPTS and responses == [[1, 2], [3], [4, 5, 6]]
+    tensors = [torch.randn(3, 5) for _ in range(4)] + [torch.tensor([0.0, 1.0, 1.0])]
+    copies = [tensor.clone() for tensor in tensors]
+    a, b, c, d, correct = tensors
+    losses.forward_kl(a, b)
+    losses.kl_clip_mask(c)
+    losses.policy_loss(a, b, c)
+    losses.token_logprobs(a, torch.tensor([1, 2, 3]))
+    weighting.group_advantages(d)
+    weighting.instance_weight(a, b)
+    weighting.reachable_target(a[:, 0], correct > 0)
+    rollout.sample(a, torch.rand(3, dtype=torch.float64), 0.7, 0.9)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
 
 
 def test_pack_computes_a_shared_context_once():

@@ -32,6 +32,7 @@ from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differen
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
+from kv_cache import PAGE, pages_for
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
 from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
@@ -75,17 +76,17 @@ class Config(Method):
     data_seed: int = knob(-1, "seed of the split and the order of the problems; -1: the same as --seed", low=-1)
     shuffle_strategies: bool = knob(False, "a control: give each problem the strategy of a problem of another type [ours]")
     # schedule
-    epochs: float = knob(10.0, "passes over the RL problems [app E]; --steps overrides it")
+    epochs: float = knob(10.0, "passes over the RL problems [app E]; --steps overrides it", high=1e6)
     steps: int = knob(0, "number of RL steps; 0: from --epochs")
-    learning_rate: float = knob(1e-6, "peak learning rate of RL [app E]")
+    learning_rate: float = knob(1e-6, "peak learning rate of RL [app E]", high=1)
     lr_warmup_steps: int = knob(0, "steps of linear learning-rate warm-up in RL [ours]")
     lr_decay: str = knob("constant", "learning rate of RL after the warm-up [ours]", ("constant", "linear"))
     weight_decay: float = knob(0.01, "decoupled weight decay of AdamW [ours]")
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: no warm-up", high=1)
-    sft_epochs: float = knob(10.0, "passes over these problems [app E]; with --method sft over all problems")
+    sft_epochs: float = knob(10.0, "passes over these problems [app E]; all problems with --method sft", low=1e-6, high=1e6)
     sft_batch: int = knob(64, "solutions in one SFT update [app E]", low=1)
-    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [app E]; decays linearly [ours]")
+    sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [app E]; decays linearly [ours]", high=1)
     sft_warmup_ratio: float = knob(0.1, "share of the SFT updates in which the learning rate rises to its peak [app E]", high=1)
     sft_validation: float = knob(0.1, "share of these held out, to find the weights of lowest loss [app E]", high=0.5)
     sft_max_tokens: int = knob(16384, "SFT leaves out rows with more tokens than this, prompt and solution together [app E]")
@@ -151,6 +152,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         if not given.get("out"):
             parser.error("--resume: say with --out which run to go on with")
         stored = stored_config(Path(given["out"]))
+        if stored is None and (Path(given["out"]) / "checkpoints").exists():
+            parser.error(f"--resume: {given['out']} has checkpoints but no metrics.jsonl, whose first line has the settings")
         if stored is None and asked.keys() <= set(MAY_CHANGE):
             parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
         if stored is not None:
@@ -168,9 +171,12 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     variant = METHODS[cfg.method]
     idle = [] if variant.distills else ["distill", "target", "weight", "autonomous"]
     idle += [] if variant.guided else ["shuffle_strategies"]
+    idle += [] if cfg.weight == "adaptive" else ["gamma"]
+    idle += ["alpha_0"] if cfg.weight in ("fixed", "group_advantage") else []
+    idle += ["alpha_max"] if cfg.weight == "fixed" else []
     idle += ["aggregate"] if variant.demonstrates or variant.advantages is None else []
     for name in given.keys() & idle:
-        parser.error(f"--{name} does nothing to {cfg.method}")
+        parser.error(f"--{name} does nothing to {cfg.method} with --weight {cfg.weight}")
     derived: dict[str, Any] = {}
     for name in ("data_seed", "sampling_seed"):
         if getattr(cfg, name) == -1:
@@ -241,13 +247,21 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
         if cfg.method != "sft":  # SFT leaves out what is too long, see split_examples
             response = len(solution_ids) if "solution" in METHODS[cfg.method].needs else 1
-            check_length(f"{cfg.data}: {problem.id!r}", max(len(auto_ids), len(guided_ids or [])) + response, context)
+            prompt = max(len(auto_ids), len(guided_ids or []))
+            check_length(f"{cfg.data}: {problem.id!r}", prompt + response, context)
+            check_cache(f"{cfg.data}: {problem.id!r}", prompt, min(cfg.max_new_tokens, context - prompt), cfg)
     return examples
 
 
 def check_length(row: str, tokens: int, context: int) -> None:
     if tokens > context:
         raise ValueError(f"{row} needs {tokens} tokens (prompt, and solution if it is used), the context holds {context}")
+
+
+def check_cache(row: str, prompt: int, response: int, cfg: Config) -> None:
+    needed = PAGE * (pages_for(prompt) + pages_for(response) + 1)  # as in rollout.py; here before any work is done
+    if 0 < cfg.cache_tokens < needed:
+        raise ValueError(f"{row}, a prompt of {prompt} tokens with its longest response, needs --cache_tokens {needed}")
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:

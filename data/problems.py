@@ -64,12 +64,19 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
     return problems
 
 
+def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a field is given twice: {[name for name, _ in pairs]}")
+    return row
+
+
 def read_row(raw: bytes) -> Problem:
     """One row, from its line of JSON. ValueError "what, value" if it has another format."""
     try:
-        row = json.loads(raw.decode())
+        row = json.loads(raw.decode(), object_pairs_hook=_no_key_twice)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair would be an error when the results are written
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, {row!r}")

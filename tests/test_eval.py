@@ -1,5 +1,6 @@
 """Evaluation: samples, verdicts, figures and votes; its command, on one rank and on two, and after a crash."""
 
+import fcntl
 import itertools
 import json
 import shutil
@@ -256,6 +257,12 @@ def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkey
     (tmp_path / "eval-tiny.json").unlink()
     calls, _ = _command(monkeypatch, tmp_path)
     assert grading.main(arguments) == results and calls == []  # all there: the model is not even loaded
+    (tmp_path / "eval-tiny.json").unlink()
+    file.write_bytes(lines[0])
+    with file.open("a") as other, pytest.raises(ValueError, match="another evaluation is writing here"):
+        fcntl.flock(other, fcntl.LOCK_EX)
+        (file.parent / "rank7.jsonl").unlink()
+        grading.main(arguments)
 
 
 def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):

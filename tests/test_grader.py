@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,19 @@ def test_a_child_that_dies_or_falls_silent_is_replaced():
         os.kill(worker._process.pid, signal.SIGSTOP)
         worker.timeout_s = 0.3
         assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1
+
+
+def test_all_questions_about_one_answer_share_one_limit():
+    limits = []
+
+    def equal(gold, prediction, limit_s):
+        limits.append(limit_s)
+        time.sleep(0.05)
+        return False
+
+    worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=equal)
+    assert not same_answer("\\sqrt{7}, \\sqrt{11}, \\sqrt{13}", "\\sqrt{2}, \\sqrt{3}, \\sqrt{5}", worker)
+    assert len(limits) == 3 and limits[0] == 1.0 and limits[2] <= 0.9
 
 
 def test_close_ends_the_child_and_a_child_that_cannot_start_is_an_error(monkeypatch, capfd, tmp_path):

@@ -66,8 +66,13 @@ def test_a_file_that_is_missing_or_broken_is_named(folder):
     refused(folder, "model: no tokenizer file")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json: cannot be read as JSON")
+    (folder / "config.json").write_text("[1]")
+    refused(folder, "config.json: expected a JSON object")
     (folder / "config.json").unlink()
     refused(folder, "config.json: cannot be read as JSON")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json: has no weight_map"):
+        models.weight_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,7 @@ def test_a_file_that_is_missing_or_broken_is_named(folder):
         ({"use_sliding_window": True, "sliding_window": 16}, "sliding-window"),
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
     ],
 )
 def test_configs_that_would_be_computed_wrongly_are_refused(change, message):

@@ -270,6 +270,13 @@ def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
         (["--method", "grpo", "--target", "random"], "--target does nothing to grpo"),
         (["--method", "luffy", "--aggregate", "sequence"], "--aggregate does nothing to luffy"),
         (["--method", "grpo", "--shuffle_strategies"], "--shuffle_strategies does nothing to grpo"),
+        (["--weight", "fixed", "--alpha_0", "0.3"], "--alpha_0 does nothing to sgpo with --weight fixed"),
+        (["--weight", "group_advantage", "--gamma", "0.2"], "--gamma does nothing to sgpo with --weight group_advantage"),
+        (["--problems_per_step", "2", "--minibatches", "4"], "minibatches 4: more than the 2 problems of a step"),
+        (["--method", "hinted", "--group_guided", "1"], "group_guided 1: hinted needs a group of at least 2"),
+        (["--hpt_gate", "9"], "hpt_gate 9: more than the 8 responses of a group"),
+        (["--max_grad_norm", "0"], "--max_grad_norm 0.0: must be from"),
+        (["--learning_rate", "inf"], "--learning_rate inf: must be from 0 to 1"),
     ],
 )
 def test_bad_flags_fail(flags, message, capsys):
@@ -301,6 +308,7 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
         (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
         (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
         (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
+        (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
     ],
 )
 def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, message):

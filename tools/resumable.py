@@ -8,6 +8,7 @@ What it leaves:
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sampl
 from grader import MathWorker, same_answer
 from model import load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
+from strategy import Strategy, auto_messages, guided_messages
 from tools.benchmark import benchmark_files, paired_bootstrap
 from weighting import instance_weight
 
@@ -86,6 +88,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
+    wording = [auto_messages("q"), guided_messages("q", Strategy("t", "s", ("a",)))]
     settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
@@ -94,6 +97,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
+        "wording": hashlib.sha256(json.dumps(wording).encode()).hexdigest(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
     for one in sets:
@@ -187,6 +191,10 @@ def sample_share(
     for one, problems in share:  # before the first response: a prompt of the last file may be too long
         encode_prompts(model, tokenizer, problems, one.guided)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path}: another evaluation is writing here") from error
         stream.write("\n" if stream.tell() else "")  # ends a line that a crash has torn
         for one, problems in share:
 
