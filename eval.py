@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model folder or hub name")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
-    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's of that model")
+    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
     add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
@@ -239,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
     add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
     add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
-    add("--seed", type=at_least(0), default=0, help="of the sampling; with --compare, of the resampling (default: 0)")
+    add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
     group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
@@ -249,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
     add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
     add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
-    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="how long a rank waits for the slowest one")
+    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
     add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
     return parser
 

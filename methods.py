@@ -50,10 +50,10 @@ class Method:
     cache_tokens: int = knob(0, "size of the KV cache in tokens; 0: what is needed, on CUDA at most 90 % of the free memory")
     # policy loss
     aggregate: str = knob(
-        "sequence", "mean over each response, group, problem [eq 1], or all tokens (luffy, hpt always)", ("sequence", "token")
+        "sequence", "mean per response, group and problem [eq 1], or over all tokens (luffy, hpt)", ("sequence", "token")
     )
-    clip_low: float = knob(0.2, "the ratio is clipped below 1 - this [app E]", high=1)
-    clip_high: float = knob(0.28, "the ratio is clipped above 1 + this [app E]")
+    clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this [app E]", high=1)
+    clip_high: float = knob(0.28, "the ratio is clipped above 1 plus this [app E]")
     mask_truncated: bool = knob(False, "leave truncated responses out of the policy loss, but not out of their group [ours]")
     # distillation
     delta: float = knob(1.0, "KL clip: tokens with d_t above this many nats are dropped [eq 5, app E]; inf: none")
@@ -64,9 +64,11 @@ class Method:
     # ablations of sgpo, beside --delta inf
     distill: str = knob("kl", "distillation loss towards the target; none: no such term", ("kl", "reverse_kl", "sft", "none"))
     target: str = knob(
-        "reachable", "o+ [eq 4], the mean over all correct ones [eq 2], or a random one [ours]", ("reachable", "all", "random")
+        "reachable", "o+: one [eq 4], all correct ones [eq 2], or a random one [ours]", ("reachable", "all", "random")
     )
-    weight: str = knob("adaptive", "alpha(q) [eq 6], 1.0 [app G], [eq 8], or a form of our own [ours]", WEIGHTS)
+    weight: str = knob(
+        "adaptive", "alpha(q): adaptive [eq 6], fixed at 1.0 [app G], group_advantage [eq 8], guided_advantage [ours]", WEIGHTS
+    )
     autonomous: bool = knob(True, "train on the autonomous group; without it only the distillation term is left")
     # a baseline, as in its public code
     hpt_gate: int = knob(0, "HPT: with at most this many correct responses, learn from the solution instead [code]")

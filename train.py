@@ -84,11 +84,11 @@ class Config(Method):
     weight_decay: float = knob(0.01, "decoupled weight decay of AdamW [ours]")
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: no warm-up", high=1)
-    sft_epochs: float = knob(10.0, "passes over these problems [app E]; all problems with --method sft", low=1e-6, high=1e6)
+    sft_epochs: float = knob(10.0, "passes over the SFT problems [app E]; all problems with --method sft", low=1e-6, high=1e6)
     sft_batch: int = knob(64, "solutions in one SFT update [app E]", low=1)
     sft_learning_rate: float = knob(1e-5, "peak learning rate of SFT [app E]; decays linearly [ours]", high=1)
     sft_warmup_ratio: float = knob(0.1, "share of the SFT updates in which the learning rate rises to its peak [app E]", high=1)
-    sft_validation: float = knob(0.1, "share of these held out, to find the weights of lowest loss [app E]", high=0.5)
+    sft_validation: float = knob(0.1, "share of the SFT problems held out, to find the best weights [app E]", high=0.5)
     sft_max_tokens: int = knob(16384, "SFT leaves out rows with more tokens than this, prompt and solution together [app E]")
     sft_guided: float = knob(0.0, "share of the SFT examples with the strategy in the prompt [ours]", high=1)
     # evaluation
@@ -131,7 +131,8 @@ FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval
 
 def parse_config(argv: Sequence[str] | None) -> Config:
     """Flags -> Config. A flag beats a preset, and a preset the default. Unknown flags and impossible values end the program."""
-    also = "--plan [--gpus 8] [--gpu_memory 80]: print the memory and time that the run would need, and do nothing else"
+    also = "--plan [--gpus 8] [--gpu_memory 80]: print the memory and time that the run would need, and do nothing else. "
+    also += "Without --model the tiny world has smaller settings of its own; a run prints those that it takes"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=also, allow_abbrev=False)
     for spec in dataclasses.fields(Config):
         text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
@@ -141,7 +142,7 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         else:
             options |= {"type": spec.type, "choices": spec.metadata["choices"]}
         parser.add_argument(f"--{spec.name}", **options)
-    parser.add_argument("--preset", choices=["first_run"], help=f"{FIRST_RUN}; flags beat it")
+    parser.add_argument("--preset", choices=["first_run"], help="short warm-up and responses, few problems; flags beat it")
     given = vars(parser.parse_args(argv))
     named = FIRST_RUN if given.pop("preset") else {}
     preset = TINY if not given.get("model") else STARTER if not given.get("data") else {}

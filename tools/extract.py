@@ -523,7 +523,8 @@ def dry_run(args: Namespace) -> int:
             if number < args.samples:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
     most = requests * args.max_tokens
-    print(f"{len(rows)} rows, {requests:,} requests in one round")
+    done = sum(row.strategy is not None for row in rows)
+    print(f"{len(rows)} rows, {done} of which have a strategy already; {requests:,} requests in one round")
     print(f"about {tokens_in:,} tokens in and {tokens_out:,} out{cost(tokens_in, tokens_out, args)}")
     print(f"thoughts are billed too: up to {most:,} tokens out{cost(tokens_in, most, args)}, --max_tokens for each request")
     print("nothing was sent")
@@ -588,6 +589,7 @@ def build_parser() -> ArgumentParser:
     about = "Strategies extracted by a strong model, and a report on their quality."
     parser = ArgumentParser(prog="strategy.py", description=about, allow_abbrev=False)
     add = parser.add_argument
+    default = " (default: %(default)s)"
     add("--data", metavar="FILE", help="jsonl with id and problem, and with answer and solution if there are any")
     add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1 (needs pip install openai)")
     add("--local", metavar="DIR", help="instead of a server: a model folder or hub name, sampled here")
@@ -596,21 +598,21 @@ def build_parser() -> ArgumentParser:
     add("--report", metavar="FILE", help="only print the quality of such a file")
     add("--dry_run", action="store_true", help="print the first prompts and an estimate, send nothing")
     add("--candidates", type=int, default=5, help="strategies asked for in a round; 5 is the paper's number")
-    add("--rounds", type=int, default=2, help="rounds at most: one more if no candidate is left, or the scores cannot be read")
-    add("--solution_tries", type=int, default=3, help="solutions asked for at most, for a row without one")
-    add("--temperature", type=float, default=0.6, help="of solutions and candidates; 0.6 is DeepSeek-R1's advice; scores get 0")
-    add("--top_p", type=float, default=0.95)
-    add("--max_tokens", type=int, default=8192, help="of one answer, thoughts included; an answer that is cut off is not used")
+    add("--rounds", type=int, default=2, help="rounds at most; another if no candidate is left or no score is read" + default)
+    add("--solution_tries", type=int, default=3, help="solutions asked for at most, for a row without one" + default)
+    add("--temperature", type=float, default=0.6, help="sampling temperature of all but the scores, which get 0" + default)
+    add("--top_p", type=float, default=0.95, help="nucleus sampling" + default)
+    add("--max_tokens", type=int, default=8192, help="longest answer, thoughts included; a cut one is not used" + default)
     add("--seed", type=int, default=0, help="candidate i is asked for with seed + i; also draws the report's samples")
     body = """fields for every request; null removes one: '{"max_tokens": null, "max_completion_tokens": 8192}'"""
     add("--body", type=json.loads, default={}, metavar="JSON", help=body)
-    add("--workers", type=int, default=8, help="rows worked on at once, each with one request at a time; for --local the batch")
-    add("--retries", type=int, default=10, help="after HTTP 429 and 5xx, timeouts and failed connections")
-    add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server")
-    add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="the environment variable that holds the key")
+    add("--workers", type=int, default=8, help="rows worked on at once; with --local the batch" + default)
+    add("--retries", type=int, default=10, help="repeats of a request after HTTP 429 or 5xx, or no connection" + default)
+    add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server" + default)
+    add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of the key" + default)
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
     add("--limit", type=int, metavar="N", help="only the first N rows")
-    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="--local: of the weights")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="--local: dtype" + default)
     add("--device", default="auto", help="--local: auto takes cuda if there is one, else cpu")
     add("--samples", type=int, default=5, metavar="N", help="--report: print N strategies; --dry_run: the prompts of N rows")
     return parser

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
+
 from kv_cache import PAGE, padded_batch_size, pages_for
 from methods import METHODS, knob
 from model import CausalLM, ModelConfig, resolve_model
@@ -677,3 +679,7 @@ def main(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any])
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{args.model}, its shape from {source}\n{text}")
+
+
+if __name__ == "__main__":
+    sys.exit("a plan is a command of train.py: python train.py --model NAME --plan --gpus 8 --gpu_memory 80")

@@ -8,7 +8,7 @@
                                                     the methods on a model and problems of yours, all from the same model
 
 A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to runs/<suite>/<row>/<seed>/,
-one thread each. A finished run is not run again, one that was cut off is. The results are csv files, pictures, and a page with
+one thread each. Finished runs are skipped, interrupted ones run again. The results are csv files, pictures, and a page with
 means, paired differences against SGPO and verdicts on the claims of the paper.
 
 Every method of METHODS but sft samples 60 * 16 * 12 = 11,520 responses: SGPO 12 a problem (8 alone, 4 guided), the others 8 a
