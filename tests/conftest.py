@@ -105,7 +105,7 @@ def uninterrupted(resumed, tmp_path_factory):
 
 @pytest.fixture
 def stopped(uninterrupted, tmp_path):
-    """A copy of the run as a kill right behind its last step would have left it."""
+    """A copy of the run as a kill right after its last step would have left it."""
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     shutil.rmtree(out / "model")
