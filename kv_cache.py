@@ -60,6 +60,12 @@ def pages_for(tokens: int) -> int:
     return math.ceil(tokens / PAGE)
 
 
+def least_pages(prompt: int, response: int) -> int:
+    """The pages of the smallest cache that holds a prompt with its longest response, both in tokens. One more than the two
+    need: a preempted row starts again with part of its response in its prompt."""
+    return pages_for(prompt) + pages_for(response) + 1
+
+
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers."""
     tensor = torch.as_tensor(values, dtype=dtype)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, on_device, pages_for
+from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, least_pages, on_device, pages_for
 
 PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, which bounds the activations
 
@@ -150,8 +150,7 @@ def _cache_pages(model: Any, groups: Sequence[Sequence[Row]], max_rows: int, tok
     needed, longest = [], 0  # pages, of each prompt with its longest response, and of the longest response by itself
     for group in groups:
         limit = max(row.limit for row in group)
-        # one page more than the two need: a preempted row starts again with part of its response in its prompt
-        needed.append(pages_for(len(group[0].prompt_ids)) + pages_for(limit) + 1)
+        needed.append(least_pages(len(group[0].prompt_ids), limit))
         longest = max(longest, pages_for(limit))
     if tokens is not None:
         pages = tokens // PAGE

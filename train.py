@@ -32,7 +32,7 @@ from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differen
 from data.problems import Problem, load_problems
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
-from kv_cache import PAGE, pages_for
+from kv_cache import PAGE, least_pages
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
 from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
@@ -260,7 +260,8 @@ def check_length(row: str, tokens: int, context: int) -> None:
 
 
 def check_cache(row: str, prompt: int, response: int, cfg: Config) -> None:
-    needed = PAGE * (pages_for(prompt) + pages_for(response) + 1)  # as in rollout.py; here before any work is done
+    """rollout.generate's own check, before any work is done."""
+    needed = PAGE * least_pages(prompt, response)
     if 0 < cfg.cache_tokens < needed:
         raise ValueError(f"{row}, a prompt of {prompt} tokens with its longest response, needs --cache_tokens {needed}")
 
@@ -452,7 +453,9 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     examples = encode_examples(problems, tokenizer, cfg, context)
     for row in held_out:
         longer = guided_messages(row.problem, row.strategy) if cfg.eval_guided else auto_messages(row.problem)
-        check_length(f"{cfg.eval_data}: {row.id!r}", len(encode_chat(tokenizer, longer)) + 1, context)
+        prompt = len(encode_chat(tokenizer, longer))
+        check_length(f"{cfg.eval_data}: {row.id!r}", prompt + 1, context)
+        check_cache(f"{cfg.eval_data}: {row.id!r}", prompt, min(cfg.eval_max_new_tokens, context - prompt), cfg)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)

@@ -309,6 +309,10 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
         (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
         (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
         (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
+        (
+            tiny_rows(3), ["--cache_tokens", 256, "--eval_data", TINY_BASE.parent / "test.jsonl", "--eval_max_new_tokens", 150],
+            "test.jsonl: 'tiny",
+        ),
     ],
 )
 def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, message):

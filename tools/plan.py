@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
-from kv_cache import PAGE, padded_batch_size, pages_for
+from kv_cache import PAGE, least_pages, padded_batch_size, pages_for
 from methods import METHODS, knob
 from model import CausalLM, ModelConfig, resolve_model
 from rollout import PREFILL_TOKENS
@@ -363,7 +363,7 @@ def memory_of(job: Job) -> Memory:
     prompts = [prompt for prompt, _ in groups]
     longest = longest_response(job, max(prompts))
     rows = min(settings.max_rows, sum(n for _, n in groups))
-    single = [pages_for(prompt) + pages_for(longest) + 1 for prompt in prompts]
+    single = [least_pages(prompt, longest) for prompt in prompts]
     if settings.cache_tokens:  # it is taken whole, needed or not
         given = room = settings.cache_tokens // PAGE
     else:
