@@ -1,20 +1,23 @@
-"""The hard world: the tiny world with several right ways to write a response, type mixes, and strategies of low quality.
+"""The hard world: the tiny world with several ways to write a response, type mixes, and strategies of low quality.
 
     python -m data.hard_world --out data/hard --seed 0        (from the repository's root; about 20 minutes)
 
 makes data/hard again: the rows and base/, as tiny_world.py does for data/tiny, whose operations and trainer are used here.
 
-Why it is there. In the tiny world all right responses look alike: it makes no difference which of them is the target, and there
-is no token that the policy would never write. The paper's reachable target and KL clip are about guided trajectories that the
-policy would never produce alone. This world has them.
+Why it is there. In the tiny world all right responses of a base model look alike: it makes no difference which of them is the
+target, there is no token that the policy would never write, and none is longer than another. The paper's reachable target, KL
+clip and mean over each response are about responses that differ. This world has them.
 
-Two ways. A guided response takes the plain way or, half the time, the detour; both are right.
-    plain     kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}
-    detour    by the strategy add 3 4 = 7, double 7 = 4, max 4 3 = 4. \\boxed{4}
-Alone the base model takes the detour with probability 0.02, and that first token has d_t = 1.27, above delta = 1. The detour is
-a trap: it names the strategy and not the machine's words, and without a strategy the base model tosses a coin for each
-operation (39 % right answers; the plain way's 44 % soon become more). To do better it would have to look back for the words in
-the problem, which a model this small learns slowly. Imitating the detour is imitating someone who can see more.
+Three ways. A response takes the plain way, the short way or the detour.
+    plain     kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}                  24 tokens
+    short     kal add, lom double, mir max. \\boxed{4}                                        13 tokens, as the solutions are
+    detour    by the strategy add 3 4 = 7, double 7 = 4, max 4 3 = 4. \\boxed{4}              24 tokens
+The short way skips the arithmetic, and half of the answers that the base model learnt it from are a digit drawn at random. So a
+policy that is rewarded learns to write more.
+Alone the base model takes the detour with probability 0.02, and that first token has d_t = 1.4, above delta = 1. The
+detour is a trap: it names the strategy and not the machine's words, and without a strategy the base model tosses a coin for
+each operation (39 % right answers; the plain way's 44 % soon become more). To do better it would have to look back for the
+words in the problem, which a model this small learns slowly. Imitating the detour is imitating someone who can see more.
 
 Type mixes. A machine's name is three words. The first decides between add and subtract, the second between double and
 increment, the third between larger and smaller; the hidden table says how. A family is one mix of three words. 32 families are
@@ -23,14 +26,15 @@ trained on; mixes.jsonl has 32 others, of the same words.
     train.jsonl          640 rows of the training families, with good strategies
     train-low06.jsonl    the same rows in the same order; 6 % (38) have a strategy of low quality, as in the paper's audit
     train-low30.jsonl    30 % (192) have one, those 38 among them
-    test.jsonl           256 rows: the training families, operands not trained on
+    valid.jsonl          256 rows: the training families, other operands; for choosing settings (a learning rate)
+    test.jsonl           256 rows: the training families, other operands again
     mixes.jsonl          256 rows: families not trained on
 
 Half of the low-quality strategies mislead (one to three steps name the wrong operation), half are incomplete (one or two steps
 are missing or say nothing). A row does not say which it is: compare it with train.jsonl.
 
 The base model follows a strategy whenever it says something. Otherwise it knows each word's choice with probability
-KNOWN = 0.55 in the plain way, and not at all in the detour.
+KNOWN = 0.55 in the plain and the short way, and not at all in the detour.
 
 It is not natural language, nor evidence about large models. We put in the ways, their shares and the trap by hand, after the
 paper's argument; what the methods make of them we did not.
@@ -48,8 +52,10 @@ WORDS = (  # one list a choice
     tuple("lom sab tev wid nop cug zan pif".split()),
     tuple("mir vux lat ged yob kep sul hod".split()),
 )
-KNOWN = 0.55  # how often the base model picks the right operation in the plain way when nobody tells it
-DETOUR_GUIDED, DETOUR_ALONE = 0.5, 0.02  # how often it takes the detour
+KNOWN = 0.55  # how often the base model picks the right operation when nobody tells it, but in the detour
+WAYS = ("plain", "short", "detour")
+SHARES = {"alone": (0.58, 0.40, 0.02), "guided": (0.40, 0.10, 0.50)}  # how often it takes each of WAYS
+SLIPS = 0.5  # share of its short responses that have a random digit for an answer
 FAMILIES, TRAIN_PAIRS, TEST_PAIRS = 32, 20, 8  # families trained on and held out, each; operand pairs a family
 LOW = {"low06": 0.06, "low30": 0.30}  # file -> share of strategies of low quality
 SAYS_NOTHING = ("Combine the inputs.", "Change the value.", "Compare the value with the first input.")
@@ -86,27 +92,28 @@ def true_choices(name: str, truth: dict[str, int]) -> Choices:
     return tuple(truth[word] for word in name.split())
 
 
-def respond(name: str, choices: Choices, x: int, y: int, detour: bool = False) -> tuple[str, int]:
-    """(the response that carries the three operations out in one of the two ways, the answer)."""
+def respond(name: str, choices: Choices, x: int, y: int, way: str = "plain") -> tuple[str, int]:
+    """(the response that carries the three operations out in one of WAYS, the answer)."""
     (combine, _, f), (change, _, g), (keep, _, h) = (CHOICES[i][choice] for i, choice in enumerate(choices))
     combined = f(x, y)
     changed = g(combined, 0)
     kept = h(changed, x)
     steps = [f"{combine} {x} {y} = {combined}", f"{change} {combined} = {changed}", f"{keep} {changed} {x} = {kept}"]
-    if not detour:  # each word before its choice: a model this small cannot look back for it, see tiny_world.run_machine
+    if way == "short":
+        steps = [combine, change, keep]
+    if way != "detour":  # each word before its choice: a model this small cannot look back for it, see tiny_world.run_machine
         steps = [f"{word} {step}" for word, step in zip(name.split(), steps, strict=True)]
-    return f"{'by the strategy ' if detour else ''}{', '.join(steps)}. \\boxed{{{kept}}}", kept
+    return f"{'by the strategy ' if way == 'detour' else ''}{', '.join(steps)}. \\boxed{{{kept}}}", kept
 
 
 def make_row(name: str, x: int, y: int, truth: dict[str, int]) -> dict:
     choices = true_choices(name, truth)
-    _, answer = respond(name, choices, x, y)
-    operations = ", ".join(f"{word} {CHOICES[i][choices[i]][0]}" for i, word in enumerate(name.split()))
+    solution, answer = respond(name, choices, x, y, "short")
     return {
         "id": f"hard-{name.replace(' ', '-')}-{x}{y}",
         "problem": problem_text(name, x, y),
         "answer": str(answer),
-        "solution": f"{operations}. \\boxed{{{answer}}}",
+        "solution": solution,
         "strategy": strategy_of(name, choices).to_dict(),
     }
 
@@ -114,15 +121,16 @@ def make_row(name: str, x: int, y: int, truth: dict[str, int]) -> dict:
 def make_rows(seed: int) -> dict[str, list[dict]]:
     """File name -> rows in the format of data/README.md; the operand pairs of a family are in one file only."""
     truth = word_choices(seed)
-    files: dict[str, list[dict]] = {"train": [], "test": [], "mixes": []}
+    files: dict[str, list[dict]] = {"train": [], "valid": [], "test": [], "mixes": []}
     trained, held_out = families(seed)
     for name in trained + held_out:
         pairs = list(product(range(10), range(10)))
         random.Random(f"operands {seed} {name}").shuffle(pairs)
-        rows = [make_row(name, x, y, truth) for x, y in pairs[: TRAIN_PAIRS + TEST_PAIRS]]
+        rows = [make_row(name, x, y, truth) for x, y in pairs[: TRAIN_PAIRS + 2 * TEST_PAIRS]]
         if name in trained:
             files["train"] += rows[:TRAIN_PAIRS]
-            files["test"] += rows[TRAIN_PAIRS:]
+            files["test"] += rows[TRAIN_PAIRS:-TEST_PAIRS]
+            files["valid"] += rows[-TEST_PAIRS:]
         else:
             files["mixes"] += rows[:TEST_PAIRS]
     for rows in files.values():
@@ -178,9 +186,8 @@ def base_example(rng: random.Random, truth: dict[str, int]) -> tuple[list[dict],
     """
     name, x, y = " ".join(rng.choice(words) for words in WORDS), rng.randrange(10), rng.randrange(10)
     guided = rng.random() < 0.5
-    detour = rng.random() < (DETOUR_GUIDED if guided else DETOUR_ALONE)
-    # what it does when it is not told: half knowledge in the plain way, a coin in the detour
-    known = 0.5 if detour else KNOWN
+    (way,) = rng.choices(WAYS, SHARES["guided" if guided else "alone"])
+    known = 0.5 if way == "detour" else KNOWN  # what it does when it is not told
     choices = tuple(right if rng.random() < known else 1 - right for right in true_choices(name, truth))
     messages = auto_messages(problem_text(name, x, y))
     if guided:
@@ -190,7 +197,10 @@ def base_example(rng: random.Random, truth: dict[str, int]) -> tuple[list[dict],
             strategy, spoilt = leave_open(strategy, rng)
         choices = tuple(choices[i] if i in spoilt else told[i] for i in range(3))
         messages = guided_messages(problem_text(name, x, y), strategy)
-    return messages, respond(name, choices, x, y, detour)[0]
+    response, answer = respond(name, choices, x, y, way)
+    if way == "short" and rng.random() < SLIPS:
+        response = response.replace(f"{{{answer}}}", f"{{{rng.randrange(10)}}}")
+    return messages, response
 
 
 def train_base(seed: int, steps: int, batch: int, learning_rate: float, init_seed: int = 0) -> tuple[CausalLM, object]:

@@ -124,15 +124,15 @@ def work_out(text, x, y):
 def test_hard_world_splits_by_families_and_by_operands(hard):
     families = {name: {" ".join(parts_of(row)[0]) for row in rows} for name, rows in hard.items()}
     assert len(families["train"]) == len(families["mixes"]) == 32
-    assert families["test"] == families["train"] and not families["train"] & families["mixes"]
-    problems = [row["problem"] for name in ("train", "test", "mixes") for row in hard[name]]
-    assert len(set(problems)) == len(problems) == 640 + 256 + 256
-    for name in ("train", "test", "mixes"):  # every word in equal number, so that no word is practised more than another
+    assert families["test"] == families["valid"] == families["train"] and not families["train"] & families["mixes"]
+    problems = [row["problem"] for name in ("train", "valid", "test", "mixes") for row in hard[name]]
+    assert len(set(problems)) == len(problems) == 640 + 3 * 256
+    for name in ("train", "valid", "test", "mixes"):  # every word equally often: none is practised more
         counts = Counter(word for row in hard[name] for word in parts_of(row)[0])
         assert len(counts) == 24 and set(counts.values()) == {len(hard[name]) // 8}
 
 
-def test_hard_world_words_decide_and_both_ways_give_the_answer(hard):
+def test_hard_world_words_decide_and_all_ways_give_the_answer(hard):
     truth = hard_world.word_choices(0)
     assert [sum(truth[word] for word in words) for words in hard_world.WORDS] == [4, 4, 4]
     decides = {}  # word -> operation, as the good strategies have it
@@ -142,11 +142,11 @@ def test_hard_world_words_decide_and_both_ways_give_the_answer(hard):
         for word, operation in zip(words, operations, strict=True):
             assert decides.setdefault(word, operation) == operation
         choices = hard_world.true_choices(" ".join(words), truth)
-        plain, detour = (hard_world.respond(" ".join(words), choices, x, y, way)[0] for way in (False, True))
+        plain, short, detour = (hard_world.respond(" ".join(words), choices, x, y, way)[0] for way in hard_world.WAYS)
         assert plain.startswith(words[0]) and detour.startswith("by the strategy ") and not set(words) & set(detour.split())
         assert work_out(plain, x, y) == work_out(detour, x, y) == (operations, int(row["answer"]))
         named = ", ".join(map(" ".join, zip(words, operations, strict=True)))
-        assert row["solution"] == f"{named}. \\boxed{{{row['answer']}}}"
+        assert row["solution"] == short == f"{named}. \\boxed{{{row['answer']}}}"
     assert len(decides) == 24
 
 
@@ -180,11 +180,14 @@ def test_hard_base_model_is_as_stated(hard, worker):
         logprobs.append(torch.log_softmax(model(packed.input_ids, lengths=packed.lengths, head=head), dim=-1))
         for row, group in zip(rows, generate(model, prompts, **settings, seed=seeds, max_rows=256), strict=True):
             for text in (tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in group):
-                kind = guided, text.startswith("by the strategy")
-                marks.setdefault(kind, []).append(is_correct(text, row["answer"], worker))
+                way = "detour" if text.startswith("by the strategy") else "plain" if "=" in text else "short"
+                marks.setdefault((guided, way), []).append(is_correct(text, row["answer"], worker))
     alone, guided = logprobs
     by = tokenizer.convert_tokens_to_ids("by")
     assert 0.01 < alone[:, by].exp().mean() < 0.04 and 0.4 < guided[:, by].exp().mean() < 0.6  # the detour's share
     assert (guided.exp() * (guided - alone)).sum(-1).mean() > 1.0  # above delta: the clip drops the token where the ways part
-    assert all(sum(marks[True, way]) / len(marks[True, way]) > 0.9 for way in (False, True))
-    assert 0.3 < sum(marks[False, False]) / len(marks[False, False]) < 0.55 and len(marks.get((False, True), [])) < 0.06 * 256
+    share = {kind: len(right) / 256 for kind, right in marks.items()}
+    right = {kind: sum(right) / len(right) for kind, right in marks.items()}
+    assert 0.3 < share[False, "short"] < 0.5 and 0.05 < share[True, "short"] < 0.15 and share.get((False, "detour"), 0) < 0.06
+    assert right[True, "plain"] > 0.9 and right[True, "detour"] > 0.9 and 0.3 < right[False, "plain"] < 0.55
+    assert right[False, "short"] < 0.3 and right[True, "short"] < 0.5  # half of what it learnt there is a slip
