@@ -15,9 +15,12 @@ with open(pathlib.Path(__file__).parent / "calls.txt", "a") as file:
 if "--fail" in flags:
     sys.exit("out of luck")
 (out / "model").mkdir(parents=True)
-evals = [{"stage": "eval", "guided": kind, "accuracy": a} for kind, a in ((0, 0.4), (0, 0.7 + seed / 10), (1, 0.9))]
-names = "reward_auto reward_guided alpha kl kept entropy length_auto with_target reach_gap".split()
+evals = [
+    {"stage": "eval", "guided": kind, "accuracy": a, "step": step}
+    for kind, a, step in ((0, 0.3, 0), (0, 0.4, 0), (0, 0.7 + seed / 10, 12), (1, 0.9, 12))
+]
+names = "reward_auto reward_guided alpha kl kept entropy length_auto reach_gap".split()
 step = {"stage": "sgpo", "step_s": 0.5, "sampled_tokens": 10, "length_guided": 7.0}
 steps = [{**step, "step": k + 1, "target_tokens": 5 * (k > 5), **dict.fromkeys(names, k + seed)} for k in range(12)]
-rows = [{"config": {}, "commit": "abc"}, evals[0], *steps, *evals[1:]]
+rows = [{"config": {}, "commit": "abc"}, *evals[:2], *steps, *evals[2:]]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -104,9 +104,9 @@ def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):
 
 
 def test_a_log_that_training_wrote():
-    run = report.read_run(ROOT / "results/tiny/sgpo-1e-4-seed0.jsonl")
+    run = report.read_run(ROOT / "results/tiny/default-seed0.jsonl")
     assert len(run.steps) == 60
-    assert [round(record["accuracy"], 3) for record in run.evals] == [0.469, 0.747, 0.932, 0.983]
+    assert [round(record["accuracy"], 3) for record in run.evals] == [0.459, 0.707, 0.974, 0.997]
 
 
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
@@ -195,6 +195,8 @@ def test_the_map_equals_transformers(page, view):
     for side in log_p:
         of_ids = log_p[side][range(len(ids)), ids].tolist()
         assert [token[f"logp_{side}"] for token in tokens] == pytest.approx(of_ids, abs=2e-5)
+        entropy = torch.distributions.Categorical(logits=log_p[side]).entropy().tolist()
+        assert [token[f"entropy_{side}"] for token in tokens] == pytest.approx(entropy, abs=2e-5)
         for token, best in zip(tokens, log_p[side].exp().topk(3).values.tolist(), strict=True):
             assert [p for _, _, p in token[f"top_{side}"]] == pytest.approx(best, abs=2e-5)
             assert all(text == tokenizer.decode([one]) for one, text, _ in token[f"top_{side}"])
@@ -216,6 +218,7 @@ def made_up_model(monkeypatch):
     def tokens(model, tokenizer, problem, response, *, delta, top):
         return [
             {"logp_auto": auto, "logp_guided": guided, "divergence": d, "text": str(d), "kept": d <= delta}
+            | {"entropy_auto": 2 * d, "entropy_guided": d}
             for auto, guided, d in response
         ]
 
@@ -242,7 +245,9 @@ def test_the_target_is_the_correct_response_most_probable_alone(tmp_path, made_u
 
 def test_divergence_is_the_mean_over_the_targets_of_many_problems(tmp_path, made_up_model):
     report.main(arguments("divergence", tmp_path / "d.csv", problems=2, delta=0.2))
-    assert (tmp_path / "d.csv").read_text() == "token,count,mean_d,dropped\n0.5,4,0.5,1.0\n0.1,1,0.1,0.0\n"
+    assert (tmp_path / "d.csv").read_text() == (
+        "token,count,mean_d,dropped,entropy_alone,entropy_guided\n0.5,4,0.5,1.0,1.0,0.5\n0.1,1,0.1,0.0,0.2,0.1\n"
+    )
 
 
 @pytest.mark.parametrize("name, value", [("delta", 0), ("delta", "inf"), ("top", 0), ("group_guided", 0)])

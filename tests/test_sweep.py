@@ -1,16 +1,18 @@
 """Many runs: rows, rates, verdicts, pages."""
 
 import argparse
+import itertools
+import math
 import shutil
+from collections import defaultdict
+from pathlib import Path
 
 import mpmath  # comes with math-verify's sympy
 import pytest
 
 import train
 from tests.common import ROOT
-from tools import report, sweep
-
-TINY = ROOT / "results/tiny"
+from tools import sweep
 
 
 @pytest.fixture
@@ -22,39 +24,67 @@ def calls(tmp_path, monkeypatch):
     return lambda: sorted((tmp_path / "calls.txt").read_text().splitlines())
 
 
-def jobs_of(suite, seeds=2, **changes):
+def write_rates(folder, accuracy=lambda method, rate, seed: 0.5):
+    lines = [
+        {"row": f"{method}@{rate}", "seed": seed, "accuracy": accuracy(method, rate, seed)}
+        for method, rates in sweep.RATES.items() for rate in rates for seed in (0, 1)
+    ]  # fmt: skip
+    sweep.write_csv(folder / "rates.csv", lines)
+    return lines
+
+
+def jobs_of(suite, results, world="tiny", seeds=2, **changes):
     args = {"base": "--model m --data rl.jsonl --eval_data test.jsonl --problems_per_step 8", "steps": 12} | changes
-    return sweep.make_jobs(argparse.Namespace(suite=suite, seeds=seeds, results=TINY, **args))
+    return sweep.make_jobs(argparse.Namespace(suite=suite, world=world, seeds=seeds, results=results, **args))
 
 
 def responses(cfg):
-    return cfg.steps * cfg.problems_per_step * (cfg.group_auto + (cfg.group_guided if cfg.method == "sgpo" else 0))
+    guided = cfg.group_guided if cfg.method in ("sgpo", "hinted") else 0
+    return cfg.steps * cfg.problems_per_step * (cfg.group_auto + guided)
 
 
-def test_every_row_of_every_suite_is_a_valid_command():
+@pytest.fixture
+def configs(tmp_path):
+    """{(world, suite): {row: the settings that train.py reads from its flags}}"""
+    write_rates(tmp_path, lambda method, rate, seed: 0.9 if rate in ("2e-4", "1e-4") and method != "hpt" else 0.1)
     configs = {}
-    for suite in sweep.SUITES:
-        jobs = jobs_of(suite)
-        assert len({(job.row, job.seed) for job in jobs}) == len(jobs)
-        configs[suite] = {}
-        for job in jobs:
-            assert "/" not in job.row
-            configs[suite][job.row] = train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"])
-    rows, own = configs["table"], configs["model"]
-    assert set(rows) == {*sweep.METHODS, *sweep.ABLATIONS}
-    assert {cfg.seed for cfg in configs["rates"].values()} == {101}
-    for name, method in (("grpo", "grpo"), ("sgpo@low30", "sgpo")):  # the rates found for the methods
-        assert configs["hard"][name].learning_rate == rows[method].learning_rate
-    assert {row for picture in sweep.CURVES.values() for row in picture} <= set(rows) - {"sft"}
-    for name in ("sgpo", "grpo", "sft+grpo", "luffy", "hpt"):  # LUFFY's solution counts as one response
-        assert responses(rows[name]) == 11_520, name
+    for world, suite in [*itertools.product(sweep.WORLDS, ("rates", "table", "knobs")), ("tiny", "model")]:
+        jobs = jobs_of(suite, tmp_path, world)
+        assert len({(job.row, job.seed) for job in jobs}) == len(jobs) and not any("/" in job.row for job in jobs)
+        own = [train.parse_config([*job.flags, "--seed", str(job.seed), "--out", "x"]) for job in jobs]
+        configs[world, suite] = dict(zip((job.row for job in jobs), own, strict=True))
+    return configs
+
+
+@pytest.mark.parametrize("world", sweep.WORLDS)
+def test_every_row_is_the_run_that_its_name_says(configs, world):
+    rows, rates, knobs = (configs[world, suite] for suite in ("table", "rates", "knobs"))
+    assert {cfg.seed for cfg in rates.values()} == {101} and len(rates) == 6 * 4  # no method is searched more than another
+    assert {Path(cfg.eval_data).name for cfg in rates.values()} == {"valid.jsonl"}
+    assert (rows["grpo"].learning_rate, rows["hpt@cold"].learning_rate, rows["sft"].sft_learning_rate) == (2e-4, 8e-4, 1e-4)
+    for name, cfg in rows.items():
+        assert Path(cfg.model).parts[-2:] == (world, "base") and Path(cfg.eval_data).parts[-2:] == (world, "test.jsonl")
+        if name != "sft":
+            assert responses(cfg) == (5_120 if name.endswith("@8x40") else 7_680), name
+            assert cfg.sft_fraction == (0 if name.endswith("@cold") else 0.3333)
+            assert cfg.group_auto == (8 if "@8" in name or cfg.method in ("sgpo", "hinted") else 12)
+    warm = {tuple(v for k, v in vars(c).items() if "sft_" in k) for n, c in rows.items() if n != "sft" and "@cold" not in n}
+    assert len(warm) == 1  # one warm-up: with a seed the same weights
     for name, words in sweep.ABLATIONS.items():  # an ablation is SGPO but for its own flags
         differs = {key for key, value in vars(rows[name]).items() if value != getattr(rows["sgpo"], key)}
         assert differs == {flag.removeprefix("--").removeprefix("no-") for flag in words.split() if "--" in flag}
-    assert {len(values) for values in sweep.RATES.values()} == {4}  # no method is searched more than another
-    for row, cfg in configs["knobs"].items():  # the row says what the run was
+    assert {row for picture in sweep.CURVES.values() for row in picture} <= set(rows) - {"sft"}
+    claimed = {row for claim in sweep.CLAIMS["claims"] for row, _ in (claim.get(key, ["sgpo", ""]) for key in ("more", "less"))}
+    assert claimed | {claim["slower"] for claim in sweep.CLAIMS["claims"] if "slower" in claim} <= set(rows)
+    low = {name.partition("@")[2]: Path(cfg.data).stem for name, cfg in rows.items() if "@low" in name}
+    assert low == ({"low06": "train-low06", "low30": "train-low30"} if world == "hard" else {})
+    for row, cfg in knobs.items():
         name, value = row.split("=")
         assert getattr(cfg, name) == float(value)
+
+
+def test_the_rows_of_a_model_draw_equally_many_responses(configs):
+    own = configs["tiny", "model"]
     assert {cfg.model for cfg in own.values()} == {"m"} and own.pop("sft").steps == 0
     assert {responses(cfg) for cfg in own.values()} == {12 * 8 * 12}
     assert {cfg.sft_fraction for cfg in own.values()} == {0}
@@ -78,41 +108,74 @@ def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
 
 
 def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
-    drawn, results = [], tmp_path / "results"
-    monkeypatch.setattr(report, "main", drawn.append)
-    for name, few in (("HARD_ROWS", ("sgpo", "grpo")), ("LOW_QUALITY_ROWS", ("sgpo",)), ("CLAIMS", {})):
-        monkeypatch.setattr(sweep, name, few)
+    results = tmp_path / "hard"
     results.mkdir()
-    shutil.copy(TINY / "rates.csv", results)
-    command = ["hard", "--seeds", "2", "--results", str(results), "--runs", str(tmp_path / "runs")]
+    write_rates(results)
+    command = ["table", "--world", "hard", "--seeds", "2", "--results", str(results), "--runs", str(tmp_path / "runs")]
     sweep.main(command)
-    lines, steps = sweep.read_csv(results / "hard.csv"), sweep.read_csv(results / "hard_steps.csv")
-    want = {"row": "sgpo", "seed": "1", "base": "0.4", "accuracy": "0.8", "accuracy_also": "0.65", "guided": "0.9"}
-    want |= {"sampled_tokens": "120", "step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5", "kept": "9.5"}
+    lines, steps = sweep.read_csv(results / "table.csv"), sweep.read_csv(results / "table_steps.csv")
+    want = {"row": "sgpo", "seed": "1", "base": "0.3", "start": "0.4", "accuracy": "0.8", "accuracy_also": "0.65"}
+    want |= {"guided": "0.9", "sampled_tokens": "120", "step_s": "6.0", "reward_last10": "7.5", "alpha_first10": "5.5"}
+    want |= {"reward_peak": "7.5", "kept": "9.5", "commit": "abc"}
     assert want.items() <= lines[len(lines) // 2].items()
-    sgpo = [line for line in steps if line["row"] == "sgpo"]
-    assert [int(line["step"]) for line in sgpo] == [*range(1, 13)]
-    assert sgpo[3]["entropy"] == "3.5"
-    assert sgpo[5]["kept"] == "" and sgpo[6]["kept"] == "6.5"  # steps without any target have no share of kept tokens
-    page = (results / "hard.md").read_text()
-    assert f"All rows: `{sweep.HARD}`." in page  # not --data, whose values differ
-    assert "| sgpo@low06 | (reference) | 0.750 ± 0.050 |" in page and "`--data data/hard/train-low06.jsonl --learning" in page
-    assert drawn == [["rows", str(results / "hard.csv"), "--out", str(results / "hard")]]
+    sgpo = [line for line in steps if (line["row"], line["seed"]) == ("sgpo", "0")]
+    assert [int(line["step"]) for line in sgpo] == [*range(13)]
+    assert [line["accuracy"] for line in sgpo] == ["0.4", *[""] * 11, "0.7"]
+    assert sgpo[4]["entropy"] == "3"
+    assert sgpo[6]["kept"] == "" and sgpo[7]["kept"] == "6"  # steps without any target have no share of kept tokens
+    page = (results / "table.md").read_text()
+    assert f"All rows: `{sweep.WORLDS['hard'].strip()}" in page
+    assert "| sgpo@low06 | (reference) | 0.750 ± 0.050 |" in page and "data/hard/train-low06.jsonl" in page
+    assert "| SGPO beats LUFFY (7B: 3.3) | +0.000 [+0.000, +0.000] not reproduced | +0.000" in page
+    assert (results / "methods.png").exists() and (results / "table.svg").exists()
     sweep.main(command)
-    assert len(calls()) == len(lines) and not (tmp_path / "runs/hard/sgpo/0/model").exists()  # nothing runs twice
+    assert len(calls()) == len(lines) and not (tmp_path / "runs/hard/table/sgpo/0/model").exists()  # nothing runs twice
 
 
-def test_a_sweep_goes_on_where_it_was_cut_off_and_names_what_failed(tmp_path, calls):
+def test_a_sweep_goes_on_where_it_was_cut_off_and_names_what_failed(tmp_path, calls, monkeypatch):
+    args = argparse.Namespace(suite="table", world="tiny", results=tmp_path, runs=tmp_path / "runs", jobs=2)
     jobs = [sweep.Job(row, seed, ("--x", row)) for row in ("a", "b") for seed in (0, 1)]
-    sweep.run_suite(jobs[:3], tmp_path / "runs", 2)
-    (tmp_path / "runs/a/1/done.json").unlink()  # as if it had been cut off
+    sweep.run_suite(args, jobs[:3])
+    steps = sweep.read_csv(tmp_path / "table_steps.csv")
+    sweep.write_csv(tmp_path / "table_steps.csv", [line for line in steps if (line["row"], line["seed"]) != ("a", "1")])
+    shutil.rmtree(args.runs)  # the csv files are what counts, on another machine too
     bad = sweep.Job("bad", 0, ("--fail",))
     for _ in range(2):
         with pytest.raises(SystemExit, match="(?s)1 of 5 runs failed.*bad, seed 0: exit 1.*out of luck"):
-            sweep.run_suite([bad, *jobs], tmp_path / "runs", 1)
+            sweep.run_suite(args, [bad, *jobs])
     assert calls() == ["a 0", "a 1", "a 1", "b 0", "b 1", "bad 0", "bad 0"]
-    with pytest.raises(ValueError, match="holds a run with other flags"):
-        sweep.run_suite([sweep.Job("a", 0, ("--x", "other"))], tmp_path / "runs", 2)
+    sweep.run_suite(args, [sweep.Job("a", 0, ("--x", "other"))])
+    (tmp_path / "train.py").write_text((tmp_path / "train.py").read_text() + "# other code\n")
+    sweep.run_suite(args, [sweep.Job("a", 0, ("--x", "other"))])
+    assert calls().count("a 0") == 3
+
+
+def test_figures_that_the_csv_does_not_hold():
+    line = {
+        "row": "a",
+        "seed": "0",
+        "entropy_first10": "0.5",
+        "entropy_last10": "0.2",
+        "reward_peak": "0.9",
+        "reward_last10": "0.6",
+    }
+    lines = [line, line | {"seed": "1", "entropy_first10": ""}]
+    assert sweep.column(lines, "a", "entropy_change") == pytest.approx({"0": -0.3})
+    assert sweep.column(lines, "a", "reward_fall") == pytest.approx({"0": 0.3, "1": 0.3})
+
+
+def test_steps_to_the_same_reward_by_hand():
+    """`fast` ends at 1, `slow` at a mean of 0.55 over its last ten steps: the level. Trailing means of five steps reach it
+    after step 3 (0, 1, 1: 0.67) and after step 12 (0.4 to 0.8: 0.6)."""
+    rewards = {"fast": [0.0] + [1.0] * 13, "slow": [0.0] * 4 + [i / 10 for i in range(1, 11)]}
+    curves = [
+        {"row": row, "seed": "0", "step": str(step), "reward_auto": str(value)}
+        for row, values in rewards.items() for step, value in enumerate(values, start=1)
+    ]  # fmt: skip
+    slow, fast = sweep.steps_to_same_reward(
+        [{"row": "slow", "seed": "0", "step": "0", "reward_auto": ""}, *curves], "slow", "fast"
+    )
+    assert (math.exp(slow["0"]), math.exp(fast["0"])) == pytest.approx((12, 3))
 
 
 def test_seed_interval_by_hand():
@@ -132,18 +195,20 @@ def test_seed_interval_by_hand():
 def test_the_best_rate_is_the_one_of_highest_mean(tmp_path):
     # the second rate has the best run of all, the third the highest mean; then two means are equal, and the larger rate wins
     clear, equal = (0.5, 0.5, 0.8, 0.2, 0.6, 0.6, 0.5, 0.5), (0.3, 0.1, 0.0, 0.0, 0.0, 0.0, 0.2, 0.2)
-    for best, accuracies in ((2, clear), (3, equal)):
-        lines = []
-        for method, rates in sweep.RATES.items():
-            for i, accuracy in enumerate(accuracies):
-                lines.append({"row": f"{method}@{rates[i // 2]}", "seed": i % 2, "accuracy": accuracy})
-        sweep.write_csv(tmp_path / "rates.csv", lines)
+    for best, values in ((2, clear), (3, equal)):
+        lines = write_rates(tmp_path, lambda method, rate, seed, v=values: v[2 * sweep.RATES[method].index(rate) + seed])
         assert sweep.best_rates(tmp_path / "rates.csv") == {method: rates[best] for method, rates in sweep.RATES.items()}
-    sweep.write_csv(tmp_path / "rates.csv", lines[:-2])
+    sweep.write_csv(tmp_path / "rates.csv", [line for line in lines if line["row"] != "hpt@4e-4"])
     with pytest.raises(ValueError, match="no run of hpt at 4e-4"):
         sweep.best_rates(tmp_path / "rates.csv")
 
 
-def test_the_committed_pages_are_what_their_csv_files_say():
-    for folder, suite in ((TINY, "table"), (TINY, "knobs"), (TINY, "hard"), (ROOT / "results/smollm2", "model")):
-        assert sweep.suite_page(suite, folder) == (folder / f"{suite}.md").read_text(encoding="utf-8"), suite
+@pytest.mark.parametrize("page", sorted((ROOT / "results").glob("*/*.md")), ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_the_committed_pages_are_what_their_csv_files_say(page):
+    assert sweep.suite_page(page.stem, page.parent) == page.read_text(encoding="utf-8")
+    if page.stem == "table":  # all rows of a block begin at the same weights
+        starts = defaultdict(set)
+        for line in sweep.read_csv(page.with_suffix(".csv")):
+            if line["row"] != "sft":
+                starts[line["seed"], "@cold" in line["row"]].add(line["start"])
+        assert {len(values) for values in starts.values()} == {1}

@@ -98,6 +98,23 @@ def read_groups(folders: Sequence[str]) -> dict[str, list[Run]]:
     return groups
 
 
+def groups_of_csv(path: Path, rows: Sequence[str]) -> dict[str, list[Run]]:
+    """{row: its runs} from a ..._steps.csv of sweep.py: a line for each row, seed and step."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    groups: dict[str, list[Run]] = {}
+    for row in rows:
+        groups[row] = []
+        for seed in dict.fromkeys(line["seed"] for line in lines if line["row"] == row):
+            own = [line for line in lines if (line["row"], line["seed"]) == (row, seed)]
+            names = [name for name in own[0] if name not in ("row", "seed", "step")]
+            records = [{"step": int(line["step"])} | {name: float(line[name] or 0) for name in names} for line in own]
+            steps = [record for record, line in zip(records, own, strict=True) if line["length_auto"]]
+            evals = [record for record, line in zip(records, own, strict=True) if line["accuracy"]]
+            groups[row].append(Run(path, {"seed": seed}, steps, evals))
+    return groups
+
+
 def _check_group(runs: Sequence[Run]) -> None:
     first, seeds, different = runs[0], {}, set()
     for run in runs:

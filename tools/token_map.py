@@ -4,8 +4,9 @@
     python tools/report.py divergence --data data/tiny/test.jsonl --model data/tiny/base --out divergence.csv
 
 `tokens` colours every token of one problem's reachable target o+ by its divergence d_t [eq 3], before training and (--after)
-after it, for the same token ids. `divergence` gives the mean d_t of every token of the vocabulary over the targets of many
-problems. Both use the functions of training. The picture is the paper's (arXiv 2606.24064) in kind, the layout is ours.
+after it, for the same token ids. `divergence` gives, for every token of the vocabulary, the mean d_t over the targets of many
+problems, and the mean entropy of the policy there, alone and guided. Both use the functions of training. The picture is the
+paper's (arXiv 2606.24064) in kind, the layout is ours.
 
 Axes: M response tokens, D width, V vocabulary, K next tokens shown (--top).
 """
@@ -67,7 +68,9 @@ def map_terms(unguided: Tensor, guided: Tensor, targets: Tensor, *, delta: float
     # chunked_head adds up a "loss", and there is none here
     values = {"loss": 0 * divergence, "divergence": divergence, "kept": kl_clip_mask(divergence, delta)}
     for side, logits in (("guided", guided), ("auto", unguided)):
-        best = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]))
+        log_p = logits.float().log_softmax(-1)
+        best = log_p.topk(min(top, logits.shape[-1]))
+        values[f"entropy_{side}"] = -(log_p.exp() * log_p).sum(-1)
         values |= {f"logp_{side}": token_logprobs(logits, targets), f"top_{side}": best.values, f"ids_{side}": best.indices}
     return values
 
@@ -81,6 +84,7 @@ def token_map(
     id, text, blank         the token; blank is the white space that decoding the whole response puts before it
     divergence, kept        d_t in nats [eq 3], and whether the KL clip keeps it: d_t <= delta [eq 5]
     logp_auto, logp_guided  log-probability of the token without and with the strategy, natural log
+    entropy_auto, ..._guided  entropy of the next token without and with the strategy, in nats
     top_auto, top_guided    the K = `top` most probable next tokens as (id, text, probability), best first
 
     The same functions as in training, in the weights' dtype, at temperature 1. Logits exist for 256 tokens at a time.
@@ -99,7 +103,7 @@ def token_map(
         token |= {"divergence": rows["divergence"][m], "kept": bool(rows["kept"][m])}
         for side in ("auto", "guided"):
             best = zip(rows[f"ids_{side}"][m], rows[f"top_{side}"][m], strict=True)
-            token[f"logp_{side}"] = rows[f"logp_{side}"][m]
+            token |= {name: rows[name][m] for name in (f"logp_{side}", f"entropy_{side}")}
             token[f"top_{side}"] = [(one, token_text(tokenizer, one), math.exp(logp)) for one, logp in best]
         tokens.append(token)
     return tokens
@@ -287,6 +291,10 @@ def write_tokens(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the mean d_t of every token over the targets of many problems, largest first: the lines of the csv."""
+
+    def mean(tokens: list[dict[str, Any]], name: str) -> float:
+        return round(statistics.fmean(token[name] for token in tokens), 6)
+
     found: dict[str, list[dict[str, Any]]] = {}
     with MathWorker() as worker:
         model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
@@ -297,8 +305,10 @@ def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "token": text,
             "count": len(tokens),
-            "mean_d": round(statistics.fmean(token["divergence"] for token in tokens), 6),
-            "dropped": round(1 - statistics.fmean(token["kept"] for token in tokens), 6),
+            "mean_d": mean(tokens, "divergence"),
+            "dropped": round(1 - mean(tokens, "kept"), 6),
+            "entropy_alone": mean(tokens, "entropy_auto"),
+            "entropy_guided": mean(tokens, "entropy_guided"),
         }
         for text, tokens in found.items()
     ]
