@@ -5,19 +5,23 @@
 makes data/hard again: the rows and base/, as tiny_world.py does for data/tiny, whose operations and trainer are used here.
 
 Why it is there. In the tiny world all right responses of a base model look alike: it makes no difference which of them is the
-target, there is no token that the policy would never write, and none is longer than another. The paper's reachable target, KL
-clip and mean over each response are about responses that differ. This world has them.
+target, there is no token that the policy would never write, none is longer than another, and nothing is free but the decisions.
+The paper's reachable target, KL clip and mean over each response are about responses that differ. This world has them.
 
 Three ways. A response takes the plain way, the short way or the detour.
-    plain     kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}                  24 tokens
-    short     kal add, lom double, mir max. \\boxed{4}                                        13 tokens, as the solutions are
+    plain     well kal add 3 4 = 7, lom double 7 = 4, mir max 4 3 = 4. \\boxed{4}             25 tokens
+    short     well kal add, lom double, mir max. \\boxed{4}                                   14 tokens, as the solutions are
     detour    by the strategy add 3 4 = 7, double 7 = 4, max 4 3 = 4. \\boxed{4}              24 tokens
 The short way skips the arithmetic, and half of the answers that the base model learnt it from are a digit drawn at random. So a
 policy that is rewarded learns to write more.
-Alone the base model takes the detour with probability 0.02, and that first token has d_t = 1.4, above delta = 1. The
+Alone the base model takes the detour with probability 0.02, and that first token has d_t = 2.5, above delta = 1. The
 detour is a trap: it names the strategy and not the machine's words, and without a strategy the base model tosses a coin for
 each operation (39 % right answers; the plain way's 44 % soon become more). To do better it would have to look back for the
 words in the problem, which a model this small learns slowly. Imitating the detour is imitating someone who can see more.
+
+A free choice. The plain and the short way begin with one of eight words that mean nothing. Alone the base model takes any of
+them; guided always the first. So a part of the policy's entropy has nothing to do with being right, as in natural language, and
+whoever imitates the guided policy to the letter loses it.
 
 Type mixes. A machine's name is three words. The first decides between add and subtract, the second between double and
 increment, the third between larger and smaller; the hidden table says how. A family is one mix of three words. 32 families are
@@ -55,6 +59,7 @@ WORDS = (  # one list a choice
 KNOWN = 0.55  # how often the base model picks the right operation when nobody tells it, but in the detour
 WAYS = ("plain", "short", "detour")
 SHARES = {"alone": (0.58, 0.40, 0.02), "guided": (0.40, 0.10, 0.50)}  # how often it takes each of WAYS
+OPENERS = tuple("so now well okay right then thus here".split())  # of the plain and the short way
 SLIPS = 0.5  # share of its short responses that have a random digit for an answer
 FAMILIES, TRAIN_PAIRS, TEST_PAIRS = 32, 20, 8  # families trained on and held out, each; operand pairs a family
 LOW = {"low06": 0.06, "low30": 0.30}  # file -> share of strategies of low quality
@@ -92,7 +97,7 @@ def true_choices(name: str, truth: dict[str, int]) -> Choices:
     return tuple(truth[word] for word in name.split())
 
 
-def respond(name: str, choices: Choices, x: int, y: int, way: str = "plain") -> tuple[str, int]:
+def respond(name: str, choices: Choices, x: int, y: int, way: str, opener: str) -> tuple[str, int]:
     """(the response that carries the three operations out in one of WAYS, the answer)."""
     (combine, _, f), (change, _, g), (keep, _, h) = (CHOICES[i][choice] for i, choice in enumerate(choices))
     combined = f(x, y)
@@ -103,14 +108,15 @@ def respond(name: str, choices: Choices, x: int, y: int, way: str = "plain") -> 
         steps = [combine, change, keep]
     if way != "detour":  # each word before its choice: a model this small cannot look back for it, see tiny_world.run_machine
         steps = [f"{word} {step}" for word, step in zip(name.split(), steps, strict=True)]
-    return f"{'by the strategy ' if way == 'detour' else ''}{', '.join(steps)}. \\boxed{{{kept}}}", kept
+    return f"{'by the strategy' if way == 'detour' else opener} {', '.join(steps)}. \\boxed{{{kept}}}", kept
 
 
 def make_row(name: str, x: int, y: int, truth: dict[str, int]) -> dict:
     choices = true_choices(name, truth)
-    solution, answer = respond(name, choices, x, y, "short")
+    row_id = f"hard-{name.replace(' ', '-')}-{x}{y}"
+    solution, answer = respond(name, choices, x, y, "short", random.Random(f"opener {row_id}").choice(OPENERS))
     return {
-        "id": f"hard-{name.replace(' ', '-')}-{x}{y}",
+        "id": row_id,
         "problem": problem_text(name, x, y),
         "answer": str(answer),
         "solution": solution,
@@ -175,7 +181,7 @@ def build_tokenizer():
     for name in map(" ".join, zip(*WORDS, strict=True)):
         for choices in ((0, 0, 0), (1, 1, 1)):
             texts.append(guided_messages(problem_text(name, 0, 0), strategy_of(name, choices))[0]["content"])
-            texts.append(respond(name, choices, 0, 0)[0])  # the detour's words are in the prompt
+            texts.append(respond(name, choices, 0, 0, "plain", " ".join(OPENERS))[0])  # the detour's words are in the prompt
     return word_tokenizer(texts)
 
 
@@ -197,7 +203,7 @@ def base_example(rng: random.Random, truth: dict[str, int]) -> tuple[list[dict],
             strategy, spoilt = leave_open(strategy, rng)
         choices = tuple(choices[i] if i in spoilt else told[i] for i in range(3))
         messages = guided_messages(problem_text(name, x, y), strategy)
-    response, answer = respond(name, choices, x, y, way)
+    response, answer = respond(name, choices, x, y, way, OPENERS[0] if guided else rng.choice(OPENERS))
     if way == "short" and rng.random() < SLIPS:
         response = response.replace(f"{{{answer}}}", f"{{{rng.randrange(10)}}}")
     return messages, response

@@ -46,7 +46,7 @@ def responses(cfg):
 @pytest.fixture
 def configs(tmp_path):
     """{(world, suite): {row: the settings that train.py reads from its flags}}"""
-    write_rates(tmp_path, lambda method, rate, seed: 0.9 if rate in ("2e-4", "1e-4") and method != "hpt" else 0.1)
+    write_rates(tmp_path, lambda method, rate, seed: 0.9 if rate in ("4e-4", "1e-4") and method != "hpt" else 0.1)
     configs = {}
     for world, suite in [*itertools.product(sweep.WORLDS, ("rates", "table", "knobs")), ("tiny", "model")]:
         jobs = jobs_of(suite, tmp_path, world)
@@ -61,7 +61,7 @@ def test_every_row_is_the_run_that_its_name_says(configs, world):
     rows, rates, knobs = (configs[world, suite] for suite in ("table", "rates", "knobs"))
     assert {cfg.seed for cfg in rates.values()} == {101} and len(rates) == 6 * 4  # no method is searched more than another
     assert {Path(cfg.eval_data).name for cfg in rates.values()} == {"valid.jsonl"}
-    assert (rows["grpo"].learning_rate, rows["hpt@cold"].learning_rate, rows["sft"].sft_learning_rate) == (2e-4, 8e-4, 1e-4)
+    assert (rows["grpo"].learning_rate, rows["hpt@cold"].learning_rate, rows["sft"].sft_learning_rate) == (4e-4, 1.6e-3, 1e-4)
     for name, cfg in rows.items():
         assert Path(cfg.model).parts[-2:] == (world, "base") and Path(cfg.eval_data).parts[-2:] == (world, "test.jsonl")
         if name != "sft":
@@ -198,8 +198,8 @@ def test_the_best_rate_is_the_one_of_highest_mean(tmp_path):
     for best, values in ((2, clear), (3, equal)):
         lines = write_rates(tmp_path, lambda method, rate, seed, v=values: v[2 * sweep.RATES[method].index(rate) + seed])
         assert sweep.best_rates(tmp_path / "rates.csv") == {method: rates[best] for method, rates in sweep.RATES.items()}
-    sweep.write_csv(tmp_path / "rates.csv", [line for line in lines if line["row"] != "hpt@4e-4"])
-    with pytest.raises(ValueError, match="no run of hpt at 4e-4"):
+    sweep.write_csv(tmp_path / "rates.csv", [line for line in lines if line["row"] != "hpt@8e-4"])
+    with pytest.raises(ValueError, match="no run of hpt at 8e-4"):
         sweep.best_rates(tmp_path / "rates.csv")
 
 

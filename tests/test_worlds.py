@@ -135,6 +135,7 @@ def test_hard_world_splits_by_families_and_by_operands(hard):
 def test_hard_world_words_decide_and_all_ways_give_the_answer(hard):
     truth = hard_world.word_choices(0)
     assert [sum(truth[word] for word in words) for words in hard_world.WORDS] == [4, 4, 4]
+    openers = Counter()
     decides = {}  # word -> operation, as the good strategies have it
     for row in hard["train"] + hard["test"] + hard["mixes"]:
         words, x, y = parts_of(row)
@@ -142,12 +143,15 @@ def test_hard_world_words_decide_and_all_ways_give_the_answer(hard):
         for word, operation in zip(words, operations, strict=True):
             assert decides.setdefault(word, operation) == operation
         choices = hard_world.true_choices(" ".join(words), truth)
-        plain, short, detour = (hard_world.respond(" ".join(words), choices, x, y, way)[0] for way in hard_world.WAYS)
-        assert plain.startswith(words[0]) and detour.startswith("by the strategy ") and not set(words) & set(detour.split())
+        plain, short, detour = (
+            hard_world.respond(" ".join(words), choices, x, y, way, row["solution"].split()[0])[0] for way in hard_world.WAYS
+        )
+        openers[plain.split()[0]] += 1
+        assert plain.split()[1] == words[0] and detour.startswith("by the strategy ") and not set(words) & set(detour.split())
         assert work_out(plain, x, y) == work_out(detour, x, y) == (operations, int(row["answer"]))
         named = ", ".join(map(" ".join, zip(words, operations, strict=True)))
-        assert row["solution"] == short == f"{named}. \\boxed{{{row['answer']}}}"
-    assert len(decides) == 24
+        assert row["solution"] == short == f"{plain.split()[0]} {named}. \\boxed{{{row['answer']}}}"
+    assert len(decides) == 24 and len(openers) == 8 and min(openers.values()) > len(hard["train"]) / 16
 
 
 def test_hard_world_low_quality_strategies(hard):

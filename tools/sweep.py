@@ -8,7 +8,7 @@
     python tools/sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
                                                     the methods on a model and problems of yours, all from the same model
 
-A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to runs/<suite>/<row>/<seed>/,
+A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to RUNS/tiny/table/sgpo/0 and so on,
 one thread each. Every finished run is written to the csv files in --results at once, and a run that is there, with the same
 flags and the same code, is not run again: a sweep goes on where it was cut off, on another machine too. After the last run come
 the pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
@@ -96,7 +96,7 @@ CURVES = {  # pictures of training curves: name -> rows, at most as many as ther
     "proximal": ("sgpo", "no-kl-clip", "no-target-selection", "no-proximal-constraints", "random-target"),
 }
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
-RATES |= {name: ("1e-4", "2e-4", "4e-4", "8e-4") for name in METHODS if name != "sft"}
+RATES |= {name: ("2e-4", "4e-4", "8e-4", "1.6e-3") for name in METHODS if name != "sft"}
 
 
 # ---------------------------------------------------------------------------------------------------- suites
