@@ -8,10 +8,10 @@
     python tools/sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
                                                     the methods on a model and problems of yours, all from the same model
 
-A row of a table is a list of train.py flags: to try an idea of yours, add a line below. Runs go to RUNS/tiny/table/sgpo/0 and so on,
-one thread each. Every finished run is written to the csv files in --results at once, and a run that is there, with the same
-flags and the same code, is not run again: a sweep goes on where it was cut off, on another machine too. After the last run come
-the pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
+A row of a table is a list of train.py flags: to try an idea of yours, add a line below. A run has one thread, and a new folder
+in runs/tiny/table/sgpo and so on. Every finished run is written to the csv files in --results at once, and a run that is there,
+with the same flags and the same code, is not run again: a sweep goes on where it was cut off, on another machine too. After the
+last run come the pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
 
 All rows begin with the same SFT warm-up on a third of the problems (WARM_UP); the same seed gives the same weights after it.
 Rows called ...@cold have none. SGPO samples 12 responses a problem (8 alone, 4 guided) in 40 steps, and so do the others. Rows
@@ -28,6 +28,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -110,9 +111,6 @@ class Job:
     seed: int
     flags: tuple[str, ...]
     also_eval: str = ""  # a second file of held-out problems for the trained model; the csv gets a column "accuracy_also"
-
-    def folder(self, runs: Path) -> Path:
-        return runs / self.row / str(self.seed)
 
 
 def flags_of(world: str, method: str, rate: str, *more: str, warm: bool = True, group: int = ALL, steps: int = STEPS) -> str:
@@ -209,12 +207,11 @@ def code_digest(world: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_job(job: Job, folder: Path) -> float:
-    """Run train.py into a fresh folder, and eval.py: the seconds that it took. RuntimeError says what went wrong."""
-    start = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()  # the commands run in the repository's root, where the data's paths begin
+def run_job(job: Job, runs: Path) -> tuple[Path, float]:
+    """Run train.py, and eval.py: (the run's folder, a new one; the seconds that it took). RuntimeError says what went wrong."""
+    start, rows = time.monotonic(), (runs / job.row).resolve()  # the commands run in the repository's root
+    rows.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{job.seed}-", dir=rows))  # a sweep that was cut off may have left a run going
     own = ["--seed", str(job.seed), "--out", str(folder), "--checkpoint_minutes", "inf"]  # a run that was cut off starts anew
     commands = [["train.py", *job.flags, *own]]
     if job.also_eval:
@@ -227,7 +224,7 @@ def run_job(job: Job, folder: Path) -> float:
             last = "\n".join(done.stderr.splitlines()[-5:])
             raise RuntimeError(f"exit {done.returncode}\n{last}")
     shutil.rmtree(folder / "model")  # 3 MB a run; the table needs only the log
-    return time.monotonic() - start
+    return folder, time.monotonic() - start
 
 
 def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
@@ -239,7 +236,7 @@ def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     runs, code, failures = args.runs / args.results.name / args.suite, code_digest(args.world), []
     done = finished(jobs, table, curves, code)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
-        futures = {pool.submit(run_job, job, job.folder(runs)): job for job in jobs if job not in done}
+        futures = {pool.submit(run_job, job, runs): job for job in jobs if job not in done}
         try:
             for future in as_completed(futures):
                 job = futures[future]
@@ -247,8 +244,9 @@ def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
                 if error := future.exception():
                     failures.append(f"{job.row}, seed {job.seed}: {error}")
                     continue
-                log = read_log(job.folder(runs))
-                line = summarise_run(job, job.folder(runs), log) | {"run_s": round(future.result()), "code": code}
+                folder, seconds = future.result()
+                log = read_log(folder)
+                line = summarise_run(job, folder, log) | {"run_s": round(seconds), "code": code}
                 done[job] = line, step_lines(job, log)
                 write_csv(curves, [line for job in jobs if job in done for line in done[job][1]])
                 write_csv(table, [done[job][0] for job in jobs if job in done])
