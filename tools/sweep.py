@@ -374,7 +374,8 @@ def seed_interval(first: dict[str, float], second: dict[str, float]) -> Interval
 # the claim is about methods that sample in another way than SGPO, and has a verdict for each way.
 CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 BUDGETS = {"": f"{ALL} a problem, {STEPS} steps", "@8x60": "8 a problem, 60 steps", "@8x40": "8 a problem, 40 steps"}
-OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tiny world's tokens that carry the strategy
+OPERATIONS = ("add", "sub", "double", "inc", "max", "min")  # the tokens of both worlds that carry the strategy
+FIRST_WORDS = ("by", "so")  # the hard world's, when guided: they say how a response is written, and not what
 
 
 def column(lines: Lines, row: str, name: str) -> dict[str, float]:
@@ -559,14 +560,15 @@ def token_claim(path: Path) -> list[str]:
         return []
     counts, sums = Counter(), Counter()
     for token in read_csv(path):
-        kind = token["token"] in OPERATIONS
+        kind = "operation" if token["token"] in OPERATIONS else "first word" if token["token"] in FIRST_WORDS else "other"
         counts[kind] += int(token["count"])
         sums[kind] += int(token["count"]) * float(token["mean_d"])
-    high, low = sums[True] / counts[True], sums[False] / counts[False]
+    mean = {kind: sums[kind] / counts[kind] for kind in counts}
+    first = f"{mean['first word']:.4f} on the words that guided responses begin with, " if "first word" in mean else ""
     return [
-        f"| d_t is large on the tokens that carry the strategy and near zero on routine ones | mean {high:.4f} nats on the "
-        f"six operations, {low:.5f} on all other tokens (base model, divergence.csv) "
-        f"{'reproduced' if high > 10 * low else 'not reproduced'} (rule: tenfold) | | |"
+        "| d_t is large on the tokens that carry the strategy and near zero on routine ones | "
+        f"mean {mean['operation']:.4f} nats on the six operations, {first}{mean['other']:.5f} on all others (base model, "
+        f"divergence.csv) {'reproduced' if mean['operation'] > 10 * mean['other'] else 'not reproduced'} (rule: tenfold) | | |"
     ]
 
 
