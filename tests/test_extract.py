@@ -192,14 +192,14 @@ def test_extraction_waits_as_long_as_the_server_says(tmp_path, capsys):
     def busy(handler, body, number):
         times.append(time.monotonic())
         if number == 1:
-            return 503, {"Retry-After": formatdate(time.time() + 2.5, usegmt=True)}, b"<html>down"
+            return 503, {"Retry-After": formatdate(time.time() + 3.5, usegmt=True)}, b"<html>down"
         return fake_model(handler, body, number) if number else (429, {"Retry-After": "1.2"}, b"quota of the minute")
 
     with ChatServer(busy) as server:
         flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "2")
         assert extract.main(flags) == 0
-    assert len(times) == 4 and 1.2 <= times[1] - times[0] and 1 <= times[2] - times[1]  # alone: half a second, then one
-    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute.*\nwaiting [12].* s .*HTTP 503", capsys.readouterr().err)
+    assert len(times) == 4 and 1.2 <= times[1] - times[0] and 2 <= times[2] - times[1]  # else half a second, then one
+    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute.*\nwaiting [23].* s .*HTTP 503", capsys.readouterr().err)
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
         with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))

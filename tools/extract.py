@@ -57,8 +57,8 @@ LONGEST_WAIT = 900.0  # seconds; a limit that lasts longer stops the command
 # What a 429 says when the money is gone. A quota may also be one for each minute: then the reply says when it is free again.
 NO_MONEY = re.compile(r"insufficient.(?:quota|fund|credit)|balance|arrears|billing_|current_quota_|credits", re.I)
 FREE_SOON = re.compile(r"per.?(?:second|minute)|(?:retry|try again) (?:in|after)", re.I)
-# (open, close) of what models think aloud. An answer begins after the last close: some chat templates put the open into the
-# prompt. Below, what may be around an answer.
+# (open, close) of the thoughts before an answer, which begins after the last close: some chat templates put the open into the
+# prompt. FRAMES: what may be around the answer itself.
 THOUGHTS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
     ("[THINK]", "[/THINK]"),
@@ -194,7 +194,7 @@ class Server:
             text = error.response.text  # all of it: the exception's own may leave out the code
             soon = said is not None or FREE_SOON.search(text) or "quota" not in text.lower()
             busy = soon and not NO_MONEY.search(text)
-        seconds = min(2**number, 16) / 2 if said is None else said
+        seconds = said if (said or 0) > 0 else min(2**number, 16) / 2
         return seconds if busy and seconds <= LONGEST_WAIT else None
 
     def _wait(self, seconds: float, reason: str) -> None:
@@ -580,7 +580,7 @@ def ask_all(
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
-            raise error if isinstance(error, KeyboardInterrupt) else ended_by[0]
+            raise (error if isinstance(error, KeyboardInterrupt) else ended_by[0]) from None
     return results
 
 
