@@ -302,6 +302,19 @@ def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
                 assert len(server.requests) - before == requests
                 assert re.search(f"failed: row-1: no answer: HTTP {status}: .*content filter", capsys.readouterr().err)
         assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+    # the first reply of all, while the others are on their way
+    data, out = extraction_data(tmp_path, 3), tmp_path / "together.jsonl"
+    gate, refuse = threading.Barrier(3, timeout=30), reply_with(403, {"error": {"message": "content filter"}})
+
+    def slow(handler, body, number):
+        number < 3 and gate.wait()
+        flagged = "What is 20" in body["messages"][0]["content"]
+        number < 3 and not flagged and time.sleep(0.5)
+        return (refuse if flagged else fake_model)(handler, body, number)
+
+    with ChatServer(slow) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--workers", "3")) == extract.ROWS_FAILED
+    assert [row.id for row in load_problems(out)] == ["row-1", "row-2"]
     # but a server that refuses row after row is not asked by thousands of them; one answer starts the count anew
     data, out = extraction_data(tmp_path, 40), tmp_path / "new.jsonl"
     with ChatServer(lambda h, b, i: (fake_model if i < 6 or i == 16 else refuse)(h, b, i)) as server:

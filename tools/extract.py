@@ -542,7 +542,8 @@ def ask_all(
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, stop, results, ended_by = settings_of(args), model.stop, {}, []
+    settings, stop, results = settings_of(args), model.stop, {}
+    ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
@@ -551,14 +552,20 @@ def ask_all(
             return known
         if stop.is_set():
             raise Stop("stopped")
+        asking.add(row.id)
         try:
             answer = model.ask(body)
+            place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
+            journal.write(place | asdict(answer))  # before this worker goes on
+            journal.answers[key] = replace(answer, reasoning=answer.reasoning[:EXCERPT])  # whole ones would fill the memory
+            return answer
         except Refused as error:
+            asking.discard(row.id)
+            while asking and not journal.answers and not stop.wait(0.1):
+                pass  # an answer that is on its way to another row would show that this is about the row
             raise (error if journal.answers else Stop(str(error))) from None
-        place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
-        journal.write(place | asdict(answer))  # before this worker goes on
-        journal.answers[key] = replace(answer, reasoning=answer.reasoning[:EXCERPT])  # all of them would fill the memory
-        return answer
+        finally:
+            asking.discard(row.id)
 
     def work(row: Problem) -> tuple[Record, Problem | None]:
         try:
