@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from email.utils import mktime_tz, parsedate_tz
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -49,8 +51,21 @@ from strategy import (
 )
 from tools.leaks import leaks
 
+EXCERPT = 300  # characters of what a message or a record quotes
 GIVE_UP_AFTER = 20  # requests in a row that failed for good: the server is down, for the other rows too
-WHOLE = ("stop", None)  # finish reasons of a whole text; all others ("length", "content_filter", ...) broke it off
+LONGEST_WAIT = 900.0  # seconds; a limit that lasts longer stops the command
+# What a 429 says when the money is gone. A quota may also be one for each minute: then the reply says when it is free again.
+NO_MONEY = re.compile(r"insufficient.(?:quota|fund|credit)|balance|arrears|billing_|current_quota_|credits", re.I)
+FREE_SOON = re.compile(r"per.?(?:second|minute)|(?:retry|try again) (?:in|after)", re.I)
+# (open, close) of the thoughts before an answer, which begins after the last close: some chat templates put the open into the
+# prompt. FRAMES: what may be around the answer itself.
+THOUGHTS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel|>", "<|channel|>final<|message|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+FRAMES = (("<|begin_of_solution|>", "<|end_of_solution|>"), ("<answer>", "</answer>"), ("", "<|return|>"), ("", "<|end|>"))
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something stopped the command, 2 that a flag is wrong
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
@@ -67,14 +82,29 @@ class RowFailed(Exception):
     """This row gets no strategy, for the reason given; the others go on."""
 
 
+class Refused(RowFailed):
+    """The server will not answer this request. Before it has answered any, the reason is not the row."""
+
+
 @dataclass(frozen=True)
 class Answer:
-    """One paid reply. finish: why the text ended, see WHOLE. usage: prompt_tokens, completion_tokens, or {}."""
+    """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart.
+
+    finish: why the text ended. "stop" ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
+    """
 
     text: str
     finish: str | None
     usage: dict[str, int]
     reasoning: str = ""
+
+    def fault(self) -> list[str] | None:
+        """[kind, detail] of why there is nothing to read in it, or None."""
+        if self.finish != "stop":  # what is there may be readable, with only half of its last step
+            return ["cut off", f"finish_reason {self.finish}"]
+        if (self.text + self.reasoning).strip() and not without_thoughts(self.text):
+            return ["thoughts without content", (self.reasoning or self.text)[:EXCERPT]]
+        return None
 
 
 Ask = Callable[[str, int, Messages], Answer]  # (step, index of the try, messages) -> Answer
@@ -111,8 +141,8 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 class Server:
     """A chat server, asked through the openai package.
 
-    The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times. It
-    waits as long as a Retry-After header says, and gives up if that is more than a minute or two (versions differ).
+    A request is repeated after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times. Not by the
+    package: that waits without a word, and asks again when the money is gone.
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
@@ -132,38 +162,80 @@ class Server:
         self.client = openai.OpenAI(
             api_key=self.key or "none",  # the package insists on one, servers without keys ignore it
             base_url=args.endpoint,
-            max_retries=args.retries,
+            max_retries=0,
             timeout=openai.Timeout(args.read_timeout, connect=10.0),
         )
+        self.retries, self.stop = args.retries, threading.Event()  # set when the run ends: nobody waits any longer
         self.failures = 0  # in a row, of all workers
+        self.waiting_until = 0.0  # when the last wait ends that the user was told of
 
     def ask(self, body: Record) -> Answer:
         """The answer to one request, after as many tries as it takes. Raises RowFailed or Stop."""
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        try:
-            # extra_body, because --body may hold fields that the package does not know as arguments
-            reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
-            answer = read_reply(reply)
-        except (self.openai.APIError, ValueError) as error:  # ValueError: a reply that is no JSON, or no answer
-            raise self._failure(error) from None
+        for number in range(self.retries + 1):
+            try:
+                # extra_body, because --body may hold fields that the package does not know as arguments
+                reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
+                answer = read_reply(reply)
+                break
+            except (self.openai.APIError, ValueError) as error:  # ValueError: a reply that is no JSON, or no answer
+                seconds = self._pause(error, number)
+                if seconds is None or number == self.retries:
+                    raise self._failure(error) from None
+                self._wait(seconds, self._reason(error))
         self.failures = 0
         return answer
 
-    def _failure(self, error: Exception) -> Exception:
-        """The exception for a request that failed for good."""
+    def _pause(self, error: Exception, number: int) -> float | None:
+        """Seconds to wait after try `number`: what the server says, or more each time. None if no wait would help."""
+        status, said = getattr(error, "status_code", None), retry_after(error)
+        busy = isinstance(error, self.openai.APIConnectionError) or status in (408, 409, 429) or (status or 0) >= 500
+        if status == 429:
+            text = error.response.text  # all of it: the exception's own may leave out the code
+            soon = said is not None or FREE_SOON.search(text) or "quota" not in text.lower()
+            busy = soon and not NO_MONEY.search(text)
+        seconds = said if (said or 0) > 0 else min(2**number, 16) / 2
+        return seconds if busy and seconds <= LONGEST_WAIT else None
+
+    def _wait(self, seconds: float, reason: str) -> None:
+        """Wait; say so, unless it is short or another worker just did. Raises Stop if the run ends before."""
+        now = time.monotonic()
+        if seconds >= 1 and now >= self.waiting_until:
+            self.waiting_until = now + seconds
+            tqdm.write(f"waiting {seconds:.3g} s before the next try: {reason}", file=sys.stderr)
+        if self.stop.wait(seconds):
+            raise Stop("stopped")
+
+    def _reason(self, error: Exception) -> str:
         status, cause = getattr(error, "status_code", None), error.__cause__
-        reason = (f"HTTP {status}: " if status else "") + str(error) + (f" ({cause!r})" if cause else "")
+        # what the server wrote: the package may leave out all but one field of it
+        reason = f"HTTP {status}: {error.response.text or error}" if status else f"{error} ({cause!r})" if cause else str(error)
         if self.key:
             reason = reason.replace(self.key, "***")  # some servers quote the key when they refuse it
-        reason = " ".join(reason.split())[:300]
-        if status == 429:  # the limit is the same for all rows
-            return Stop(f"{reason}; Retry-After: {error.response.headers.get('retry-after')}")
-        if status is not None and status < 500 and status not in (400, 408, 409, 413, 422):
-            return Stop(reason)  # a wrong key, model or path is as wrong for the next row
+        wait = f"; Retry-After: {error.response.headers.get('retry-after')}" if status == 429 else ""
+        return " ".join(reason.split())[:EXCERPT] + wait
+
+    def _failure(self, error: Exception) -> Exception:
+        """The exception for a request that failed for good."""
+        status, reason = getattr(error, "status_code", None), self._reason(error)
+        if status in (401, 402, 429):  # the key, the money and the limit are the same for all rows
+            return Stop(reason)
         self.failures += 1
         if self.failures >= GIVE_UP_AFTER:
             return Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
-        return RowFailed(f"no answer: {reason}")
+        # A wrong model or path is as wrong for the next row; but 403, 404 and 451 may also be about one text.
+        kind = RowFailed if status is None or status >= 500 or status in (400, 408, 409, 413, 422) else Refused
+        return kind(f"no answer: {reason}")
+
+
+def retry_after(error: Exception) -> float | None:
+    """The seconds until the moment in a reply's Retry-After, a number or a date [RFC 9110]; None if there is none."""
+    text = error.response.headers.get("retry-after", "") if hasattr(error, "status_code") else ""
+    try:
+        return float(text)
+    except ValueError:
+        date = parsedate_tz(text)
+        return mktime_tz(date) - time.time() if date else None
 
 
 def read_reply(reply: Any) -> Answer:
@@ -176,6 +248,8 @@ def read_reply(reply: Any) -> Answer:
         text, finish = text_of(message.content), choice.finish_reason
     except (AttributeError, IndexError, TypeError):
         raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}") from None
+    if error := getattr(choice, "error", None) or getattr(reply, "error", None):  # beside it, half a text
+        raise ValueError(f"an error in the reply: {error}")
     counts = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
@@ -198,6 +272,7 @@ class LocalModel:
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
+        self.stop = threading.Event()  # of the run; no question waits for another time here
         self.arrived, self.turn = SimpleQueue(), threading.Lock()
         self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come), for one at a time
 
@@ -280,7 +355,8 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
         journal = Journal(stream)
         for record in read_journal(path):
             if record["kind"] == "answer":
-                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"])
+                thoughts = record["reasoning"][:EXCERPT]
+                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"], thoughts)
             elif record["kind"] == "run" and record["settings"] != start["settings"]:
                 made = f"made with {record['settings']}, now {start['settings']}"
                 raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
@@ -338,9 +414,10 @@ def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
         reply = ask("solution", index, solution_prompt(row.problem))
         text = without_thoughts(reply.text)
         found, right = verdict(text, row.answer)
-        if right and reply.finish in WHOLE:
+        fault = reply.fault()
+        if right and not fault:
             return text
-        given.append("cut off" if reply.finish not in WHOLE else "no answer" if found is None else f"answer {found[:60]!r}")
+        given.append(fault[0] if fault else "no answer" if found is None else f"answer {found[:60]!r}")
     raise RowFailed(f"{tries} solutions, none with the answer {row.answer!r}: {', '.join(given)}")
 
 
@@ -357,6 +434,8 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
     candidates, unread = record["candidates"], None
     for number in range(args.rounds):
         if all(candidate["rejected"] for candidate in candidates):
+            if candidates and all(candidate["rejected"][0] == "thoughts without content" for candidate in candidates):
+                break  # the server keeps the answers among the thoughts, or the model thinks on: so would the next ones
             for index in range(len(candidates), len(candidates) + args.candidates):
                 reply = ask("candidate", index, extraction_prompt(row.problem, row.solution))
                 candidates.append(judge_candidate(index, reply, replace(row, solution=written), candidates))
@@ -373,16 +452,20 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
 
 
 def without_thoughts(text: str) -> str:
-    """What a reasoning model wrote after its thoughts; "" if they never end."""
-    text = text.rpartition("</think>")[2]  # the end tag decides: some chat templates put the first tag into the prompt
-    return "" if "<think>" in text else text.strip()
+    """What a model wrote after its thoughts [THOUGHTS]; "" if they never end."""
+    if any(text.rfind(opening) > text.rfind(close) for opening, close in THOUGHTS):
+        return ""
+    text = min((text.rpartition(close)[2] for _, close in THOUGHTS), key=len).strip()
+    for opening, close in FRAMES:
+        text = text.removeprefix(opening).removesuffix(close).strip()
+    return text
 
 
 def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Record]) -> Record:
     """A candidate's record after everything that needs no model: read, compared with the others, searched for leaks."""
     candidate = {"index": index, "strategy": None, "rejected": None, "scores": None}
-    if reply.finish not in WHOLE:  # what is there may be readable, with only half of its last step
-        return candidate | {"rejected": ["cut off", f"finish_reason {reply.finish}"]}
+    if fault := reply.fault():
+        return candidate | {"rejected": fault}
     try:
         strategy = parse_strategy(without_thoughts(reply.text))
     except ValueError as error:
@@ -401,8 +484,8 @@ def score_candidates(candidates: Sequence[Record], reply: Answer) -> str | None:
 
     A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
     """
-    if reply.finish not in WHOLE:
-        return f"the scores are cut off, finish_reason {reply.finish}"
+    if fault := reply.fault():
+        return ": ".join(["scores", *fault])
     try:
         scores = parse_scores(without_thoughts(reply.text), len(candidates))
     except ValueError as error:
@@ -427,7 +510,7 @@ def extract(args: Namespace) -> int:
         try:
             with open_journal(log, start) as journal:
                 before = list(journal.answers.values())
-                results = ask_all(rows, journal, model.ask, partial(grade, worker, threading.Lock()), args)
+                results = ask_all(rows, journal, model, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
         failed, lines = {}, []
@@ -452,14 +535,15 @@ def extract(args: Namespace) -> int:
 
 
 def ask_all(
-    rows: Sequence[Problem], journal: Journal, send: Callable[[Record], Answer], verdict: Verdict, args: Namespace
+    rows: Sequence[Problem], journal: Journal, model: Server | LocalModel, verdict: Verdict, args: Namespace
 ) -> dict[str, tuple[Record, Problem | None]]:
     """{row id: extract_row's result}, with every answer from the journal or put into it.
 
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, stop, results = settings_of(args), threading.Event(), {}
+    settings, stop, results = settings_of(args), model.stop, {}
+    ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
@@ -468,18 +552,28 @@ def ask_all(
             return known
         if stop.is_set():
             raise Stop("stopped")
-        answer = send(body)
-        place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
-        journal.write(place | asdict(answer))  # before this worker goes on
-        journal.answers[key] = replace(answer, reasoning="")  # thoughts stay on the disk: they would fill the memory
-        return answer
+        asking.add(row.id)
+        try:
+            answer = model.ask(body)
+            place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
+            journal.write(place | asdict(answer))  # before this worker goes on
+            journal.answers[key] = replace(answer, reasoning=answer.reasoning[:EXCERPT])  # whole ones would fill the memory
+            return answer
+        except Refused as error:
+            asking.discard(row.id)
+            while asking and not journal.answers and not stop.wait(0.1):
+                pass  # an answer that is on its way to another row would show that this is about the row
+            raise (error if journal.answers else Stop(str(error))) from None
+        finally:
+            asking.discard(row.id)
 
     def work(row: Problem) -> tuple[Record, Problem | None]:
         try:
             record, done = extract_row(row, partial(ask, row), verdict, args)
             journal.write(record)
             return record, done
-        except BaseException:
+        except BaseException as error:
+            ended_by.append(error)  # the first is the reason; those after it only say that the run has ended
             stop.set()  # here, before this worker takes its next row
             raise
 
@@ -493,7 +587,7 @@ def ask_all(
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
-            raise
+            raise (error if isinstance(error, KeyboardInterrupt) else ended_by[0]) from None
     return results
 
 

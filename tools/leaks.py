@@ -1,8 +1,8 @@
 r"""The leak filter of the extraction: what does a strategy give away of its problem's solution? [ours]
 
 A strategy must hold no answer and no computed value [app B]. The scoring prompt asks a model about that; this filter looks
-before it, at the numbers, and calls no model. What it finds and what it misses is measured on data/leak_examples.jsonl;
-data/README.md has the figures. Standard library only.
+before it, at the numbers and at sentences that state an answer, and calls no model. What it finds and what it misses is
+measured on data/leak_examples.jsonl; data/README.md has the figures. Standard library only.
 """
 
 import re
@@ -138,6 +138,35 @@ _UNITS = {  # these numbers are harmless before these words: an hour has 60 minu
 }  # fmt: skip
 _KNOWN = (10, 90, 100, 180, 360)  # the base of our numerals, per cent, degrees
 _COEFFICIENTS = (Fraction(1, 3), Fraction(1, 4), Fraction(4, 3), 3, 4, 6)  # of well-known formulas: 4ac, n(n-1)/6
+# A final answer, of whatever problem. Before its number: "the answer is", or, if nothing comes after it, "report".
+_NOUN = r"(?:answer|result|solution|(?:final|required|wanted|desired|requested)\s(?:[a-z]+\s)?[a-z]+)s?\b"
+_OPEN = r"\b(?:if|whether|when|whenever|until|unless|suppose|set)\b[^.;,]{0,25}"  # nothing is said yet: "if the answer is 7"
+_FILL = r"\W{0,3}(?:(?:just|only|exactly|about|approximately|therefore|thus|then|simply|the|number|value|[a-z]\s?=)\s?){0,3}"
+_ANSWER_IS = re.compile(
+    rf"(?P<open>{_OPEN})?\b(?P<noun>{_NOUN})[^.;]{{0,25}}?(?:[=≈:]|\b(?:is|are|be|becomes?|equals?|equal to"
+    rf"|(?:comes?|works?|turns?)(?: out)?(?: to be| to| as)?)\b){_FILL}\W{{0,2}}$"
+)
+_ANSWER_AS = re.compile(rf"\b(?:{_NOUN}(?:,|\sof|\sas)?|report|output|submit|conclude with){_FILL}$")
+# After its number: a unit, and the end of what is said; "is the answer". Words that go on ("one more than") are no unit.
+_UNIT = (
+    r"(?:[-\s](?!(?:times|more|less|fewer|larger|greater|smaller|plus|minus|of|over|by|to|or|if|than|that|which|where|when|for|with"
+    r"|in|per|each|squared|divided|multiplied|digits?|decimals?|places?|numbers?|integers?|roots?|cases?|equations?|terms?|factors?"
+    r"|parts?|values?|steps?|solutions?|unknowns?|fractions?|words?)\b)[a-z]+)"
+)
+_ENDS = re.compile(rf"{_UNIT}{{0,2}}(?:\sin (?:all|total))?(?:\s?[.,;:!?)]|$|\s(?:because|since|once|so|and|but|as|after)\b)")
+_IS_ANSWER = re.compile(
+    rf"{_UNIT}?(?:,?\s\(?(?:and )?(?:which |that |this )?(?:is|are|as|(?:must|will) be) (?:then )?(?:the|our|your) {_NOUN}"
+    rf"|(?:,\s|\s\()(?:the|our|your) {_NOUN}(?=[.,;)]|$))"
+)
+_OPERAND = re.compile(r"\b(?:by|from|to|with|after|plus|minus|than|at|in|for|every|each|the|these|both|all|of|[a-z]+ing)\s$")
+# Beside a number these are part of its value, unlike a symbol: 2\sqrt{3}, 1+\sqrt{2}, \pi/4, 2^{10}, 40°, **12**.
+_ROOT_OR_PI = re.compile(r"(?:\\sqrt\{|\\pi\s?/\s?|\\frac\{\\pi\}\{)$")
+_CLOSED = re.compile(r"(?:\s?[-+*/]?\s?(?:\\sqrt\{[0-9]+\}|\\pi\b)|\^\{?(?:[0-9]+|\\circ)\}?|°|[*_}\]\"']+)*")
+_SAID = re.compile(  # without a number: in a box, as a word, an option
+    r"\\f?box(?:ed)?(?![a-z])\s?(?:\{\s?(?!\}|\.\.|\\[lc]?dots|(?:(?:your|the|final) )*(?:answer|result)\b)|[0-9a-z])|####\s?\S"
+    rf"|(?P<open>{_OPEN})?\b(?:answer|correct (?:option|choice))\b[^.;,]{{0,15}}?(?:\b(?:is|be)|[=:]){_FILL}\W{{0,2}}"
+    r"(?:(?:yes|no|true|false|even|odd|none|impossible)\s?(?:[.,;:!)]|$|\bsince|\bbecause)|\([a-e]\))"
+)
 _COMMON_ANSWERS = {"yes", "no", "true", "false", "even", "odd", "none", "never", "always"}
 
 
@@ -149,6 +178,7 @@ def leaks(strategy, problem: str, solution: str, answer: str) -> list[str]:
 
     A number leaks if it is the answer, or if it is in the solution and not in the problem, in any spelling (1,234; 0.5, 1/2
     and \\frac12; 50 %; "twenty-five"; -3 as 3). An answer that is an expression, a tuple or a word is looked for as text.
+    Whatever the row, no strategy may state a final answer: "the answer is 42", "so x = 7 is the result", a filled box.
     Allowed: exponents, indices, ordinals, references to steps, 0, 1, 2 and a half, coefficients of well-known formulas,
     units (60 minutes), angles, and spelled numbers up to ten that are not stated as a result. If such a number IS the
     answer, the words around it decide.
@@ -167,12 +197,15 @@ def leaks(strategy, problem: str, solution: str, answer: str) -> list[str]:
             if re.search(r"[\^_]\{?-?$", before) or _REFERENCE.search(before):
                 continue
             place = f"in {name}: {text[max(0, match.start() - 30) : match.end() + 20]!r}"
-            if values & wanted:
-                quoted = values & given and _same_noun(match[0].strip(), after, problem)
-                if not quoted and not _harmless_answer(match[0], max(values), before, after):
-                    found.append(f"the answer {match[0].strip()} {place}")
+            quoted = values & given and _same_noun(match[0].strip(), after, problem)
+            if values & wanted and not quoted and not _harmless_answer(match[0], max(values), before, after):
+                found.append(f"the answer {match[0].strip()} {place}")
             elif values & computed and not _harmless(match[0], max(values), before, after):
                 found.append(f"the computed value {match[0].strip()} {place}")
+            elif _states_answer(match, max(values), before, after):
+                found.append(f"a final answer, {match[0].strip()}, {place}")
+        if (said := _SAID.search(text)) and not said["open"]:
+            found.append(f"a final answer in {name}: {said[0]!r}")
         if not _NUMBER.fullmatch(answer.lstrip("+-")) and _holds_answer(text, answer, problem):
             found.append(f"the answer {answer} in {name}: {text[:60]!r}")
     return found
@@ -196,6 +229,20 @@ def _harmless_answer(number, value, before, after):
     if _OPERATION.search(before) or (value in (2, Fraction(1, 2), *_COEFFICIENTS) and _in_formula(before, after)):
         return True
     return (number[0].isalpha() or value in _KNOWN) and not _STATED.search(before)
+
+
+def _states_answer(match, value, before, after):
+    """Whether the words around a number make it a final answer, be it this problem's or another's."""
+    before, after = _ROOT_OR_PI.sub("", before), after[_CLOSED.match(after).end() :]
+    if _in_formula(before, after):
+        return False
+    if said := _ANSWER_IS.search(before):
+        # "until the result is 0" is a step, and "the third side" is no number.
+        general = said["open"] or (value in (0, 1) and said["noun"] != "answer")
+        return not general and (re.match(r"\s?[.,;:)]|$", after) if match["bare_share"] else _ENDS.match(after))
+    if _IS_ANSWER.match(after):
+        return not any(re.search(pattern, before) for pattern in (_OPERAND, _OPERATION, rf"{_OPEN}$"))
+    return _ANSWER_AS.search(before) and re.match(r"\s?[.,;:!)]|$", after)
 
 
 def _is_unit(value, after):
