@@ -128,6 +128,7 @@ def test_others_read_what_is_saved(make, tmp_path, python):
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (saved / file).read_bytes() == (source / file).read_bytes()
         assert len({file.stat().st_mode for file in saved.iterdir()}) == 1  # of the weights too
+        assert json.loads((saved / "config.json").read_text())["rope_parameters"] == model.config.rope
         logits = model.float()(torch.tensor([[0, 40, 41, 42]]))[0, -1].tolist()
         wanted.append([list(model.config.eos_ids), tokenizer.chat_template, "torch.bfloat16", pytest.approx(logits, abs=1e-4)])
     command = [python, "-c", READ, *(str(tmp_path / family) for family in ("llama3-rope", "qwen2"))]
