@@ -450,7 +450,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     model_folder = resolve_model(cfg.model)
     model, tokenizer = blank_model(model_folder)
     context = model.config.max_position_embeddings
-    examples = encode_examples(problems, tokenizer, cfg, context, end_id=model.config.eos_ids[0])
+    end_id = model.config.eos_ids[0]
+    examples = encode_examples(problems, tokenizer, cfg, context, end_id)
     for row in held_out:
         longer = guided_messages(row.problem, row.strategy) if cfg.eval_guided else auto_messages(row.problem)
         prompt = len(encode_chat(tokenizer, longer))
