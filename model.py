@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+MARK = "\ue000"  # takes a text's place while a chat template is rendered: a character for private use, in no template
 KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
 
 
@@ -461,6 +462,10 @@ def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*")
+TOKENIZER_FILES = (
+    "tokenizer*", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
 
 
 def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Path:
@@ -490,7 +495,8 @@ def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Pat
 def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
     """(model, tokenizer) of a folder or hub name, with its weights cast to `dtype`.
 
-    ValueError that names the file for code in the folder, an unknown architecture, and missing, broken or misshaped weights.
+    ValueError that names the file for code in the folder, an unknown architecture, missing, broken or misshaped weights, and a
+    token that has no row in the embedding.
     """
     folder = resolve_model(name_or_path)
     model, tokenizer = blank_model(folder)
@@ -500,20 +506,46 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
 
 
 def blank_model(folder: Path) -> tuple[CausalLM, Any]:
-    """(model, tokenizer) of a folder. The model has shapes only, on the meta device: no weight is read or allocated yet."""
+    """(model, tokenizer) of a folder. The model has shapes only, on the meta device: no weight is read or allocated yet.
+
+    config.eos_ids has every id that ends a response. The first of them ends a training text: the chat template's end of an
+    assistant's turn, or without one the tokenizer's end of sequence, or else the first that the configs name [ours].
+    """
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.eos_token_id is not None:
-        config = replace(config, eos_ids=_merge_ids(config.eos_ids, tokenizer.eos_token_id))
-    if not config.eos_ids:
-        raise ValueError(f"{folder}: neither its configs nor its tokenizer name an end-of-sequence id")
+    end = turn_tokens(tokenizer)[0]
+    end_id = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    if end is not None and end_id not in _merge_ids(config.eos_ids, tokenizer.eos_token_id):
+        warnings.warn(f"{folder}: {end} ends a response too, as in its chat template; its configs do not name it", stacklevel=1)
+    config = replace(config, eos_ids=_merge_ids(end_id, tokenizer.eos_token_id, config.eos_ids))
+    _check_ids(folder, config, tokenizer)
     with torch.device("meta"):
         return CausalLM(config), tokenizer
 
 
+def _check_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> None:
+    """ValueError for a token or an end of sequence without a row in the embedding, and if there is no end of sequence."""
+    rows = f"but config.json's vocab_size, the rows of the embedding, is {config.vocab_size}"
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
+    # many fine-tunes have added a padding token and no row for it. Nothing is padded here, so it does no harm
+    used = {index: token for index, token in beyond.items() if token != tokenizer.pad_token}
+    if used:
+        raise ValueError(f"{folder}: its tokenizer's {used[min(used)]!r} has id {min(used)}, {rows}; resize the embedding")
+    if not config.eos_ids:
+        raise ValueError(f"{folder}: neither its configs nor its tokenizer name an end-of-sequence id")
+    for index in config.eos_ids:
+        if index >= config.vocab_size:
+            raise ValueError(f"{folder}: the end of sequence {beyond.get(index, 'without a token')!r} has id {index}, {rows}")
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers. ValueError if the folder has code or asks for some: it is never run."""
-    from transformers import AutoTokenizer  # imported here: 1 s, and the decoder itself does not need it
+    """The folder's tokenizer, by transformers, with the ids of its tokenizer.json if there is one.
+
+    Every token with which its chat template frames a turn is marked as special, so that encode_text reads it as text and
+    decoding with skip_special_tokens leaves it out. ValueError if the folder has code or asks for some: it is never run.
+    """
+    # imported here: 1 s, and the decoder itself does not need them
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # without this transformers would quietly take a class of its own for the custom one, and compute something else
     instead = "code of a model folder is never run; take a checkpoint that transformers loads without trust_remote_code"
@@ -525,20 +557,66 @@ def load_tokenizer(folder: Path) -> Any:
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in known):  # transformers would make one with an empty vocabulary
         raise ValueError(f"{folder}: no tokenizer file ({', '.join(known)})")
+    # AutoTokenizer rebuilds most tokenizers by their class's name or the model_type, with that class's pre-tokenizer and not
+    # the one in tokenizer.json: other ids than the model was trained on, and no word about it
+    loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a malformed file raises OSError, KeyError, ValueError or an error of the Rust library
         raise ValueError(f"{folder}: its tokenizer could not be loaded: {error}") from error
+    frame = turn_tokens(tokenizer)[1]
+    unmarked = [token for token in tokenizer.added_tokens_decoder.values() if str(token) in frame and not token.special]
+    for token in unmarked:
+        token.special = True
+    tokenizer.add_tokens(unmarked, special_tokens=True)  # they keep their ids
+    return tokenizer
+
+
+def turn_tokens(tokenizer: Any) -> tuple[str | None, set[str]]:
+    """(the token that ends an assistant's turn, every token around the turns) of the chat template.
+
+    Found in a rendered conversation: the end is what comes right after an assistant's message, if that is a single added
+    token. None if it is text, and (None, set()) if there is no template or it takes no such conversation.
+    """
+    added = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
+    any_added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # the longest first; (?!) matches nothing
+    chat = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+    try:
+        before, between, after, rest = tokenizer.apply_chat_template(chat, tokenize=False).split(MARK)
+    except Exception:  # encode_chat says it, if the template fails for a prompt too
+        return None, set()
+    frame = set(any_added.findall(MARK.join([before, between, after, rest])))
+    opening = any_added.findall(before)[-1:]
+    end = any_added.match(after.lstrip())
+    if end is None or [end.group()] == opening:  # some templates write no end: then the user's next turn follows
+        return None, frame
+    return end.group(), frame
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Text -> ids, without a beginning or end of sequence. A special token's name in the text is text: it ends no turn."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued.
 
-    The template is a program (Jinja) of the model folder. transformers runs it in a sandbox without files, processes or
-    Python's internals. ValueError if there is none (take an instruct model) or it fails.
+    A special token's name in a message is text. The template is a program (Jinja) of the model folder. transformers runs it
+    in a sandbox without files, processes or Python's internals. ValueError if there is none (take an instruct model) or it
+    fails.
     """
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    render = partial(tokenizer.apply_chat_template, add_generation_prompt=True)
+    texts = [message["content"] for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if all(encode(text) == encode_text(tokenizer, text) for text in texts):
+            return render(messages, tokenize=True, return_dict=False)
+        # the texts are encoded by themselves, without the blanks around them: the template may trim those
+        marked = [message | {"content": re.sub(r"(?s)\S(.*\S)?", MARK, message["content"])} for message in messages]
+        ids, *frame = map(encode, render(marked, tokenize=False).split(MARK))
+        for text, after in zip(filter(None, map(str.strip, texts)), frame, strict=True):
+            ids += encode_text(tokenizer, text) + after
+        return ids
     except Exception as error:  # Jinja's own kinds, and whatever an expression in the template raises
         raise ValueError(f"the chat template of {tokenizer.name_or_path} failed: {error}") from error
 
@@ -588,13 +666,18 @@ def read_weights(
 def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config, generation config, safetensors (large ones in shards with an index), tokenizer and chat template.
 
-    The folder loads in transformers, in vLLM and here. Weights keep their dtype, and config.json names it.
+    The folder loads in transformers 4 and 5, in vLLM and here. Weights keep their dtype, and config.json names it. A tokenizer
+    that was loaded from a folder and not changed is copied from there, file by file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    config = {**model.config.raw, "architectures": [ARCHITECTURES[model.config.model_type]], "torch_dtype": dtype}
-    config.pop("dtype", None)  # transformers 5's name for torch_dtype, of the weights that were read
+    config = {**model.config.raw, "architectures": [ARCHITECTURES[model.config.model_type]]}
+    # both spellings of each: the first is transformers 4's, the second transformers 5's
+    config |= {"torch_dtype": dtype, "dtype": dtype}
+    rope = dict(model.config.rope)
+    config |= {"rope_parameters": dict(rope), "rope_theta": rope.pop("rope_theta")}
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     generation = {**model.config.generation, "eos_token_id": list(model.config.eos_ids)}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -605,7 +688,31 @@ def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard
     split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    files = _files_of(tokenizer)
+    for file in files:
+        copy = folder / file.relative_to(tokenizer.name_or_path)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    if not files:
+        tokenizer.save_pretrained(folder)
+
+
+def _files_of(tokenizer: Any) -> list[Path]:
+    """The files that a tokenizer was loaded from; none if it was built, or is no longer as they are.
+
+    transformers 5 would write even an unchanged tokenizer in another form, which transformers 4 cannot read.
+    """
+    source = Path(tokenizer.name_or_path)
+    if not tokenizer.name_or_path:
+        return []
+    try:
+        there = load_tokenizer(source)
+    except ValueError:  # the folder has gone, or has changed since
+        return []
+    if there.get_vocab() != tokenizer.get_vocab() or there.chat_template != tokenizer.chat_template:
+        return []
+    return [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]

@@ -35,7 +35,7 @@ from grader import MathWorker, is_correct
 from kv_cache import PAGE, least_pages
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
-from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
+from model import CausalLM, blank_model, encode_chat, encode_text, resolve_model, save_model
 from parallel import (
     Control,
     Preempted,
@@ -221,7 +221,7 @@ def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0)
 
 
-def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
+def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int, end_id: int) -> list[Example]:
     """Encode every prompt before any work is done. ValueError for a row that the method cannot use or that is too long."""
     needs = set(METHODS[cfg.method].needs)
     if cfg.sft_fraction > 0:
@@ -243,8 +243,8 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
         if "strategy" in needs:
             guided_ids = encode_chat(tokenizer, guided_messages(problem.problem, problem.strategy))
         if "solution" in needs:
-            # the end-of-sequence token is a target too, or the model never learns to stop
-            solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+            # the end token is a target too, or the model never learns to stop
+            solution_ids = encode_text(tokenizer, problem.solution) + [end_id]
         examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
         if cfg.method != "sft":  # SFT leaves out what is too long, see split_examples
             response = len(solution_ids) if "solution" in METHODS[cfg.method].needs else 1
@@ -450,7 +450,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     model_folder = resolve_model(cfg.model)
     model, tokenizer = blank_model(model_folder)
     context = model.config.max_position_embeddings
-    examples = encode_examples(problems, tokenizer, cfg, context)
+    end_id = model.config.eos_ids[0]
+    examples = encode_examples(problems, tokenizer, cfg, context, end_id)
     for row in held_out:
         longer = guided_messages(row.problem, row.strategy) if cfg.eval_guided else auto_messages(row.problem)
         prompt = len(encode_chat(tokenizer, longer))

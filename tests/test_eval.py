@@ -73,6 +73,7 @@ def _tokenizer():
     return types.SimpleNamespace(
         chat_template="yes",
         apply_chat_template=lambda messages, **_: [ord(c) for c in messages[0]["content"]],
+        encode=lambda text, **_: [ord(c) for c in text],
         decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i or not skip_special_tokens),
     )
 
