@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys):
     train.main(["--out", str(stopped), "--resume"])
     said = capsys.readouterr().out
     assert "4 SFT and 2 RL steps" in said and f"a damaged checkpoint is skipped: rank 0: {tensors}" in said
-    shutil.rmtree(path.with_name("step-000009.part"))
+    assert not path.with_name("step-000009.part").exists()
     same_run(uninterrupted, stopped)
 
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_names_the_data_that_was_read_and_not_what_is_there_later(t
     run.folder.save(run.model, run.optimizer, run.progress)
     again, _ = make_run(tmp_path / "again", worker, "--data", data, "--model", TINY_BASE)
     again.folder.out = run.folder.out
-    with pytest.raises(ValueError, match=f"its data differs\n  data: '{read}' there, '"):
+    with pytest.raises(ValueError, match=f"its data differs, .*\n  data: '{read}' there, '"):
         again.folder.begin(again.model, again.optimizer, "", print, resume=True)
 
 

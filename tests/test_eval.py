@@ -72,6 +72,8 @@ def _tokenizer():
     """One token a character; enough of a tokenizer for encode_chat and decode. Id 0 ends a response."""
     return types.SimpleNamespace(
         chat_template="yes",
+        all_special_ids=[0],
+        get_vocab=lambda: {},
         apply_chat_template=lambda messages, **_: [ord(c) for c in messages[0]["content"]],
         decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i or not skip_special_tokens),
     )
@@ -102,8 +104,9 @@ def _problems(count, strategy=None):
 SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
 
 
-def _sampled(model, problems, worker, **changes):
-    return grading.sample_records(model, _tokenizer(), problems, worker=worker, **SETTINGS | changes)
+def _sampled(model, problems, worker, guided=False, **changes):
+    prompts = grading.encode_prompts(_tokenizer(), problems, guided, "rows.jsonl")
+    return grading.sample_records(model, _tokenizer(), problems, prompts, worker=worker, **SETTINGS | changes)
 
 
 def test_records_and_their_figures(monkeypatch, eval_worker):
@@ -129,11 +132,8 @@ def test_prompts_alone_and_guided_and_those_that_cannot_be_sampled(monkeypatch, 
         _sampled(model, problems, eval_worker, guided=guided)
     texts = ["".join(map(chr, call["prompts"][0])) for call in calls]
     assert problems[0].strategy.type in texts[0] and problems[0].strategy.type not in texts[1]
-    with pytest.raises(ValueError, match="'r0' has no strategy"):
+    with pytest.raises(ValueError, match="rows.jsonl: 2 rows have no strategy to be guided by, the first is 'r0'"):
         _sampled(model, _problems(2), eval_worker, guided=True)
-    model.config.max_position_embeddings = 20
-    with pytest.raises(ValueError, match="'r0': its prompt of .* fills the context of 20"):
-        _sampled(model, problems, eval_worker)
     assert len(calls) == 2
 
 
@@ -176,6 +176,7 @@ def _command(monkeypatch, tmp_path, *extra, script=lambda prompt: ["\\boxed{1}",
         return model, _tokenizer()
 
     monkeypatch.setattr(resumable, "load_model", load)
+    monkeypatch.setattr(resumable, "blank_model", lambda folder: (model, _tokenizer()))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir(exist_ok=True)
     return calls, ["--model", "tiny", "--n", "2", "--device", "cpu", *map(str, extra)]

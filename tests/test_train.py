@@ -114,7 +114,7 @@ def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_pa
     monkeypatch.setattr(train, "show", lambda *_: None)
     monkeypatch.setattr(train, "measure", lambda *_, guided: {"guided": guided})
     monkeypatch.setattr(train, "accuracy_table", lambda table: seen.append({when: list(table[when]) for when in table}) or "")
-    train.stages(run, examples[:1], [], examples[1:], [examples[0].problem])
+    train.stages(run, examples[:1], [], examples[1:], examples[:1])
     assert seen == [True, False, dict.fromkeys(("base", "after SFT", "after sgpo"), ["alone", "guided"])]
 
 
@@ -250,7 +250,8 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
 
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--eval_n", 2)
-    held_out = load_problems(run.cfg.eval_data, worker)[:80]
+    problems = load_problems(run.cfg.eval_data, worker)[:80]
+    held_out = train.encode_rows(problems, run.tokenizer, guided=False, file="")
     base = train.measure(run, held_out, guided=False)["accuracy"]
     for step in range(10):
         train.rl_step(run, train.data_order(examples, step, 16, 0, "rl"), step + 1, 3e-4 * min(1, (step + 1) / 3))
