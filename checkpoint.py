@@ -98,10 +98,12 @@ class RunFolder:
 
         def claim() -> None:
             if not (self.out / "metrics.jsonl").exists():
-                taken = [name for name in ("samples.jsonl", "model", "model.part") if (self.out / name).exists()]
-                taken += [f"{name}/{path.name}" for name in ("checkpoints", "best") for path in _checkpoints(self.out / name)]
-                if taken:
-                    raise ValueError(f"--out {self.out} holds {', '.join(taken)} but no metrics.jsonl; name another folder")
+                taken = [self.out / name for name in ("samples.jsonl", "model", "model.part")]
+                taken += _checkpoints(self.out / "checkpoints")
+                taken += _checkpoints(self.out / "best")
+                for path in taken:
+                    if path.exists():
+                        raise ValueError(f"{path} is there already, without a metrics.jsonl; name another folder with --out")
             elif not resume:
                 raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another folder, or --resume it")
             self.out.mkdir(parents=True, exist_ok=True)
@@ -373,7 +375,8 @@ def _together(work: Callable[[], Any]) -> list[Any]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were renamed into place, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name) and path.is_dir()), key=_place)
+    named = [path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name)]
+    return sorted(filter(Path.is_dir, named), key=_place)
 
 
 def _place(path: Path) -> tuple[int, str]:

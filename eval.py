@@ -55,8 +55,9 @@ def evaluate(
     ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
     mine = my_share(range(len(problems)), [expected_length(problem) for problem in problems])
-    share = [problems[i] for i in mine], [prompts[i] for i in mine]
-    records = ragged(lambda: sample_records(model, tokenizer, *share, **settings))
+    my_problems = [problems[i] for i in mine]
+    my_prompts = [prompts[i] for i in mine]
+    records = ragged(lambda: sample_records(model, tokenizer, my_problems, my_prompts, **settings))
     for record in records:
         for sample in record["samples"]:
             del sample["text"], sample["answer"]  # long, and no figure needs them on the other ranks
@@ -127,33 +128,38 @@ def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool,
     missing = [problem.id for problem in problems if guided and problem.strategy is None]
     if missing:
         raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
-    rows = [guided_messages(row.problem, row.strategy) if guided else auto_messages(row.problem) for row in problems]
-    return [encode_chat(tokenizer, messages) for messages in rows]
+    prompts = []
+    for problem in problems:
+        messages = guided_messages(problem.problem, problem.strategy) if guided else auto_messages(problem.problem)
+        prompts.append(encode_chat(tokenizer, messages))
+    return prompts
 
 
 def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:
     """ValueError with up to 20 lines for the rows (a name, and the tokens that it needs) that the context cannot hold."""
     what = f"tokens (prompt, and solution if it is used), the context holds {context}"
-    errors = [f"{row} needs {tokens} {what}" for row, tokens in rows if tokens > context]
+    long = [(row, tokens) for row, tokens in rows if tokens > context]
+    errors = [f"{row} needs {tokens} {what}" for row, tokens in long]
     if len(errors) > 20:
         errors[20:] = [f"... and {len(errors) - 20} more"]
     if errors:
         raise ValueError("\n".join(errors))
 
 
-def digest(rows: Iterable[object]) -> str:
-    """SHA-256 of rows of token ids, or of anything else that JSON can hold."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(json.dumps(row).encode() + b"\n")
-    return found.hexdigest()
-
-
-def tokenizer_digests(tokenizer: object) -> dict[str, str]:
-    """Digests of the vocabulary, and of what the chat template writes around a message today: some write the date."""
-    text = tokenizer.apply_chat_template(auto_messages("q"), add_generation_prompt=True, tokenize=False)
-    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.all_special_ids]
-    return {"tokenizer": digest(vocabulary), "template": digest([text])}
+def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:
+    """SHA-256 of what makes a run's input: named rows of token ids, the vocabulary, and what the chat template writes around a
+    message today (some write the date)."""
+    found = {
+        **rows,
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)],
+        "template": [tokenizer.apply_chat_template(auto_messages("q"), add_generation_prompt=True, tokenize=False)],
+    }
+    for name, values in found.items():
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(json.dumps(value).encode() + b"\n")
+        found[name] = digest.hexdigest()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- figures

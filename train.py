@@ -33,13 +33,12 @@ from data.problems import Problem, load_problems
 from eval import (
     accuracy_table,
     check_lengths,
-    digest,
+    digests,
     encode_prompts,
     evaluate,
     expected_length,
     plus_minus,
     show_responses,
-    tokenizer_digests,
 )
 from grader import MathWorker, is_correct
 from kv_cache import PAGE, least_pages
@@ -258,25 +257,29 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config) ->
 def encode_rows(problems: Sequence[Problem], tokenizer: Any, *, guided: bool, file: str) -> list[Example]:
     """The problems with their prompts, with the strategy too if guided, and without solutions."""
     alone = encode_prompts(tokenizer, problems, False, file)
-    with_strategy = encode_prompts(tokenizer, problems, True, file) if guided else [None] * len(problems)
-    return [Example(*row, solution_ids=None) for row in zip(problems, alone, with_strategy, strict=True)]
+    helped = [None] * len(problems)
+    if guided:
+        helped = encode_prompts(tokenizer, problems, True, file)
+    return [Example(*row, solution_ids=None) for row in zip(problems, alone, helped, strict=True)]
 
 
 def check_rows(examples: Sequence[Example], held_out: Sequence[Example], cfg: Config, context: int) -> None:
     """ValueError that names all rows too long for the context, or the one that needs the largest cache: rollout.generate's own
     checks, before any work is done. SFT leaves out what is too long, see split_examples."""
-    rows = [(f"{cfg.data}: {e.problem.id!r}", e, cfg.max_new_tokens) for e in examples if cfg.method != "sft"]
-    rows += [(f"{cfg.eval_data}: {e.problem.id!r}", e, cfg.eval_max_new_tokens) for e in held_out]
-    learned, needed, caches = "solution" in METHODS[cfg.method].needs, [], []
-    for name, example, longest in rows:
+    rows = [(cfg.eval_data, example, cfg.eval_max_new_tokens) for example in held_out]
+    if cfg.method != "sft":
+        rows = [(cfg.data, example, cfg.max_new_tokens) for example in examples] + rows
+    lengths, caches = [], []
+    for file, example, longest in rows:
+        name = f"{file}: {example.problem.id!r}"
         prompt = max(len(example.auto_ids), len(example.guided_ids or []))
-        response = len(example.solution_ids) if learned and example.solution_ids else 1
-        needed.append((name, prompt + response))
-        caches.append((PAGE * least_pages(prompt, min(longest, context - prompt)), prompt, name))
-    check_lengths(needed, context)
-    tokens, prompt, name = max(caches, default=(0, 0, ""))
+        learned = example.solution_ids if "solution" in METHODS[cfg.method].needs else None
+        lengths.append((name, prompt + len(learned or [0])))
+        caches.append((PAGE * least_pages(prompt, min(longest, context - prompt)), name))
+    check_lengths(lengths, context)
+    tokens, name = max(caches, default=(0, ""))
     if 0 < cfg.cache_tokens < tokens:
-        raise ValueError(f"{name}, a prompt of {prompt} tokens with its longest response, needs --cache_tokens {tokens}")
+        raise ValueError(f"{name}, its prompt with its longest response, needs --cache_tokens {tokens}")
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -466,9 +469,10 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     examples = encode_examples(problems, tokenizer, cfg)
     held_out = encode_rows(unseen, tokenizer, guided=cfg.eval_guided, file=cfg.eval_data)
     check_rows(examples, held_out, cfg, model.config.max_position_embeddings)
-    for name, rows in (("prompts", examples), ("held-out prompts", held_out)):
-        origin["data"][name] = digest((row.auto_ids, row.guided_ids, row.solution_ids) for row in rows)
-    origin["data"] |= tokenizer_digests(tokenizer)
+    ids = {"prompts": examples, "eval_prompts": held_out}
+    for name, rows in ids.items():
+        ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
+    origin["data"] |= digests(tokenizer, **ids)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)

@@ -150,6 +150,22 @@ def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
         make_run(tmp_path / "luffy", worker, "--data", data, "--method", "luffy")  # its step needs every solution
 
 
+def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
+    rows, held_out = tiny_rows(12), tiny_rows(30)[12:]
+    for row in (rows[2], rows[5], rows[9]):
+        row["solution"] = "2 " * 300
+    held_out[4]["problem"] = "2 " * 300
+    data, unseen = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "unseen.jsonl", held_out)
+    flags = ["--data", data, "--eval_data", unseen, "--method", "luffy"]
+    with pytest.raises(ValueError) as refused:
+        make_run(tmp_path / "luffy", worker, *flags)
+    names = [f"{data}: {rows[i]['id']!r} needs " for i in (2, 5, 9)] + [f"{unseen}: {held_out[4]['id']!r} needs "]
+    lines = str(refused.value).splitlines()
+    assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
+    _, plain = make_run(tmp_path / "sft", worker, "--data", data, "--method", "sft")  # which leaves them out
+    assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
+
+
 def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
     want = {"sgpo": (25_165_824, 12), "luffy": (14_680_064, 7), "sft": (0, 0)}  # 128 problems, 16,384 tokens a response
     for method, (tokens, responses) in want.items():

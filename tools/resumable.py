@@ -27,12 +27,11 @@ from data.problems import Problem, load_problems
 from eval import (
     MAX_NEW_TOKENS,
     check_lengths,
-    digest,
+    digests,
     encode_prompts,
     expected_length,
     figures,
     sample_records,
-    tokenizer_digests,
 )
 from grader import MathWorker, same_answer
 from model import blank_model, load_model, resolve_model
@@ -84,6 +83,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
     sets, seen = [], {}
+    lengths = []
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -91,12 +91,11 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
             raise ValueError(f"{file}: is given twice, {seen[sha256]} holds the same")
         seen[sha256] = file
         for guided in (False, True) if args.both else (args.guided,):
-            ids = encode_prompts(tokenizer, problems, guided, file)
-            prompts = {problem.id: prompt for problem, prompt in zip(problems, ids, strict=True)}
+            prompts = dict(zip([p.id for p in problems], encode_prompts(tokenizer, problems, guided, file), strict=True))
             n = counts[index % len(counts)]
             sets.append(EvalSet(file, sha256, guided, n, args.max_new_tokens or longest, problems, prompts))
-    prompts = [(one, name, ids) for one in sets for name, ids in one.prompts.items()]
-    check_lengths([(f"{one.file}{' guided' * one.guided}: {name!r}", len(ids) + 1) for one, name, ids in prompts], context)
+            lengths += [(f"{file}{' guided' * guided}: {name!r}", len(ids) + 1) for name, ids in prompts.items()]
+    check_lengths(lengths, context)
     return sets
 
 
@@ -113,13 +112,14 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
         "seed": args.seed,
         "timeout": args.timeout,
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
-    } | tokenizer_digests(tokenizer)
+    }
+    prompts = {}
     for one in sets:
         name = f"{one.file}{' guided' * one.guided}"
         settings |= {f"{name}: sha256": one.sha256, f"{name}: problems": len(one.problems)}
         settings |= {f"{name}: n": one.n, f"{name}: max_new_tokens": one.max_new_tokens}
-        settings |= {f"{name}: prompts": digest(one.prompts.items())}
-    return settings
+        prompts[f"{name}: prompts"] = one.prompts.items()
+    return settings | digests(tokenizer, **prompts)
 
 
 def model_sha256(folder: Path) -> str:
