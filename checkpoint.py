@@ -280,7 +280,7 @@ def save_checkpoint(
             final.rename(folder / f"{name}-{time.time_ns()}")
         part.rename(final)
         ours = [path for path in _checkpoints(folder) if (path / "state.json").is_file()]
-        stay = [path for path in ours if _place(path) <= _place(final)][-keep:]
+        stay = [path for path in ours if path.name <= name][-keep:]
         for path in ours:
             if path not in stay:
                 _remove(path)
@@ -376,12 +376,7 @@ def _together(work: Callable[[], Any]) -> list[Any]:
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were renamed into place, oldest first."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name)]
-    return sorted(filter(Path.is_dir, named), key=_place)
-
-
-def _place(path: Path) -> tuple[int, str]:
-    """Sorts names by their step, beyond 999,999 too."""
-    return len(path.name), path.name
+    return sorted(path for path in named if path.is_dir())
 
 
 def _remove(path: Path) -> None:

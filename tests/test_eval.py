@@ -315,7 +315,7 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
         grading.main(arguments)
     vars(edited).update(vars(_tokenizer()))
     edited.apply_chat_template = lambda messages, **_: [ord(c) for c in "Today. " + messages[0]["content"]]
-    with pytest.raises(ValueError, match=rf"another evaluation \(template '\w+', now '\w+'; {data}: prompts '"):
+    with pytest.raises(ValueError, match=rf"another evaluation \({data}: prompts '\w+', now '\w+'; template '\w+', now"):
         grading.main(arguments)
     vars(edited).update(vars(_tokenizer()))
     data.write_text(data.read_text() + "\n".join([json.dumps(_eval_row(9)), ""]))
