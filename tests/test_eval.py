@@ -261,7 +261,8 @@ def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkey
     assert grading.main(arguments) == results and calls == []  # all there: the model is not even loaded
     (tmp_path / "eval-tiny.json").unlink()
     file.write_bytes(lines[0])
-    (file.parent / "rank7.jsonl").rename(file.parent / "rank7-copy.jsonl")  # the user's, and not read
+    (file.parent / "rank7.jsonl").unlink()
+    (file.parent / "rank7-copy.jsonl").write_bytes(b"".join(lines))  # the user's, and not read
     with file.open("a") as other, pytest.raises(ValueError, match="another evaluation is writing here"):
         fcntl.flock(other, fcntl.LOCK_EX)
         grading.main(arguments)
