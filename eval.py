@@ -15,10 +15,12 @@ its final answer equal to the row's (grader.py)?
 """
 
 import argparse
+import hashlib
+import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -43,6 +45,7 @@ def evaluate(
     model: torch.nn.Module,
     tokenizer: object,
     problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
     *,
     ragged: Callable[[Callable[[], list]], list] = lambda work: work(),
     **settings: object,
@@ -51,8 +54,10 @@ def evaluate(
 
     ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
-    mine = my_share(problems, [expected_length(problem) for problem in problems])
-    records = ragged(lambda: sample_records(model, tokenizer, mine, **settings))
+    mine = my_share(range(len(problems)), [expected_length(problem) for problem in problems])
+    my_problems = [problems[i] for i in mine]
+    my_prompts = [prompts[i] for i in mine]
+    records = ragged(lambda: sample_records(model, tokenizer, my_problems, my_prompts, **settings))
     for record in records:
         for sample in record["samples"]:
             del sample["text"], sample["answer"]  # long, and no figure needs them on the other ranks
@@ -69,6 +74,7 @@ def sample_records(
     model: torch.nn.Module,
     tokenizer: object,
     problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
     *,
     n: int,
     max_new_tokens: int,
@@ -76,26 +82,24 @@ def sample_records(
     top_p: float,
     seed: int,
     worker: MathWorker,
-    guided: bool = False,
     max_rows: int = Method.max_rows,
     cache_tokens: int | None = None,
     on_problem: Callable[[dict], None] | None = None,
-    show: bool = True,
+    progress: str | None = "eval",
 ) -> list[dict]:
     """Sample and grade n responses to each problem, on this rank alone: one record per problem, in their order.
 
     A record has the problem's "id" and its "samples", each with text, answer, correct, truncated, timed_out (the grader ran out
     of time) and length (in tokens, the end token included).
 
+    prompts     the token ids of each problem's prompt, see encode_prompts
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
     seed        each problem gets a random stream of its own, from this and its id
-    guided      put each row's strategy into the prompt
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
-    show        a progress bar
+    progress    the name of a progress bar; None: there is none
 
-    ValueError, before anything is sampled, as in encode_prompts and rollout.generate.
+    ValueError, before anything is sampled, as in rollout.generate.
     """
-    prompts = encode_prompts(model, tokenizer, problems, guided)
     # not from the problem's place: its responses must not depend on the other problems, or on the number of ranks
     seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
     records = [{"id": problem.id, "samples": [None] * n} for problem in problems]
@@ -114,22 +118,48 @@ def sample_records(
 
     sample_and_grade(
         model, tokenizer, prompts, grade, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seeds,
-        max_rows=max_rows, cache_tokens=cache_tokens, progress=("guided" if guided else "auto") if show else None,
+        max_rows=max_rows, cache_tokens=cache_tokens, progress=progress,
     )  # fmt: skip
     return records
 
 
-def encode_prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
-    """The token ids of each prompt. ValueError for a problem that has no strategy (if guided), or that fills the context."""
-    prompts, context = [], model.config.max_position_embeddings
+def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool, file: str) -> list[list[int]]:
+    """The token ids of each prompt, with the strategy in it if guided. ValueError if rows of the file have none."""
+    missing = [problem.id for problem in problems if guided and problem.strategy is None]
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
+    prompts = []
     for problem in problems:
-        if guided and problem.strategy is None:
-            raise ValueError(f"problem {problem.id!r} has no strategy to be guided by")
         messages = guided_messages(problem.problem, problem.strategy) if guided else auto_messages(problem.problem)
         prompts.append(encode_chat(tokenizer, messages))
-        if len(prompts[-1]) >= context:
-            raise ValueError(f"problem {problem.id!r}: its prompt of {len(prompts[-1])} tokens fills the context of {context}")
     return prompts
+
+
+def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:
+    """ValueError with up to 20 lines for the rows (a name, and the tokens that it needs) that the context cannot hold."""
+    what = f"tokens (prompt, and solution if it is used), the context holds {context}"
+    long = [(row, tokens) for row, tokens in rows if tokens > context]
+    errors = [f"{row} needs {tokens} {what}" for row, tokens in long]
+    if len(errors) > 20:
+        errors[20:] = [f"... and {len(errors) - 20} more"]
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:
+    """SHA-256 of what makes a run's input: named rows of token ids, the vocabulary, and what the chat template writes around a
+    message today (some write the date)."""
+    found = {
+        **rows,
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)],
+        "template": [tokenizer.apply_chat_template(auto_messages("q"), add_generation_prompt=True, tokenize=False)],
+    }
+    for name, values in found.items():
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(json.dumps(value).encode() + b"\n")
+        found[name] = digest.hexdigest()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- figures

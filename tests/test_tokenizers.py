@@ -65,7 +65,7 @@ def test_a_templates_end_of_turn_ends_responses_and_solutions(make, special):
         assert model.config.eos_ids == tuple(ends), kind
         problem = Problem("p", "What is 1 + 2?", "3", f"It is {end} 3.", None)
         cfg = Config(model="", data="", out="", sft_guided=0.0, method="grpo")
-        (example,) = encode_examples([problem], tokenizer, cfg, 999, model.config.eos_ids[0])
+        (example,) = encode_examples([problem], tokenizer, cfg, model.config.eos_ids[0])
         assert [i for i in example.solution_ids if i in ends] == [next(iter(ends))] == example.solution_ids[-1:], kind
         assert tokenizer.decode(example.solution_ids, skip_special_tokens=True) == problem.solution, kind
 

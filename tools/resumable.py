@@ -8,10 +8,10 @@ What it leaves:
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
+import re
 import statistics
 import sys
 from collections import Counter
@@ -22,12 +22,20 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import lock, to_json
 from data.problems import Problem, load_problems
-from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sample_records
+from eval import (
+    MAX_NEW_TOKENS,
+    check_lengths,
+    digests,
+    encode_prompts,
+    expected_length,
+    figures,
+    sample_records,
+)
 from grader import MathWorker, same_answer
-from model import load_model, resolve_model
+from model import blank_model, load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
-from strategy import Strategy, auto_messages, guided_messages
 from tools.benchmark import benchmark_files, paired_bootstrap
 from weighting import instance_weight
 
@@ -44,6 +52,7 @@ class EvalSet:
     n: int
     max_new_tokens: int
     problems: list[Problem]
+    prompts: dict[str, list[int]]  # token ids, by the problem's id
 
 
 # ---------------------------------------------------------------------------------------------- what is evaluated
@@ -60,8 +69,9 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
-    """Read and check all files first: a bad line in the last one must not cost an evaluation.
+def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, context: int) -> list[EvalSet]:
+    """Read and check all files first: a bad line in the last one, or a prompt that fills the context, must not cost an
+    evaluation.
 
     A file of --data has n 1 and MAX_NEW_TOKENS, one of --benchmarks the paper's; --n and --max_new_tokens overrule both.
     """
@@ -73,6 +83,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
     sets, seen = [], {}
+    lengths = []
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -80,15 +91,18 @@ def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
             raise ValueError(f"{file}: is given twice, {seen[sha256]} holds the same")
         seen[sha256] = file
         for guided in (False, True) if args.both else (args.guided,):
-            sets.append(EvalSet(file, sha256, guided, counts[index % len(counts)], args.max_new_tokens or longest, problems))
+            prompts = dict(zip([p.id for p in problems], encode_prompts(tokenizer, problems, guided, file), strict=True))
+            n = counts[index % len(counts)]
+            sets.append(EvalSet(file, sha256, guided, n, args.max_new_tokens or longest, problems, prompts))
+            lengths += [(f"{file}{' guided' * guided}: {name!r}", len(ids) + 1) for name, ids in prompts.items()]
+    check_lengths(lengths, context)
     return sets
 
 
-def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.dtype) -> dict:
+def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: object, dtype: torch.dtype) -> dict:
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
-    wording = [auto_messages("q"), guided_messages("q", Strategy("t", "s", ("a",)))]
     settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
@@ -97,14 +111,15 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
-        "wording": hashlib.sha256(json.dumps(wording).encode()).hexdigest(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
+    prompts = {}
     for one in sets:
         name = f"{one.file}{' guided' * one.guided}"
         settings |= {f"{name}: sha256": one.sha256, f"{name}: problems": len(one.problems)}
         settings |= {f"{name}: n": one.n, f"{name}: max_new_tokens": one.max_new_tokens}
-    return settings
+        prompts[f"{name}: prompts"] = one.prompts.items()
+    return settings | digests(tokenizer, **prompts)
 
 
 def model_sha256(folder: Path) -> str:
@@ -121,10 +136,13 @@ def model_sha256(folder: Path) -> str:
 
 
 def begin(folder: Path, settings: dict) -> None:
-    """Make the folder of responses, or go on in it. ValueError, naming what differs, if it was made with other settings."""
+    """Make the folder of responses, or go on in it. ValueError, naming what differs, if it was made with other settings, and
+    for a folder that has something else in it."""
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(exist_ok=True)
+        if found := [file.name for file in folder.iterdir() if file.name != "settings.json.tmp"]:
+            raise ValueError(f"{folder}: holds {found[0]} but no settings.json of an evaluation; name another --out")
         write_json(path, settings)
     before = json.loads(path.read_text(encoding="utf-8"))
     changes = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
@@ -138,7 +156,7 @@ def read_records(folder: Path) -> Records:
     Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
     """
     records = {}
-    for path in sorted(folder.glob("rank*.jsonl")):
+    for path in sorted(path for path in folder.glob("rank*.jsonl") if re.fullmatch("rank[0-9]+.jsonl", path.name)):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
@@ -151,7 +169,7 @@ def read_records(folder: Path) -> Records:
 def write_json(path: Path, value: dict) -> None:
     """The whole file or none."""
     new = path.with_name(f"{path.name}.tmp")
-    new.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    new.write_text(to_json(value, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(new, path)
 
 
@@ -187,27 +205,23 @@ def sample_share(
     args: argparse.Namespace, share: list[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker, path: Path
 ) -> None:
     """Sample and grade this rank's share, and add a line to its file for each problem."""
-    model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
-    for one, problems in share:  # before the first response: a prompt of the last file may be too long
-        encode_prompts(model, tokenizer, problems, one.guided)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path}: another evaluation is writing here") from error
+        lock(stream, f"{path}: another evaluation is writing here", lambda text: print(text) if world()[0] == 0 else None)
+        model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
         stream.write("\n" if stream.tell() else "")  # ends a line that a crash has torn
         for one, problems in share:
 
             def write(record: dict, one: EvalSet = one) -> None:
                 line = {"file": one.file, "guided": one.guided, **record}
                 line["majority"] = majority([sample["answer"] for sample in record["samples"]], worker)
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(to_json(line, ensure_ascii=False) + "\n")
                 stream.flush()  # a killed process cannot take it back; only a loss of power can
 
+            prompts = [one.prompts[problem.id] for problem in problems]
             sample_records(
-                model, tokenizer, problems, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
-                top_p=args.top_p, seed=args.seed, worker=worker, guided=one.guided, max_rows=args.max_rows,
-                cache_tokens=args.cache_tokens, on_problem=write, show=world()[0] == 0,
+                model, tokenizer, problems, prompts, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
+                top_p=args.top_p, seed=args.seed, worker=worker, max_rows=args.max_rows, cache_tokens=args.cache_tokens,
+                on_problem=write, progress=("guided" if one.guided else "auto") if world()[0] == 0 else None,
             )  # fmt: skip
 
 
@@ -219,10 +233,11 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     out = output_path(args)
     folder = out.with_name(f"{out.stem}-responses")
     control, (rank, ranks) = Control(args.timeout_minutes), world()
+    blank, tokenizer = blank_model(resolve_model(args.model))
     with MathWorker(timeout_s=args.timeout) as worker:
-        sets = read_sets(args, worker)
+        sets = read_sets(args, worker, tokenizer, blank.config.max_position_embeddings)
         if rank == 0:
-            settings = settings_of(args, sets, compute_dtype(args.dtype, device))
+            settings = settings_of(args, sets, tokenizer, compute_dtype(args.dtype, device))
             begin(folder, settings)
         kept = read_records(folder)
         control.barrier()  # nobody writes before everybody has read, so that all see the same work left
