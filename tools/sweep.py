@@ -85,9 +85,10 @@ MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the model of --base has had its
 # The warm-up of [app E], but for its batch and rate. At more than this rate the toy models forget how to read a strategy.
 WARM_UP = "--sft_batch 16 --sft_learning_rate 3e-5"
 WORLDS = {  # name -> what train.py presets for the tiny world only
-    "tiny": "",
+    # with 16 problems a step, which is the default there, the same flags end at 0.87 with one seed and at 0.98 with another
+    "tiny": "--problems_per_step 32",
     "hard": "--model data/hard/base --data data/hard/train.jsonl --eval_data data/hard/test.jsonl --eval_guided "
-    "--problems_per_step 16 --max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 "
+    "--problems_per_step 32 --max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 "
     "--lr_decay linear --weight_decay 0 ",
 }
 SEEDS = {"tiny": 5, "hard": 3}
@@ -97,7 +98,7 @@ CURVES = {  # pictures of training curves: name -> rows, at most as many as ther
     "proximal": ("sgpo", "no-kl-clip", "no-target-selection", "no-proximal-constraints", "random-target"),
 }
 RATES = {"sft": ("3e-5", "1e-4", "3e-4", "1e-3")}
-RATES |= {name: ("2e-4", "4e-4", "8e-4", "1.6e-3") for name in METHODS if name != "sft"}
+RATES |= {name: ("1e-4", "2e-4", "4e-4", "8e-4") for name in METHODS if name != "sft"}
 
 
 # ---------------------------------------------------------------------------------------------------- suites
