@@ -124,6 +124,7 @@ def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
     assert sgpo[4]["entropy"] == "3"
     assert sgpo[6]["kept"] == "" and sgpo[7]["kept"] == "6"  # steps without any target have no share of kept tokens
     page = (results / "table.md").read_text()
+    assert page.startswith("# Methods and ablations on the hard world\n\nWritten by `python tools/sweep.py table --world hard`")
     assert f"All rows: `{sweep.WORLDS['hard'].strip()}" in page
     assert "| sgpo@low06 | (reference) | 0.750 ± 0.050 |" in page and "data/hard/train-low06.jsonl" in page
     assert "| SGPO beats LUFFY (7B: 3.3) | +0.000 [+0.000, +0.000] not reproduced | +0.000" in page
