@@ -65,7 +65,7 @@ def test_every_row_is_the_run_that_its_name_says(configs, world):
     for name, cfg in rows.items():
         assert Path(cfg.model).parts[-2:] == (world, "base") and Path(cfg.eval_data).parts[-2:] == (world, "test.jsonl")
         if name != "sft":
-            assert responses(cfg) == (10_240 if name.endswith("@8x40") else 15_360), name
+            assert responses(cfg) == (7_680 if name.endswith("@8x30") else 11_520), name
             assert cfg.sft_fraction == (0 if name.endswith("@cold") else 0.3333)
             assert cfg.group_auto == (8 if "@8" in name or cfg.method in ("sgpo", "hinted") else 12)
     warm = {tuple(v for k, v in vars(c).items() if "sft_" in k) for n, c in rows.items() if n != "sft" and "@cold" not in n}

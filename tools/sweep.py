@@ -14,8 +14,8 @@ with the same flags and the same code, is not run again: a sweep goes on where i
 last run come the pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
 
 All rows begin with the same SFT warm-up on a third of the problems (WARM_UP); the same seed gives the same weights after it.
-Rows called ...@cold have none. SGPO samples 12 responses a problem (8 alone, 4 guided) in 40 steps, and so do the others. Rows
-called ...@8x60 sample 8 a problem in 60 steps, as many in all; ...@8x40 in 40 steps, which is what alpha = 0 leaves of SGPO.
+Rows called ...@cold have none. SGPO samples 12 responses a problem (8 alone, 4 guided) in 30 steps, and so do the others. Rows
+called ...@8x45 sample 8 a problem in 45 steps, as many in all; ...@8x30 in 30 steps, which is what alpha = 0 leaves of SGPO.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Lines = Sequence[dict[str, str]]  # of a csv
 Interval = tuple[float, float, float]  # mean, low, high
 
 # ways to spend samples: the end of a row's name -> (responses to a problem, steps). The first is SGPO's: 8 alone and 4 guided
-BUDGETS = {"": (12, 40), "@8x60": (8, 60), "@8x40": (8, 40)}
+BUDGETS = {"": (12, 30), "@8x45": (8, 45), "@8x30": (8, 30)}
 METHODS = {
     "sgpo": "",
     "grpo": "--method grpo",
@@ -88,9 +88,9 @@ MODEL_ROWS = ("sgpo", "grpo", "luffy", "hpt")  # the model of --base has had its
 WARM_UP = "--sft_batch 16 --sft_learning_rate 3e-5"
 WORLDS = {  # name -> what train.py presets for the tiny world only
     # with 16 problems a step, which is the default there, the same flags end at 0.87 with one seed and at 0.98 with another
-    "tiny": "--problems_per_step 32",
+    "tiny": "--problems_per_step 32 --eval_every 0",
     "hard": "--model data/hard/base --data data/hard/train.jsonl --eval_data data/hard/test.jsonl --eval_guided "
-    "--problems_per_step 32 --max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 "
+    "--problems_per_step 32 --eval_every 0 --max_new_tokens 32 --eval_max_new_tokens 32 --max_rows 1024 --lr_warmup_steps 5 "
     "--lr_decay linear --weight_decay 0 ",
 }
 SEEDS = {"tiny": 5, "hard": 3}
@@ -130,7 +130,7 @@ def flags_of(world: str, method: str, rate: str, *more: str, warm: bool = True, 
 
 def rates_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every method at every rate, after the warm-up, evaluated on the validation problems."""
-    valid = f"--eval_data data/{args.world}/valid.jsonl --eval_every 0 --no-eval_guided"
+    valid = f"--eval_data data/{args.world}/valid.jsonl --no-eval_guided"
     return {f"{name}@{r}": flags_of(args.world, name, r, valid) for name, rates in RATES.items() for r in rates}
 
 
