@@ -61,11 +61,11 @@ def test_every_row_is_the_run_that_its_name_says(configs, world):
     rows, rates, knobs = (configs[world, suite] for suite in ("table", "rates", "knobs"))
     assert {cfg.seed for cfg in rates.values()} == {101} and len(rates) == 6 * 4  # no method is searched more than another
     assert {Path(cfg.eval_data).name for cfg in rates.values()} == {"valid.jsonl"}
-    assert (rows["grpo"].learning_rate, rows["hpt@cold"].learning_rate, rows["sft"].sft_learning_rate) == (4e-4, 1.6e-3, 1e-4)
+    assert (rows["grpo"].learning_rate, rows["hpt@cold"].learning_rate, rows["sft"].sft_learning_rate) == (4e-4, 8e-4, 1e-4)
     for name, cfg in rows.items():
         assert Path(cfg.model).parts[-2:] == (world, "base") and Path(cfg.eval_data).parts[-2:] == (world, "test.jsonl")
         if name != "sft":
-            assert responses(cfg) == (5_120 if name.endswith("@8x40") else 7_680), name
+            assert responses(cfg) == (7_680 if name.endswith("@8x30") else 11_520), name
             assert cfg.sft_fraction == (0 if name.endswith("@cold") else 0.3333)
             assert cfg.group_auto == (8 if "@8" in name or cfg.method in ("sgpo", "hinted") else 12)
     warm = {tuple(v for k, v in vars(c).items() if "sft_" in k) for n, c in rows.items() if n != "sft" and "@cold" not in n}
@@ -124,6 +124,7 @@ def test_a_suite_from_its_command_to_its_page(tmp_path, calls, monkeypatch):
     assert sgpo[4]["entropy"] == "3"
     assert sgpo[6]["kept"] == "" and sgpo[7]["kept"] == "6"  # steps without any target have no share of kept tokens
     page = (results / "table.md").read_text()
+    assert page.startswith("# Methods and ablations on the hard world\n\nWritten by `python tools/sweep.py table --world hard`")
     assert f"All rows: `{sweep.WORLDS['hard'].strip()}" in page
     assert "| sgpo@low06 | (reference) | 0.750 ± 0.050 |" in page and "data/hard/train-low06.jsonl" in page
     assert "| SGPO beats LUFFY (7B: 3.3) | +0.000 [+0.000, +0.000] not reproduced | +0.000" in page

@@ -154,6 +154,31 @@ def test_hard_world_words_decide_and_all_ways_give_the_answer(hard):
     assert len(decides) == 24 and len(openers) == 8 and min(openers.values()) > len(hard["train"]) / 16
 
 
+def test_hard_world_base_examples_have_the_stated_ways_and_first_words():
+    rng, truth, ways, slips = random.Random(1), hard_world.word_choices(0), {}, []
+    for _ in range(4000):
+        messages, text = hard_world.base_example(rng, truth)
+        guided = "Strategy" in messages[0]["content"]
+        way = "detour" if text.startswith("by the strategy ") else "plain" if "=" in text else "short"
+        ways.setdefault((guided, way), []).append(text.split()[0])
+        x, y = (int(digit) for digit in re.findall(r"\d", messages[0]["content"].split("What comes out")[0])[-2:])
+        if way != "short":
+            work_out(text, x, y)  # every step is right
+            continue
+        name, picks = (
+            " ".join(re.findall(r"(\w+) (?:add|sub|double|inc|max|min)", text)),
+            re.findall(r"add|sub|double|inc|max|min", text),
+        )
+        choices = tuple(pair.index(pick) for pair, pick in zip(PAIRS, picks, strict=True))
+        slips.append(not text.endswith(f"{{{hard_world.respond(name, choices, x, y, 'plain', 'so')[1]}}}"))
+    assert 0.38 < sum(slips) / len(slips) < 0.52  # half are random digits, and one in ten of these is right
+    total = {kind: sum(len(words) for key, words in ways.items() if key[0] == kind) for kind in (False, True)}
+    for (guided, way), words in ways.items():
+        stated = hard_world.SHARES["guided" if guided else "alone"][hard_world.WAYS.index(way)]
+        assert abs(len(words) / total[guided] - stated) < 0.05
+        assert set(words) == ({"by"} if way == "detour" else {"so"} if guided else set(hard_world.OPENERS))
+
+
 def test_hard_world_low_quality_strategies(hard):
     changed = {}
     for name, count in (("train-low06", 38), ("train-low30", 192)):

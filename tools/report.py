@@ -98,10 +98,14 @@ def read_groups(folders: Sequence[str]) -> dict[str, list[Run]]:
     return groups
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def groups_of_csv(path: Path, rows: Sequence[str]) -> dict[str, list[Run]]:
     """{row: its runs} from a ..._steps.csv of sweep.py: a line for each row, seed and step."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_csv(path)
     groups: dict[str, list[Run]] = {}
     for row in rows:
         groups[row] = []
@@ -264,12 +268,11 @@ def save(figure: Any, path: Path, dpi: int) -> None:
 def read_rows(path: Path) -> dict[str, list[float]]:
     """{row: its accuracy for each seed} from a csv of sweep.py, in its order. ValueError "file:line: what" for another file."""
     rows: dict[str, list[float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.setdefault(line["row"], []).append(float(line["accuracy"]))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{path}:{number}: no row with an accuracy: {line}") from None
+    for number, line in enumerate(read_csv(path), start=2):
+        try:
+            rows.setdefault(line["row"], []).append(float(line["accuracy"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}:{number}: no row with an accuracy: {line}") from None
     return rows
 
 
