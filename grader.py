@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from multiprocessing.connection import wait
+from operator import itemgetter
 
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
@@ -141,7 +142,10 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     def equal(*texts: str) -> bool:
         g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
         # 60 digits: its defaults, 6 and 15, drop 10^{-20} and take 3e-9 pi for 5e-9 pi.
-        return bool(g and p) and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)
+        if not (g and p and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)):
+            return False
+        # They are 60 places, in which 2^{-2005} and 2^{-2006} are both 0: sympy must not find that they differ.
+        return g[0].equals(p[0]) is not False
 
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
@@ -164,21 +168,33 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
 
 _SYMBOLS = str.maketrans({
     "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≈": r"\approx ", "∪": r"\cup ", "’": "'", "′": "'", "…": r"\dots ",
+    "≈": r"\approx ", "∪": r"\cup ", "∈": r"\in ", "≠": r"\ne ", "∅": r"\emptyset ", "’": "'", "′": "'", "…": r"\dots ",
+    "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,",  # spaces that do not break, thin ones
 })  # fmt: skip
+_TABLE = r"\\begin\{(?:array|aligned|matrix)\} ?(?:\{[lcr| ]*\})?(.*?)\\end\{(?:array|aligned|matrix)\}"
 # Applied in this order. Each brings several spellings of a thing to one.
 _REWRITES = [
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
     (r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|pi|text|displaystyle)(?![A-Za-z]))", r"\\"),  # escaped twice: \\frac{1}{2}
     (r"\.(?: ?\.)+|\\[lc]dots\b", r"\\dots "),
-    (r"(?<=[0-9])(?:\{,\}|,?\\!|\\,) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
+    (r"(?<![0-9])(?<![0-9] )[‐‑–—]", "-"),  # dashes for minus; 5–6 is a range
+    (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;: ]|~) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
     (r"\\(?:left|right)\b\.?|\\(?:[bB]igg?[lrm]?|displaystyle)\b|(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
     (r"\\(?:mbox|(?:text|math)(?:bf|rm|it|normal|sf))\b ?\{", r"\\text{"),
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\(le|ge|ne)q?(?:slant)?\b", r"\\\1 "),
+    (r"\\(le|ge|ne)q*(?:slant)?\b", r"\\\1 "),
+    (r"<=|>=|\\[lg]t\b", lambda x: {"<=": r"\le ", ">=": r"\ge ", r"\lt": "<", r"\gt": ">"}[x[0]]),
+    (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
+    (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>\\]|[<>e] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
+    (rf"[(\[] ?{_TABLE} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (rf"\\\{{ ?{_TABLE}", r"\\begin{cases}\1\\end{cases}"),
+    # a system is a list; what has further columns is a function by cases
+    (r"\\begin\{(cases|aligned)\}((?:[^&]|&=)*?)\\end\{\1\}", lambda x: x[2].replace("&", "").replace(r"\\", ", ")),
     (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
     (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),  # \dfrac38 too
     (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
@@ -192,6 +208,8 @@ _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what 
 def normalise_answer(answer: str) -> str:
     r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} around the whole."""
     answer = " ".join(_undress(answer).split())
+    if listed := re.fullmatch(r"""\[ ?(["'])([^"']+)\1 ?\]""", answer):  # ["34"], ['\\frac{1}{2}']
+        answer = _undress(listed[2].replace(r"\\", "\\"))
     while (boxed := re.fullmatch(r"\\boxed ?\{(.*)\}", answer)) and _balanced(boxed[1]):
         answer = _undress(boxed[1])
     return answer
@@ -245,6 +263,10 @@ def _number(text: str) -> Fraction | None:
     r"""The value of 1,234.50, 045, a/b, \frac{a}{b}, 1 4/5, 1\frac{4}{5}, 2.5 \times 10^{-3} or 2.5e-3; None for all else."""
     text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
+    if repeating := re.fullmatch(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", text):  # 0.1\overline{6}
+        sign, whole, first, period = repeating.groups()
+        value = Fraction(int(whole + first + period) - int(whole + first or 0), 10 ** len(first + period) - 10 ** len(first))
+        return -value if sign == "-" else value
     if not (match := _NUMBER.fullmatch(text)):
         return None
     sign, whole, *ratio = match.groups()
@@ -302,18 +324,41 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
       percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
       units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
       lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
-      equations  x = 7 equals 7; others are compared side by side. 1/2 = 0.5 pays for 0.5: every side is right
+      names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1. If one side has no names, the order given counts
+      relations  x = 7 equals 7, x > 3 its interval; others go side by side. 1/2 = 0.5 pays for 0.5: every side is right
+      options    B pays for (B) 12 and the other way round; a text is compared if both have one
       words      equal up to case, blanks and \text, never parsed
     """
     if max(len(prediction), len(answer)) > MAX_ANSWER:
         return False
     gold, prediction = _clean(answer), _clean(prediction)
-    if not (_balanced(gold) and _balanced(prediction)):
+    letter, gold_text = _choice(gold)
+    chosen, text = _choice(prediction) if letter else ("", prediction)
+    if not (_balanced(gold_text) and _balanced(text)):
         return False
+    if chosen and (chosen != letter or not (gold_text and text)):
+        return chosen == letter and not _HEDGE.search(text)
+    gold = gold_text or gold
+    if (stated := _QUANTITY.fullmatch(gold)) and "=" not in text:
+        gold = stated[1]
     try:
-        return _same(gold, prediction, _one_limit(worker))
+        return _same(gold, text, _one_limit(worker))
     except TimeoutError:
         return False
+
+
+# An option of a multiple choice: B, (B), or with its text (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
+_CHOICE = re.compile(r"\(?([A-H])(?:\)?[.:]?|[).:] +(?![*/^_=+]|[A-H]\b)(.+))")
+# What must not follow the letter if the reference is a letter only: another letter, and words that take it back.
+_HEDGE = re.compile(rf"(?<![A-Za-z\\])(?-i:[A-H])(?![A-Za-z])|{_NO_UNIT.pattern}", re.I)
+# A reference such as |z| = 5 or \cos A = \frac{1}{2} is answered by its number. Not x + y = 5 and y^2 = 4x: these are curves.
+_QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
+
+
+def _choice(text: str) -> tuple[str, str]:
+    """("B", "12") for (B) 12, ("B", "") for (B), ("", the text) if it is no option."""
+    match = _CHOICE.fullmatch(re.sub(r"\\text ?\{([^{}]*)\}", r"\1 ", text).strip())
+    return (match[1], match[2] or "") if match else ("", text)
 
 
 def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
@@ -337,48 +382,124 @@ def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
         return False
     if _key(gold) == _key(prediction):
         return True
-    g, p = _NAMED.fullmatch(gold), _NAMED.fullmatch(prediction)
-    if g and p and _key(g[1]) != _key(p[1]):
+    g, p = _named_values(gold), _named_values(prediction)
+    names = {name for name, _ in g + p} - {""}
+    given = any({name for name, _ in pairs} == {""} for pairs in (g, p))  # one side has no names
+    if given:
+        g, p = _without_names(g, len(names) > 1), _without_names(p, len(names) > 1)
+    if not g or len(g) != len(p):
         return False
-    (g_kind, g_items), (p_kind, p_items) = _structure(g[2] if g else gold), _structure(p[2] if p else prediction)
+    words = all(_WORDS.search(value) or re.fullmatch("[A-Z]", value) for _, value in g)
+    size = len(g) if words or (given and len(names) > 1) else len(names) or 1
+    # A solution is `size` values, sorted by their names if there are any. Each of the reference's takes one of the
+    # prediction's: the order of solutions is free, their number is not. Words, and values beside names, keep the order given.
+    g, p = ([sorted(pairs[i : i + size], key=itemgetter(0)) for i in range(0, len(pairs), size)] for pairs in (g, p))
+    for solution in g:
+        match = next((other for other in p if _same_solution(solution, other, ask)), None)
+        if match is None:
+            return False
+        p.remove(match)
+    return True
+
+
+def _without_names(pairs: list[tuple[str, str]], several: bool) -> list[tuple[str, str]]:
+    """The pairs with "" for each name; beside several names (1, 2) is two values."""
+    kind, items = _structure(pairs[0][1]) if several and len(pairs) == 1 else ("", [])
+    return [("", value) for value in (items if kind == "()" else [value for _, value in pairs])]
+
+
+def _same_solution(g: list[tuple[str, str]], p: list[tuple[str, str]], ask: Callable[[str, str], bool]) -> bool:
+    return all(a == b and _same_value(v, w, ask) for (a, v), (b, w) in zip(g, p, strict=True))
+
+
+def _same_value(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+    """Two values without names: tuples, unions, matrices, sides of a relation, or single expressions."""
+    if _items(gold) != [gold] or _items(prediction) != [prediction]:
+        return _same(gold, prediction, ask)
+    (g_kind, g_items), (p_kind, p_items) = _structure(gold), _structure(prediction)
     if g_kind == p_kind == "item":
-        return _same_item(g_items[0], p_items[0], ask)
+        return _same_item(gold, prediction, ask)
     if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
         return all(_same(g, p, ask) for g in g_items for p in p_items)
     if g_kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
-        return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
-    left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
-    for g in g_items:
-        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
-        if match is None:
-            return False
-        del left[match]
-    return True
+    if g_kind == r"\cup":
+        return _same(", ".join(g_items), ", ".join(p_items), ask)
+    return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
 
 
-# x = ..., f^{-1}(x) = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not
-# answer them. Not \log(x) = 2 either: that has not been solved for x.
-_NAMED = re.compile(
-    r"(\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|sin|cos|tan|cot|sec|csc|not)\b)[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\^\{-1\})?"
-    r"(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{2,}$| ?(?:\\text ?\{)?\(?[A-E]\)?\}?$) ?(.+)"
+# x, f^{-1}(x), S_{\triangle ABC}, \angle A, \frac{AB}{CD}. Not \log_2(x): \log_2(x) = 3 has not been solved for x.
+_NAME = (
+    r"(?:\\text ?\{(?!not\b)[A-Za-z]+\}|\\(?:angle|overline|overrightarrow|vec|bar) ?\{?[A-Za-z]+\}?"
+    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}"
+    r"|\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|not)(?![A-Za-z]))[A-Za-z]+)"
+    r"'?(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=]*\))?"
 )
+# x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
+_NAMED = re.compile(
+    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{{2,}}$| ?(?:\\text ?\{{)?\(?[A-E]\)?\}}?$) ?(.+)"
+)
+
+
+def _named_values(text: str) -> list[tuple[str, str]]:
+    """[("x", "1"), ("y", "2")] for x = 1, y = 2, and for (x, y) = (1, 2). "" is no name; a name holds until the next one.
+
+    Inequalities are intervals, several of them about one name their union.
+    """
+    pairs, intervals, name, value = [], 0, "", ""
+    for item in _items(text):
+        interval, equation = _interval(item), _NAMED.fullmatch(item)
+        intervals += bool(interval)
+        name, value = interval or (equation.groups() if equation else (name, item))
+        pairs.append((_key(name), value))
+    if intervals == len(pairs) > 1 and len(dict(pairs)) == 1:
+        return [(_key(name), r" \cup ".join(value for _, value in pairs))]
+    if len(pairs) == 1 and name:
+        names, values = _items(name[1:-1]), _items(value[1:-1])
+        if name[0] == value[0] == "(" and len(names) == len(values):
+            return list(zip(map(_key, names), values, strict=True))
+        return [(_key(name), part) for part in _items(value)]  # x \in \{1, 2\}
+    return pairs
+
+
+def _interval(text: str) -> tuple[str, str] | None:
+    r"""("x", "(3, 5]") for 3 < x \le 5, turned around or with one bound as well; None for what is not solved for a name."""
+    written, parts = _split(text, r"<|>|\\[lg]e\b"), _relation(text)
+    name = next((part for part in written[::2] if re.fullmatch(_NAME, part)), None)
+    if len(parts) == 3:
+        parts = [r"-\infty", "<", *parts] if parts[0] == name else [*parts, "<", r"\infty"]
+    if len(parts) != 5 or parts[2] != name or set(parts[1::2]) - {"<", r"\le"}:
+        return None
+    low, left, _, right, high = parts
+    return name, f"{'(' if left == '<' else '['}{low}, {high}{')' if right == '<' else ']'}"
+
+
+def _relation(text: str) -> list[str]:
+    """[part, sign, part, ...] of an equation, an inequality or a union. 5 > x is turned into x < 5."""
+    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
+    if len(parts) > 1 and not set(parts[1::2]) - {">", r"\ge"}:
+        parts = [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
+    return parts
+
+
 # What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
 _WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots")
 
 
-def _structure(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of a cleaned answer: "item", "list", brackets such as "(]", a matrix's shape, or a sign such as "="."""
+def _items(text: str) -> list[str]:
+    """The items of a bare list or of {...}; [text] if it is none."""
     if _number(_split_unit(text)[0]) is not None:  # 1,234 is not a list
-        return "item", [text]
-    if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
-        return _structure(braces[1].strip())
-    tuples = text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1])
-    items = [item for item in _split(text[1:-1] if tuples else text, "[,;]")[::2] if item]
-    if len(items) > 1:
-        return text[0] + text[-1] if tuples else "list", items
-    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
+        return [text]
+    if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _balanced(braces[1]):
+        return _items(braces[1].strip())
+    return [item for item in _split(text, "[,;]")[::2] if item]
+
+
+def _structure(text: str) -> tuple[str, list[str]]:
+    """(kind, parts) of one value: "item", brackets such as "(]", a matrix's shape, or a sign such as "="."""
+    if text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1]) and len(items := _items(text[1:-1])) > 1:
+        return text[0] + text[-1], items
+    parts = _relation(text)
     if len(parts) > 1:
         signs = parts[1::2]
         return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
@@ -410,10 +531,10 @@ _PLAIN = re.compile(
     r"|(?:arc)?cos|(?:arc)?tan|cot|sec|csc|sinh|cosh|tanh|alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda"
     r"|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
 )
-# Even of these it misreads **, !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
-# 2\frac{3}{2}, \frac{1}{2}35, {2}{3}, 2[3]). The last two are what it would compute for minutes.
+# Even of these it misreads !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
+# 2\frac{3}{2}, {2}{3}, 2[3]). The last two are what it would compute for minutes.
 _MISREAD = re.compile(
-    r"\*\*|//|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]|\\frac.*\} ?[0-9]"
+    r"!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
     r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
@@ -431,11 +552,18 @@ def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool])
         # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
         text = re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}}", text)
         expressions.append(text)
-    g, p = (set(re.findall(r"\\[A-Za-z]+|([A-Za-z])", text)) for text in (gold, prediction))  # "" for a command
-    if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
+    g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
+    if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    return not p - g - {"", "e", "i"} and ask(*expressions)
+    return not {symbol for symbol in p - g if len(symbol) == 1} - {"e", "i"} and ask(*expressions)
+
+
+# What data sets write if there is no answer to compare with, as _key leaves it.
+_PLACEHOLDER = re.compile(
+    r"[-?!*#]+|\\dots|[<#]?(?:n/?a|nan|none|null|nil)>?|(?:see|referto|asshown|asabove).*|(?:the)?(?:proof|prove|answer|solution)[a-z]*"
+    r"|not(?:found|available|applicable|given|provided|known)|no(?:answer|proof)[a-z]*|unknown|missing|omitted|tbd|todo", re.I
+)  # fmt: skip
 
 
 def why_unusable(answer: str) -> str:
@@ -445,9 +573,11 @@ def why_unusable(answer: str) -> str:
     torn = r"^[*/^_=]|[-+*/^_=\\]$|(?<!\\)\{\s*\}|\\(?:frac|sqrt)\s*$"
     reasons = {
         "is empty": not text,
+        "is a list of texts in quotes": re.match(r"""\[ ?["']""", text),
         f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
-        "has unbalanced brackets": not _balanced(text),
+        "has unbalanced brackets": not _balanced(_choice(text)[1]),
         "is prose": len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 5,
+        "says that there is none": _PLACEHOLDER.fullmatch(_key(text).strip(".")),
         "cannot be read as numbers, an expression or a few words": re.search(torn, text),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

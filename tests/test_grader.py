@@ -38,6 +38,7 @@ def test_plain_numbers_by_hand():
     values = {
         "-7": (-7, 1), "1,234.5": (2469, 2), "-\\frac{1}{-4}": (1, 4), "-2\\frac{1}{2}": (-5, 2), "3 1/4": (13, 4),
         "-2.5 \\times 10^{-2}": (-1, 40), "1e3": (1000, 1), ".5": (1, 2),
+        "0.1\\overline{6}": (1, 6), "-2.\\overline{45}": (-27, 11), "0.\\dot{3}": (1, 3), "1.20\\bar{4}": (271, 225),
     }  # fmt: skip
     for text, value in values.items():
         assert grader._number(text) == Fraction(*value), text
@@ -140,7 +141,7 @@ def plain_math_verify(pairs):
 def test_where_math_verify_alone_differs_from_our_table():
     rows = [row for row in PAIRS if "math_verify" in row]
     verdicts = plain_math_verify([(row["reference"], row["answer"]) for row in rows])
-    assert len(rows) == 72 and verdicts == [not row["verdict"] for row in rows]
+    assert len(rows) == 128 and verdicts == [not row["verdict"] for row in rows]
 
 
 # Of rasbt/reasoning-from-scratch, commit f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958:
