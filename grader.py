@@ -4,9 +4,9 @@ r"""The grader, which is the reward of training and the verdict of evaluation: i
         is_correct(r"Half of 7, so \boxed{\frac{7}{2}}.", "3.5", worker)      # True
 
 A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things.
-Numbers, lists, intervals, matrices, equations and units are taken apart and compared here. Only single expressions go to
-math-verify (0.9), and only if it cannot misread them. One thing is still paid: an expression not worked out (2^{10} for 1024).
-Imports no sibling: copy this file alone.
+Numbers, units, named values, lists, intervals, matrices and relations are taken apart and compared here. Only single
+expressions go to math-verify (0.9), and only if it cannot misread them. One thing is still paid: an expression that is not
+worked out (2^{10} for 1024). Imports no sibling: copy this file alone.
 """
 
 import json
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from multiprocessing.connection import wait
-from operator import itemgetter
 
+Ask = Callable[[str, str], bool]  # is the second expression the first one? It may raise TimeoutError
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
 # The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the whole number.
@@ -186,7 +186,10 @@ _REWRITES = [
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
     (r"\\(le|ge|ne)q*(?:slant)?\b", r"\\\1 "),
-    (r"<=|>=|\\[lg]t\b", lambda x: {"<=": r"\le ", ">=": r"\ge ", r"\lt": "<", r"\gt": ">"}[x[0]]),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"\\lt\b", "<"),
+    (r"\\gt\b", ">"),
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
@@ -200,7 +203,6 @@ _REWRITES = [
     (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
     (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-z])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
-    (r"\s+", " "),
 ]
 _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
 
@@ -256,6 +258,7 @@ def _key(text: str) -> str:
 
 
 _DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+_REPEATING = re.compile(r"([+-]?)([0-9]*\.[0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?")  # 0.1\overline{6}
 _NUMBER = re.compile(rf"([+-]?) ?(?:([0-9]+) )?([+-]?{_DECIMAL}(?:[eE][+-]?[0-9]{{1,3}})?)(?: ?/ ?([+-]?{_DECIMAL}))?")
 
 
@@ -263,9 +266,10 @@ def _number(text: str) -> Fraction | None:
     r"""The value of 1,234.50, 045, a/b, \frac{a}{b}, 1 4/5, 1\frac{4}{5}, 2.5 \times 10^{-3} or 2.5e-3; None for all else."""
     text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
-    if repeating := re.fullmatch(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", text):  # 0.1\overline{6}
-        sign, whole, first, period = repeating.groups()
-        value = Fraction(int(whole + first + period) - int(whole + first or 0), 10 ** len(first + period) - 10 ** len(first))
+    if repeating := _REPEATING.fullmatch(text):
+        sign, before, period = repeating.groups()
+        decimals = len(before) - before.index(".") - 1
+        value = Fraction(before + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
         return -value if sign == "-" else value
     if not (match := _NUMBER.fullmatch(text)):
         return None
@@ -352,7 +356,7 @@ _CHOICE = re.compile(r"\(?([A-H])(?:\)?[.:]?|[).:] +(?![*/^_=+]|[A-H]\b)(.+))")
 # What must not follow the letter if the reference is a letter only: another letter, and words that take it back.
 _HEDGE = re.compile(rf"(?<![A-Za-z\\])(?-i:[A-H])(?![A-Za-z])|{_NO_UNIT.pattern}", re.I)
 # A reference such as |z| = 5 or \cos A = \frac{1}{2} is answered by its number. Not x + y = 5 and y^2 = 4x: these are curves.
-_QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
+_QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
 
 
 def _choice(text: str) -> tuple[str, str]:
@@ -361,7 +365,7 @@ def _choice(text: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else ("", text)
 
 
-def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
+def _one_limit(worker: MathWorker) -> Ask:
     """worker.equal for all questions about one answer, with the limit of one: two lists of ten items ask a hundred."""
     seconds = worker.timeout_s
 
@@ -376,64 +380,41 @@ def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
     return ask
 
 
-def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """Two cleaned answers, taken apart level by level. `ask` judges single expressions; it may raise TimeoutError."""
+def _same(gold: str, prediction: str, ask: Ask) -> bool:
+    """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
     if not gold or not prediction:  # an empty answer, or an empty side of "="
         return False
     if _key(gold) == _key(prediction):
         return True
-    g, p = _named_values(gold), _named_values(prediction)
-    names = {name for name, _ in g + p} - {""}
-    given = any({name for name, _ in pairs} == {""} for pairs in (g, p))  # one side has no names
-    if given:
-        g, p = _without_names(g, len(names) > 1), _without_names(p, len(names) > 1)
-    if not g or len(g) != len(p):
+    g, p = _solutions(gold), _solutions(prediction)
+    if g and p and g[0].keys() != p[0].keys():
         return False
-    words = all(_WORDS.search(value) or re.fullmatch("[A-Z]", value) for _, value in g)
-    size = len(g) if words or (given and len(names) > 1) else len(names) or 1
-    # A solution is `size` values, sorted by their names if there are any. Each of the reference's takes one of the
-    # prediction's: the order of solutions is free, their number is not. Words, and values beside names, keep the order given.
-    g, p = ([sorted(pairs[i : i + size], key=itemgetter(0)) for i in range(0, len(pairs), size)] for pairs in (g, p))
-    for solution in g:
-        match = next((other for other in p if _same_solution(solution, other, ask)), None)
-        if match is None:
-            return False
-        p.remove(match)
-    return True
-
-
-def _without_names(pairs: list[tuple[str, str]], several: bool) -> list[tuple[str, str]]:
-    """The pairs with "" for each name; beside several names (1, 2) is two values."""
-    kind, items = _structure(pairs[0][1]) if several and len(pairs) == 1 else ("", [])
-    return [("", value) for value in (items if kind == "()" else [value for _, value in pairs])]
-
-
-def _same_solution(g: list[tuple[str, str]], p: list[tuple[str, str]], ask: Callable[[str, str], bool]) -> bool:
-    return all(a == b and _same_value(v, w, ask) for (a, v), (b, w) in zip(g, p, strict=True))
-
-
-def _same_value(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """Two values without names: tuples, unions, matrices, sides of a relation, or single expressions."""
-    if _items(gold) != [gold] or _items(prediction) != [prediction]:
-        return _same(gold, prediction, ask)
+    names = list((g or p or [{}])[0])
+    gold, prediction = _in_order(gold, g, names), _in_order(prediction, p, names)
     (g_kind, g_items), (p_kind, p_items) = _structure(gold), _structure(prediction)
     if g_kind == p_kind == "item":
-        return _same_item(gold, prediction, ask)
+        return _same_item(g_items[0], p_items[0], ask)
     if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
         return all(_same(g, p, ask) for g in g_items for p in p_items)
     if g_kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind == r"\cup":
-        return _same(", ".join(g_items), ", ".join(p_items), ask)
-    return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
+    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
+        return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
+    left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
+    for g in g_items:
+        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
 
 
 # x, f^{-1}(x), S_{\triangle ABC}, \angle A, \frac{AB}{CD}. Not \log_2(x): \log_2(x) = 3 has not been solved for x.
 _NAME = (
-    r"(?:\\text ?\{(?!not\b)[A-Za-z]+\}|\\(?:angle|overline|overrightarrow|vec|bar) ?\{?[A-Za-z]+\}?"
+    r"(?:\\text ?\{(?!not\b)[A-Za-z]+\}|\\(?:angle|overline|overrightarrow|vec) ?\{?[A-Za-z]+\}?"
     r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}"
     r"|\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|not)(?![A-Za-z]))[A-Za-z]+)"
-    r"'?(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=]*\))?"
+    r"(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=]*\))?"
 )
 # x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
 _NAMED = re.compile(
@@ -441,37 +422,58 @@ _NAMED = re.compile(
 )
 
 
-def _named_values(text: str) -> list[tuple[str, str]]:
-    """[("x", "1"), ("y", "2")] for x = 1, y = 2, and for (x, y) = (1, 2). "" is no name; a name holds until the next one.
+def _solutions(text: str) -> list[dict[str, str]]:
+    """x = 1, y = 4, y = 3, x = 2 is [{"x": "1", "y": "4"}, {"y": "3", "x": "2"}]; [] if a value has no name.
 
-    Inequalities are intervals, several of them about one name their union.
+    (x, y) = (1, 4) is one solution. Inequalities are intervals, several about one name their union.
     """
-    pairs, intervals, name, value = [], 0, "", ""
+    pairs, intervals = [], 0
     for item in _items(text):
         interval, equation = _interval(item), _NAMED.fullmatch(item)
+        if not (interval or equation):
+            return []
+        name, value = interval or equation.groups()
         intervals += bool(interval)
-        name, value = interval or (equation.groups() if equation else (name, item))
         pairs.append((_key(name), value))
-    if intervals == len(pairs) > 1 and len(dict(pairs)) == 1:
-        return [(_key(name), r" \cup ".join(value for _, value in pairs))]
-    if len(pairs) == 1 and name:
+    if not pairs:  # only separators
+        return []
+    size = len(dict(pairs))
+    if intervals == len(pairs) and size == 1:
+        return [{_key(name): r" \cup ".join(value for _, value in pairs)}]
+    if name.startswith("("):
         names, values = _items(name[1:-1]), _items(value[1:-1])
-        if name[0] == value[0] == "(" and len(names) == len(values):
-            return list(zip(map(_key, names), values, strict=True))
-        return [(_key(name), part) for part in _items(value)]  # x \in \{1, 2\}
-    return pairs
+        if len(names) == len(values):
+            return [dict(zip(map(_key, names), values, strict=True))]
+    solutions = [dict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    return solutions if all(solution.keys() == solutions[0].keys() for solution in solutions) else []
+
+
+def _in_order(text: str, solutions: list[dict[str, str]], names: list[str]) -> str:
+    """Values without their names: as tuples in the order of the names, if there are several; else as a list."""
+    if not solutions:  # this side has no names: the order given counts
+        given = len(_items(text)) == len(names) > 1 and "=" not in text and not text.startswith("(")
+        return f"({text})" if given else text
+    if len(names) == 1:
+        return ", ".join(solution[names[0]] for solution in solutions)
+    return ", ".join("(" + ", ".join(solution[name] for name in names) + ")" for solution in solutions)
 
 
 def _interval(text: str) -> tuple[str, str] | None:
     r"""("x", "(3, 5]") for 3 < x \le 5, turned around or with one bound as well; None for what is not solved for a name."""
     written, parts = _split(text, r"<|>|\\[lg]e\b"), _relation(text)
     name = next((part for part in written[::2] if re.fullmatch(_NAME, part)), None)
-    if len(parts) == 3:
-        parts = [r"-\infty", "<", *parts] if parts[0] == name else [*parts, "<", r"\infty"]
-    if len(parts) != 5 or parts[2] != name or set(parts[1::2]) - {"<", r"\le"}:
+    if len(parts) == 3 and parts[0] == name:
+        parts = [r"-\infty", "<", *parts]
+    elif len(parts) == 3:
+        parts = [*parts, "<", r"\infty"]
+    if len(parts) != 5 or parts[2] != name:
         return None
     low, left, _, right, high = parts
-    return name, f"{'(' if left == '<' else '['}{low}, {high}{')' if right == '<' else ']'}"
+    if not {left, right} <= {"<", r"\le"}:  # 3 < x > 5
+        return None
+    opening = "(" if left == "<" else "["
+    closing = ")" if right == "<" else "]"
+    return name, f"{opening}{low}, {high}{closing}"
 
 
 def _relation(text: str) -> list[str]:
@@ -487,8 +489,9 @@ _WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-
 
 
 def _items(text: str) -> list[str]:
-    """The items of a bare list or of {...}; [text] if it is none."""
-    if _number(_split_unit(text)[0]) is not None:  # 1,234 is not a list
+    """The items of a bare list or of {...}."""
+    named = _NAMED.fullmatch(text)
+    if _number(_split_unit(named[2] if named else text)[0]) is not None:  # 1,234 is not a list
         return [text]
     if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _balanced(braces[1]):
         return _items(braces[1].strip())
@@ -496,9 +499,16 @@ def _items(text: str) -> list[str]:
 
 
 def _structure(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of one value: "item", brackets such as "(]", a matrix's shape, or a sign such as "="."""
-    if text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1]) and len(items := _items(text[1:-1])) > 1:
-        return text[0] + text[-1], items
+    """(kind, parts) of values: "item", "list", brackets such as "(]", a matrix's shape, or a sign such as "="."""
+    items = _items(text)
+    if len(items) > 1:
+        return "list", items
+    if items and items[0] != text:  # \{5\}
+        return _structure(items[0])
+    if text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1]):
+        items = _items(text[1:-1])
+        if len(items) > 1:
+            return text[0] + text[-1], items
     parts = _relation(text)
     if len(parts) > 1:
         signs = parts[1::2]
@@ -510,7 +520,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     return "item", [text]
 
 
-def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _same_item(gold: str, prediction: str, ask: Ask) -> bool:
     (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(g), _number(p)
     numbers = a is not None and b is not None
@@ -542,7 +552,7 @@ _MISREAD = re.compile(
 _FACTOR = r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
 
 
-def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
     expressions = []
     for text in (gold, prediction):
@@ -556,7 +566,8 @@ def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool])
     if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    return not {symbol for symbol in p - g if len(symbol) == 1} - {"e", "i"} and ask(*expressions)
+    strange = [symbol for symbol in p - g if len(symbol) == 1 and symbol not in "ei"]
+    return not strange and ask(*expressions)
 
 
 # What data sets write if there is no answer to compare with, as _key leaves it.
