@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
 from multiprocessing.connection import wait
 
@@ -85,14 +85,13 @@ class MathWorker(AbstractContextManager):
         self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
         self.timeouts, self._process = 0, None
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()  # waits for its end and closes both pipes
             self._process = None
+
+    __exit__ = close
 
     def start(self) -> None:
         """Start the child unless it runs; equal does it too."""
@@ -117,12 +116,10 @@ class MathWorker(AbstractContextManager):
         """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none in time."""
         self.start()
         verdict = b""
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
             if wait([self._process.stdout], self.timeout_s if limit_s is None else max(limit_s, 0)):
                 verdict = self._process.stdout.read(1)
-        except BrokenPipeError:
-            pass
         if not verdict:
             self.timeouts += 1
             self.close()
@@ -185,13 +182,14 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\(le|ge|ne)q*(?:slant)?\b", r"\\\1 "),
-    (r"<=", r"\\le "),
-    (r">=", r"\\ge "),
+    (r"<=|\\leq*(?:slant)?\b", r"\\le "),
+    (r">=|\\geq*(?:slant)?\b", r"\\ge "),
+    (r"\\neq\b", r"\\ne "),
     (r"\\lt\b", "<"),
     (r"\\gt\b", ">"),
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"^\((\w), ?(\w)\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
     (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>\\]|[<>e] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
     (rf"[(\[] ?{_TABLE} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
@@ -208,22 +206,24 @@ _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what 
 
 
 def normalise_answer(answer: str) -> str:
-    r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} around the whole."""
+    r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} or {} around the whole."""
     answer = " ".join(_undress(answer).split())
     if listed := re.fullmatch(r"""\[ ?(["'])([^"']+)\1 ?\]""", answer):  # ["34"], ['\\frac{1}{2}']
         answer = _undress(listed[2].replace(r"\\", "\\"))
-    while (boxed := re.fullmatch(r"\\boxed ?\{(.*)\}", answer)) and _balanced(boxed[1]):
+    while (boxed := re.fullmatch(r"(?:\\boxed ?)?\{(.*)\}", answer)) and _balanced(boxed[1]):
         answer = _undress(boxed[1])
     return answer
 
 
+def _rewrite(text: str, rewrites: list[tuple]) -> str:
+    for pattern, replacement in rewrites:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 def _clean(text: str) -> str:
     """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
-    text = normalise_answer(text.translate(_SYMBOLS))
-    for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text)
-    if (braces := re.fullmatch(r"\{(.+)\}", text)) and _balanced(braces[1]):  # {7}, as some prompts make it
-        text = braces[1]
+    text = _rewrite(normalise_answer(text.translate(_SYMBOLS)), _REWRITES)
     return text.strip().rstrip(" .,;:\\")
 
 
@@ -258,7 +258,6 @@ def _key(text: str) -> str:
 
 
 _DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
-_REPEATING = re.compile(r"([+-]?)([0-9]*\.[0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?")  # 0.1\overline{6}
 _NUMBER = re.compile(rf"([+-]?) ?(?:([0-9]+) )?([+-]?{_DECIMAL}(?:[eE][+-]?[0-9]{{1,3}})?)(?: ?/ ?([+-]?{_DECIMAL}))?")
 
 
@@ -266,11 +265,10 @@ def _number(text: str) -> Fraction | None:
     r"""The value of 1,234.50, 045, a/b, \frac{a}{b}, 1 4/5, 1\frac{4}{5}, 2.5 \times 10^{-3} or 2.5e-3; None for all else."""
     text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
-    if repeating := _REPEATING.fullmatch(text):
-        sign, before, period = repeating.groups()
-        decimals = len(before) - before.index(".") - 1
-        value = Fraction(before + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
-        return -value if sign == "-" else value
+    if repeating := re.fullmatch(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", text):
+        sign, whole, start, period = repeating.groups()  # 0.1\overline{6} is (16 - 1) / 90
+        top = int(whole + start + period) - int(whole + start or 0)
+        text = f"{sign}{top}/{'9' * len(period)}{'0' * len(start)}"
     if not (match := _NUMBER.fullmatch(text)):
         return None
     sign, whole, *ratio = match.groups()
@@ -328,7 +326,7 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
       percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
       units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
       lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
-      names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1. If one side has no names, the order given counts
+      names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1, and (1, 2), in the order of the alphabet
       relations  x = 7 equals 7, x > 3 its interval; others go side by side. 1/2 = 0.5 pays for 0.5: every side is right
       options    B pays for (B) 12 and the other way round; a text is compared if both have one
       words      equal up to case, blanks and \text, never parsed
@@ -345,8 +343,10 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     gold = gold_text or gold
     if (stated := _QUANTITY.fullmatch(gold)) and "=" not in text:
         gold = stated[1]
+    worker.start()  # this takes a second, which is not on the clock
+    deadline = time.monotonic() + worker.timeout_s  # of all questions about one answer: two lists of ten items ask a hundred
     try:
-        return _same(gold, text, _one_limit(worker))
+        return _same(gold, text, lambda g, p: worker.equal(g, p, deadline - time.monotonic()))
     except TimeoutError:
         return False
 
@@ -365,47 +365,31 @@ def _choice(text: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else ("", text)
 
 
-def _one_limit(worker: MathWorker) -> Ask:
-    """worker.equal for all questions about one answer, with the limit of one: two lists of ten items ask a hundred."""
-    seconds = worker.timeout_s
-
-    def ask(gold: str, prediction: str) -> bool:
-        nonlocal seconds
-        worker.start()  # this takes a second, which is not on the clock
-        begin = time.monotonic()
-        verdict = worker.equal(gold, prediction, seconds)
-        seconds -= time.monotonic() - begin
-        return verdict
-
-    return ask
-
-
 def _same(gold: str, prediction: str, ask: Ask) -> bool:
     """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
-    if not gold or not prediction:  # an empty answer, or an empty side of "="
+    if not gold or not prediction:  # an empty side of "="
         return False
     if _key(gold) == _key(prediction):
         return True
-    g, p = _solutions(gold), _solutions(prediction)
-    if g and p and g[0].keys() != p[0].keys():
+    (g_names, gold), (p_names, prediction) = _named(gold), _named(prediction)
+    if g_names and p_names and g_names != p_names:
         return False
-    names = list((g or p or [{}])[0])
-    gold, prediction = _in_order(gold, g, names), _in_order(prediction, p, names)
-    (g_kind, g_items), (p_kind, p_items) = _structure(gold), _structure(prediction)
-    if g_kind == p_kind == "item":
+    (kind, g_items), (p_kind, p_items) = _structure(gold), _structure(prediction)
+    if {kind, p_kind} == {"list", "()"} and len(g_names or p_names) > 1 and "=" not in gold + prediction:
+        kind = p_kind = "()"  # 2, 5 for p = 2, q = 5
+    if kind == p_kind == "item":
         return _same_item(g_items[0], p_items[0], ask)
-    if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
+    if {kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
         return all(_same(g, p, ask) for g in g_items for p in p_items)
-    if g_kind != p_kind or len(g_items) != len(p_items):
+    if kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
+    if kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items)):
         return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
-    left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
-    for g in g_items:
-        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
+    for g in g_items:  # each takes one of the prediction's: order is free, multiplicity is not
+        match = next((p for p in p_items if _same(g, p, ask)), None)
         if match is None:
             return False
-        del left[match]
+        p_items.remove(match)
     return True
 
 
@@ -422,70 +406,50 @@ _NAMED = re.compile(
 )
 
 
-def _solutions(text: str) -> list[dict[str, str]]:
-    """x = 1, y = 4, y = 3, x = 2 is [{"x": "1", "y": "4"}, {"y": "3", "x": "2"}]; [] if a value has no name.
-
-    (x, y) = (1, 4) is one solution. Inequalities are intervals, several about one name their union.
-    """
-    pairs, intervals = [], 0
+def _named(text: str) -> tuple[list[str], str]:
+    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"); ([], text) if a value has no name."""
+    solutions = [{}]
     for item in _items(text):
-        interval, equation = _interval(item), _NAMED.fullmatch(item)
-        if not (interval or equation):
-            return []
-        name, value = interval or equation.groups()
-        intervals += bool(interval)
-        pairs.append((_key(name), value))
-    if not pairs:  # only separators
-        return []
-    size = len(dict(pairs))
-    if intervals == len(pairs) and size == 1:
-        return [{_key(name): r" \cup ".join(value for _, value in pairs)}]
-    if name.startswith("("):
-        names, values = _items(name[1:-1]), _items(value[1:-1])
-        if len(names) == len(values):
-            return [dict(zip(map(_key, names), values, strict=True))]
-    solutions = [dict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
-    return solutions if all(solution.keys() == solutions[0].keys() for solution in solutions) else []
+        if not (match := _NAMED.fullmatch(_interval(item))):
+            return [], text
+        name, value = _key(match[1]), match[2]
+        if name in solutions[-1]:
+            solutions.append({})
+        solutions[-1][name] = value
+    names = sorted(solutions[0])
+    if any(sorted(solution) != names for solution in solutions):
+        return [], text
+    rows = [", ".join(map(solution.get, names)) for solution in solutions]
+    if len(names) > 1:
+        rows = [f"({row})" for row in rows]
+    return names, (", " if "=" in text else r" \cup ").join(rows)  # of intervals, the union
 
 
-def _in_order(text: str, solutions: list[dict[str, str]], names: list[str]) -> str:
-    """Values without their names: as tuples in the order of the names, if there are several; else as a list."""
-    if not solutions:  # this side has no names: the order given counts
-        given = len(_items(text)) == len(names) > 1 and "=" not in text and not text.startswith("(")
-        return f"({text})" if given else text
-    if len(names) == 1:
-        return ", ".join(solution[names[0]] for solution in solutions)
-    return ", ".join("(" + ", ".join(solution[name] for name in names) + ")" for solution in solutions)
-
-
-def _interval(text: str) -> tuple[str, str] | None:
-    r"""("x", "(3, 5]") for 3 < x \le 5, turned around or with one bound as well; None for what is not solved for a name."""
-    written, parts = _split(text, r"<|>|\\[lg]e\b"), _relation(text)
-    name = next((part for part in written[::2] if re.fullmatch(_NAME, part)), None)
+def _interval(text: str) -> str:
+    r"""x \in (3, 5] for 3 < x \le 5, turned around or with one bound as well. What is not solved for a name stays."""
+    parts, written = _relation(text), _split(text, r"<|>|\\[lg]e\b")[::2]
+    name = next((part for part in written if re.fullmatch(_NAME, part)), None)
     if len(parts) == 3 and parts[0] == name:
         parts = [r"-\infty", "<", *parts]
     elif len(parts) == 3:
         parts = [*parts, "<", r"\infty"]
-    if len(parts) != 5 or parts[2] != name:
-        return None
-    low, left, _, right, high = parts
-    if not {left, right} <= {"<", r"\le"}:  # 3 < x > 5
-        return None
-    opening = "(" if left == "<" else "["
-    closing = ")" if right == "<" else "]"
-    return name, f"{opening}{low}, {high}{closing}"
+    if len(parts) != 5 or parts[2] != name or not {parts[1], parts[3]} <= {"<", r"\le"}:  # 3 < x > 5
+        return text
+    opening = "(" if parts[1] == "<" else "["
+    closing = ")" if parts[3] == "<" else "]"
+    return rf"{name} \in {opening}{parts[0]}, {parts[4]}{closing}"
 
 
 def _relation(text: str) -> list[str]:
     """[part, sign, part, ...] of an equation, an inequality or a union. 5 > x is turned into x < 5."""
-    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
-    if len(parts) > 1 and not set(parts[1::2]) - {">", r"\ge"}:
-        parts = [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
+    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b") or [text]
+    if set(parts[1::2]) <= {">", r"\ge"}:
+        return [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
     return parts
 
 
 # What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
-_WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots")
+_WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots|^[A-Z]$")
 
 
 def _items(text: str) -> list[str]:
@@ -495,29 +459,25 @@ def _items(text: str) -> list[str]:
         return [text]
     if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _balanced(braces[1]):
         return _items(braces[1].strip())
-    return [item for item in _split(text, "[,;]")[::2] if item]
+    return [item for item in _split(text, "[,;]")[::2] if item] or [text]
 
 
 def _structure(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of values: "item", "list", brackets such as "(]", a matrix's shape, or a sign such as "="."""
+    """(kind, parts) of values: "item", "list", brackets such as "(]", a matrix with its separators, or a sign such as "="."""
     items = _items(text)
     if len(items) > 1:
         return "list", items
-    if items and items[0] != text:  # \{5\}
-        return _structure(items[0])
-    if text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1]):
-        items = _items(text[1:-1])
-        if len(items) > 1:
-            return text[0] + text[-1], items
+    text = items[0]  # 5 of \{5\}
+    if text[0] in "([" and text[-1] in ")]" and len(items := _items(text[1:-1])) > 1:
+        return text[0] + text[-1], items
+    if cells := re.fullmatch(r"\\begin\{[pbB]?(?:small)?matrix\}(.*?)(?:\\\\ ?)?\\end\{[pbB]?(?:small)?matrix\}", text):
+        parts = _split(cells[1], r"&|\\\\")
+        return "matrix" + "".join(parts[1::2]), parts[::2]
     parts = _relation(text)
-    if len(parts) > 1:
-        signs = parts[1::2]
-        return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
-    matrix = r"\{[pbB]?(?:small)?matrix\}"
-    if cells := re.fullmatch(rf"\\begin{matrix}(.*)\\end{matrix}", text):
-        rows = [row.split("&") for row in cells[1].split(r"\\") if row.strip()]
-        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
-    return "item", [text]
+    signs = parts[1::2]
+    if len(set(signs)) < 2:  # 1 = 2 = 3 is compared with 4 as well
+        signs = signs[:1]
+    return " ".join(signs) or "item", parts[::2]
 
 
 def _same_item(gold: str, prediction: str, ask: Ask) -> bool:
@@ -544,30 +504,30 @@ _PLAIN = re.compile(
 # Even of these it misreads !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
 # 2\frac{3}{2}, {2}{3}, 2[3]). The last two are what it would compute for minutes.
 _MISREAD = re.compile(
-    r"!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
+    rf"{_WORDS.pattern}"
+    r"|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
     r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
-# A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
-_FACTOR = r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
+_EXACT = [
+    # A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
+    (r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?", r"\1 \\cdot "),
+    # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
+    (r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1] + x[2]}}}{{1{'0' * len(x[2])}}}"),
+]
 
 
 def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
-    expressions = []
     for text in (gold, prediction):
-        if not _PLAIN.fullmatch(text) or _WORDS.search(text) or _MISREAD.search(text):
+        if not _PLAIN.fullmatch(text) or _MISREAD.search(text):
             return False
-        text = re.sub(_FACTOR, r"\1 \\cdot ", text)
-        # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
-        text = re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}}", text)
-        expressions.append(text)
     g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
     if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
     strange = [symbol for symbol in p - g if len(symbol) == 1 and symbol not in "ei"]
-    return not strange and ask(*expressions)
+    return not strange and ask(_rewrite(gold, _EXACT), _rewrite(prediction, _EXACT))
 
 
 # What data sets write if there is no answer to compare with, as _key leaves it.
