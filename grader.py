@@ -3,10 +3,9 @@ r"""The grader, which is the reward of training and the verdict of evaluation: i
     with MathWorker() as worker:
         is_correct(r"Half of 7, so \boxed{\frac{7}{2}}.", "3.5", worker)      # True
 
-A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things.
-Numbers, units, named values, lists, intervals, matrices and relations are taken apart and compared here. Only single
-expressions go to math-verify (0.9), and only if it cannot misread them. One thing is still paid: an expression that is not
-worked out (2^{10} for 1024). Imports no sibling: copy this file alone.
+A reward that pays for a wrong answer teaches it, so the verdict is "wrong" whenever two texts may mean different things.
+Numbers, units, names, lists, intervals and matrices are taken apart here. Only single expressions go to math-verify (0.9), if
+it cannot misread them. One thing is still paid: an expression that is not worked out (2^{10} for 1024). Copy this file alone.
 """
 
 import json
@@ -14,13 +13,13 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
 from multiprocessing.connection import wait
+from subprocess import PIPE, Popen
 
 Ask = Callable[[str, str], bool]  # is the second expression the first one? It may raise TimeoutError
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
@@ -68,7 +67,7 @@ def _last_line(text: str) -> str | None:
 
 def _undress(text: str) -> str:
     """Without outer blanks, emphasis, math delimiters around the whole, and one final period (3.14... goes on)."""
-    text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*`").strip()).strip()
+    text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*` ")).strip()
     wrapped = re.fullmatch(r"(\$\$?|\\[(\[])((?:(?!\1).)+)(?:\$\$?|\\[)\]])", text, re.DOTALL)
     return wrapped[2].strip() if wrapped else text
 
@@ -76,9 +75,9 @@ def _undress(text: str) -> str:
 class MathWorker(AbstractContextManager):
     """math-verify in a child process, started at the first question (about 1 s). For one thread.
 
-    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is the child's
-    address space (sympy alone takes about 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, because
-    each was graded wrong. RuntimeError if the child cannot start at all.
+    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is its address
+    space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, each was graded wrong.
+    RuntimeError if the child cannot start at all.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
@@ -104,10 +103,8 @@ class MathWorker(AbstractContextManager):
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        self._process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-            start_new_session=True,  # signals to our group are for us; when we end, so does its input
-        )  # fmt: skip
+        # A session of its own: signals to our group are for us. When we end, so does its input.
+        self._process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, env=environment, start_new_session=True)
         if self._process.stdout.read(1) != b"!":
             self.close()
             raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
@@ -184,9 +181,9 @@ _REWRITES = [
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
     (r"<=|\\leq*(?:slant)?\b", r"\\le "),
     (r">=|\\geq*(?:slant)?\b", r"\\ge "),
-    (r"\\neq\b", r"\\ne "),
     (r"\\lt\b", "<"),
     (r"\\gt\b", ">"),
+    (r"\\neq\b", r"\\ne "),
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"^\((\w), ?(\w)\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
@@ -210,7 +207,7 @@ def normalise_answer(answer: str) -> str:
     answer = " ".join(_undress(answer).split())
     if listed := re.fullmatch(r"""\[ ?(["'])([^"']+)\1 ?\]""", answer):  # ["34"], ['\\frac{1}{2}']
         answer = _undress(listed[2].replace(r"\\", "\\"))
-    while (boxed := re.fullmatch(r"(?:\\boxed ?)?\{(.*)\}", answer)) and _balanced(boxed[1]):
+    while (boxed := re.fullmatch(r"(?:\\boxed ?)?\{(.*)\}", answer)) and _split(boxed[1], ","):
         answer = _undress(boxed[1])
     return answer
 
@@ -241,10 +238,6 @@ def _split(text: str, separators: str) -> list[str]:
     return [*cuts, text[last:].strip()] if depth == 0 else []
 
 
-def _balanced(text: str) -> bool:  # nor too deep
-    return bool(_split(text, ","))
-
-
 def _key(text: str) -> str:
     """A cleaned answer for string comparison: unwrapped text, no blanks but between digits, words in lower case."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
@@ -252,9 +245,7 @@ def _key(text: str) -> str:
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
     text = re.sub(r"^\(?([A-Z])\)?$", r"\1", text)  # (C), \text{(C)} and C
     # Single letters and pairs keep their case, because they may be symbols (n and N, AB and ab). "No" is a word.
-    if "\\" not in text and (re.search("[A-Za-z]{3}", text) or text.lower() == "no"):
-        return text.casefold()
-    return text
+    return text.casefold() if re.fullmatch(r"(?i)[^\\]*[a-z]{3}[^\\]*|no", text) else text
 
 
 _DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
@@ -306,7 +297,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     if not match or _NO_UNIT.search(match[2]):
         return text, ""
     core, unit = match.groups()
-    if not unit.startswith(("%", r"\text")) and _number(core) is None:  # \sin 30°, and 2\pi meters may be a product
+    if _number(core) is None and not re.match(r"%|\\text", unit):  # \sin 30°, and 2\pi meters may be a product
         return text, ""
     unit = re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit)
     if len(unit) > 2:  # a word loses its case and a plural's s; but mW is not MW, and s and ms are seconds
@@ -336,7 +327,7 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     gold, prediction = _clean(answer), _clean(prediction)
     letter, gold_text = _choice(gold)
     chosen, text = _choice(prediction) if letter else ("", prediction)
-    if not (_balanced(gold_text) and _balanced(text)):
+    if not (_split(gold_text, ",") and _split(text, ",")):  # brackets without a partner
         return False
     if chosen and (chosen != letter or not (gold_text and text)):
         return chosen == letter and not _HEDGE.search(text)
@@ -419,9 +410,8 @@ def _named(text: str) -> tuple[list[str], str]:
     names = sorted(solutions[0])
     if any(sorted(solution) != names for solution in solutions):
         return [], text
-    rows = [", ".join(map(solution.get, names)) for solution in solutions]
-    if len(names) > 1:
-        rows = [f"({row})" for row in rows]
+    row = "({})" if len(names) > 1 else "{}"
+    rows = [row.format(", ".join(map(solution.get, names))) for solution in solutions]
     return names, (", " if "=" in text else r" \cup ").join(rows)  # of intervals, the union
 
 
@@ -429,10 +419,8 @@ def _interval(text: str) -> str:
     r"""x \in (3, 5] for 3 < x \le 5, turned around or with one bound as well. What is not solved for a name stays."""
     parts, written = _relation(text), _split(text, r"<|>|\\[lg]e\b")[::2]
     name = next((part for part in written if re.fullmatch(_NAME, part)), None)
-    if len(parts) == 3 and parts[0] == name:
-        parts = [r"-\infty", "<", *parts]
-    elif len(parts) == 3:
-        parts = [*parts, "<", r"\infty"]
+    if len(parts) == 3:
+        parts = [r"-\infty", "<", *parts] if parts[0] == name else [*parts, "<", r"\infty"]
     if len(parts) != 5 or parts[2] != name or not {parts[1], parts[3]} <= {"<", r"\le"}:  # 3 < x > 5
         return text
     opening = "(" if parts[1] == "<" else "["
@@ -454,10 +442,10 @@ _WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-
 
 def _items(text: str) -> list[str]:
     """The items of a bare list or of {...}."""
-    named = _NAMED.fullmatch(text)
-    if _number(_split_unit(named[2] if named else text)[0]) is not None:  # 1,234 is not a list
+    value = re.sub(rf"^{_NAME} ?= ?", "", text)
+    if _number(_split_unit(value)[0]) is not None:  # 1,234 is not a list
         return [text]
-    if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _balanced(braces[1]):
+    if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _split(braces[1], ","):
         return _items(braces[1].strip())
     return [item for item in _split(text, "[,;]")[::2] if item] or [text]
 
@@ -475,9 +463,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
         return "matrix" + "".join(parts[1::2]), parts[::2]
     parts = _relation(text)
     signs = parts[1::2]
-    if len(set(signs)) < 2:  # 1 = 2 = 3 is compared with 4 as well
-        signs = signs[:1]
-    return " ".join(signs) or "item", parts[::2]
+    return " ".join(signs if len(set(signs)) > 1 else signs[:1]) or "item", parts[::2]
 
 
 def _same_item(gold: str, prediction: str, ask: Ask) -> bool:
@@ -519,9 +505,8 @@ _EXACT = [
 
 def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
-    for text in (gold, prediction):
-        if not _PLAIN.fullmatch(text) or _MISREAD.search(text):
-            return False
+    if not all(_PLAIN.fullmatch(text) and not _MISREAD.search(text) for text in (gold, prediction)):
+        return False
     g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
     if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False
@@ -546,7 +531,7 @@ def why_unusable(answer: str) -> str:
         "is empty": not text,
         "is a list of texts in quotes": re.match(r"""\[ ?["']""", text),
         f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
-        "has unbalanced brackets": not _balanced(_choice(text)[1]),
+        "has unbalanced brackets": not _split(_choice(text)[1], ","),
         "is prose": len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 5,
         "says that there is none": _PLACEHOLDER.fullmatch(_key(text).strip(".")),
         "cannot be read as numbers, an expression or a few words": re.search(torn, text),
