@@ -33,14 +33,12 @@ _STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]
 def extract_answer(text: str) -> str | None:
     r"""The final answer that a response gives, or None: the last \boxed{...} that closes and is not empty, else GSM8K's last
     "#### x", else the last "answer is x" or "Answer: x"."""
-    # First after the last </think>, then anywhere: a box inside the thoughts counts, as it does for verl and LUFFY.
-    final = text.rpartition("</think>")[2]
+    final = text.rpartition("</think>")[2]  # else a box inside the thoughts counts, as it does for verl and LUFFY
     return _last_box(final) or _last_line(final) or _last_box(text) or _last_line(text)
 
 
 def _last_box(text: str) -> str | None:
-    # One pass with a stack, so that ten thousand "\boxed{" do not cost a scan each.
-    answer, open_groups = None, []
+    answer, open_groups = None, []  # one pass: ten thousand "\boxed{" must not cost a scan each
     for match in _BOX.finditer(text):
         token = match[0]
         if match[1]:
@@ -73,7 +71,7 @@ def _undress(text: str) -> str:
 
 
 class MathWorker(AbstractContextManager):
-    """math-verify in a child process, started at the first question (about 1 s). For one thread.
+    """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
 
     timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is its address
     space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, each was graded wrong.
@@ -144,7 +142,6 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
-    # Nothing here has a reason to write: files stay empty, and a crash leaves no core.
     for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     os.write(1, b"!")
@@ -161,8 +158,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
 
 
 _SYMBOLS = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≈": r"\approx ", "∪": r"\cup ", "∈": r"\in ", "≠": r"\ne ", "∅": r"\emptyset ", "’": "'", "′": "'", "…": r"\dots ",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "≈": r"\approx ", "∈": r"\in ", "’": "'", "′": "'",
     "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,",  # spaces that do not break, thin ones
 })  # fmt: skip
 _TABLE = r"\\begin\{(?:array|aligned|matrix)\} ?(?:\{[lcr| ]*\})?(.*?)\\end\{(?:array|aligned|matrix)\}"
@@ -170,7 +166,7 @@ _TABLE = r"\\begin\{(?:array|aligned|matrix)\} ?(?:\{[lcr| ]*\})?(.*?)\\end\{(?:
 _REWRITES = [
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
     (r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|pi|text|displaystyle)(?![A-Za-z]))", r"\\"),  # escaped twice: \\frac{1}{2}
-    (r"\.(?: ?\.)+|\\[lc]dots\b", r"\\dots "),
+    (r"\.(?: ?\.)+|\\[lc]dots\b|…", r"\\dots "),
     (r"(?<![0-9])(?<![0-9] )[‐‑–—]", "-"),  # dashes for minus; 5–6 is a range
     (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;: ]|~) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
     (r"\\(?:left|right)\b\.?|\\(?:[bB]igg?[lrm]?|displaystyle)\b|(?<!\\)\\!", ""),
@@ -179,15 +175,15 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"<=|\\leq*(?:slant)?\b", r"\\le "),
-    (r">=|\\geq*(?:slant)?\b", r"\\ge "),
+    (r"≤|<=|\\leq*(?:slant)?\b", r"\\le "),
+    (r"≥|>=|\\geq*(?:slant)?\b", r"\\ge "),
     (r"\\lt\b", "<"),
     (r"\\gt\b", ">"),
-    (r"\\neq\b", r"\\ne "),
-    (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
-    (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
-    (r"^\((\w), ?(\w)\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
-    (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
+    (r"≠|\\neq\b", r"\\ne "),
+    (r"∞|(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
+    (r"∪|(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"^\(([a-z]), ?([a-z])\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
+    (r"∅|\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
     (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>\\]|[<>e] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
     (rf"[(\[] ?{_TABLE} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (rf"\\\{{ ?{_TABLE}", r"\\begin{cases}\1\\end{cases}"),
@@ -232,10 +228,10 @@ def _split(text: str, separators: str) -> list[str]:
         depth += bool(token[1]) - bool(token[2])
         if not 0 <= depth <= 8:
             return []
-        if token[3] and depth == 0:
+        if token[3] and not depth:
             cuts += [text[last : token.start()].strip(), token[3]]
             last = token.end()
-    return [*cuts, text[last:].strip()] if depth == 0 else []
+    return [*cuts, text[last:].strip()] if not depth else []
 
 
 def _key(text: str) -> str:
@@ -270,8 +266,7 @@ def _number(text: str) -> Fraction | None:
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
-# A number's unit: % or °, a base, words in \text{}, bare words of four letters (those of "2 abc" are variables) or a few short
-# ones. No comma and no apostrophe: "7\text{ wait, eight}" is not 7.
+# %, °, a base, words in \text{}, bare words of four letters ("2 abc" has variables), a few short ones. No comma, no apostrophe.
 _UNIT = re.compile(
     r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[A-Za-z .()/^-]+\}|(?<=[0-9}] )"
     r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
@@ -410,8 +405,9 @@ def _named(text: str) -> tuple[list[str], str]:
     names = sorted(solutions[0])
     if any(sorted(solution) != names for solution in solutions):
         return [], text
-    row = "({})" if len(names) > 1 else "{}"
-    rows = [row.format(", ".join(map(solution.get, names))) for solution in solutions]
+    rows = [", ".join(map(solution.get, names)) for solution in solutions]
+    if len(names) > 1:
+        rows = [f"({row})" for row in rows]
     return names, (", " if "=" in text else r" \cup ").join(rows)  # of intervals, the union
 
 
@@ -419,8 +415,10 @@ def _interval(text: str) -> str:
     r"""x \in (3, 5] for 3 < x \le 5, turned around or with one bound as well. What is not solved for a name stays."""
     parts, written = _relation(text), _split(text, r"<|>|\\[lg]e\b")[::2]
     name = next((part for part in written if re.fullmatch(_NAME, part)), None)
-    if len(parts) == 3:
-        parts = [r"-\infty", "<", *parts] if parts[0] == name else [*parts, "<", r"\infty"]
+    if len(parts) == 3 and parts[0] == name:
+        parts = [r"-\infty", "<", *parts]
+    elif len(parts) == 3:
+        parts = [*parts, "<", r"\infty"]
     if len(parts) != 5 or parts[2] != name or not {parts[1], parts[3]} <= {"<", r"\le"}:  # 3 < x > 5
         return text
     opening = "(" if parts[1] == "<" else "["
@@ -487,8 +485,7 @@ _PLAIN = re.compile(
     r"|(?:arc)?cos|(?:arc)?tan|cot|sec|csc|sinh|cosh|tanh|alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda"
     r"|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
 )
-# Even of these it misreads !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
-# 2\frac{3}{2}, {2}{3}, 2[3]). The last two are what it would compute for minutes.
+# Even of these it misreads !! and adds up or cuts off 2 3, 1.2.3, 7 .5, 52_8, 1e-5, 2\frac{3}{2}, {2}{3}, 2[3].
 _MISREAD = re.compile(
     rf"{_WORDS.pattern}"
     r"|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
@@ -505,8 +502,9 @@ _EXACT = [
 
 def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
-    if not all(_PLAIN.fullmatch(text) and not _MISREAD.search(text) for text in (gold, prediction)):
-        return False
+    for text in (gold, prediction):
+        if not _PLAIN.fullmatch(text) or _MISREAD.search(text):
+            return False
     g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
     if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False

@@ -66,11 +66,10 @@ def test_extraction_is_linear_in_degenerate_text():
     assert time.perf_counter() - start < 2.0
 
 
-def test_plain_numbers_never_start_the_child():
-    worker = MathWorker()
+def test_plain_numbers_never_ask_the_child():
+    worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=None)
     pairs = [("42", "42"), ("1,234.50", "1234.5"), ("7", "8"), ("\\frac12", "0.5"), ("50\\%", "50"), ("\\text{Eve}", "Eve")]
     assert [same_answer(p, g, worker) for g, p in pairs] == [True, True, False, True, True, True]
-    assert worker._process is None
 
 
 def test_a_child_that_dies_or_falls_silent_is_replaced():
@@ -96,7 +95,7 @@ def test_all_questions_about_one_answer_share_one_limit():
 
     worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=equal)
     assert not same_answer("\\sqrt{7}, \\sqrt{11}, \\sqrt{13}", "\\sqrt{2}, \\sqrt{3}, \\sqrt{5}", worker)
-    assert len(limits) == 3 and limits[0] == 1.0 and limits[2] <= 0.9
+    assert len(limits) == 3 and 0.9 < limits[0] <= 1.0 and limits[2] <= 0.9
 
 
 def test_close_ends_the_child_and_a_child_that_cannot_start_is_an_error(monkeypatch, capfd, tmp_path):
