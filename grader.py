@@ -3,10 +3,9 @@ r"""The grader, which is the reward of training and the verdict of evaluation: i
     with MathWorker() as worker:
         is_correct(r"Half of 7, so \boxed{\frac{7}{2}}.", "3.5", worker)      # True
 
-A reward that pays for a wrong answer teaches it. So the verdict is "wrong" whenever two texts may mean different things.
-Numbers, lists, intervals, matrices, equations and units are taken apart and compared here. Only single expressions go to
-math-verify (0.9), and only if it cannot misread them. One thing is still paid: an expression not worked out (2^{10} for 1024).
-Imports no sibling: copy this file alone.
+A reward that pays for a wrong answer teaches it, so the verdict is "wrong" whenever two texts may mean different things.
+Numbers, units, names, lists, intervals and matrices are taken apart here. Only single expressions go to math-verify (0.9), if
+it cannot misread them. One thing is still paid: an expression that is not worked out (2^{10} for 1024). Copy this file alone.
 """
 
 import json
@@ -14,14 +13,15 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
 from multiprocessing.connection import wait
+from subprocess import PIPE, Popen
 
+Ask = Callable[[str, str], bool]  # is the second expression the first one? It may raise TimeoutError
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
 # The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the whole number.
@@ -33,14 +33,12 @@ _STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]
 def extract_answer(text: str) -> str | None:
     r"""The final answer that a response gives, or None: the last \boxed{...} that closes and is not empty, else GSM8K's last
     "#### x", else the last "answer is x" or "Answer: x"."""
-    # First after the last </think>, then anywhere: a box inside the thoughts counts, as it does for verl and LUFFY.
-    final = text.rpartition("</think>")[2]
+    final = text.rpartition("</think>")[2]  # else a box inside the thoughts counts, as it does for verl and LUFFY
     return _last_box(final) or _last_line(final) or _last_box(text) or _last_line(text)
 
 
 def _last_box(text: str) -> str | None:
-    # One pass with a stack, so that ten thousand "\boxed{" do not cost a scan each.
-    answer, open_groups = None, []
+    answer, open_groups = None, []  # one pass: ten thousand "\boxed{" must not cost a scan each
     for match in _BOX.finditer(text):
         token = match[0]
         if match[1]:
@@ -67,31 +65,30 @@ def _last_line(text: str) -> str | None:
 
 def _undress(text: str) -> str:
     """Without outer blanks, emphasis, math delimiters around the whole, and one final period (3.14... goes on)."""
-    text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*`").strip()).strip()
+    text = re.sub(r"(?<!\.)(?<!\. )\.$", "", text.strip().strip("*` ")).strip()
     wrapped = re.fullmatch(r"(\$\$?|\\[(\[])((?:(?!\1).)+)(?:\$\$?|\\[)\]])", text, re.DOTALL)
     return wrapped[2].strip() if wrapped else text
 
 
 class MathWorker(AbstractContextManager):
-    """math-verify in a child process, started at the first question (about 1 s). For one thread.
+    """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
 
-    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is the child's
-    address space (sympy alone takes about 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, because
-    each was graded wrong. RuntimeError if the child cannot start at all.
+    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is its address
+    space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, each was graded wrong.
+    RuntimeError if the child cannot start at all.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
         self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
         self.timeouts, self._process = 0, None
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()  # waits for its end and closes both pipes
             self._process = None
+
+    __exit__ = close
 
     def start(self) -> None:
         """Start the child unless it runs; equal does it too."""
@@ -104,10 +101,8 @@ class MathWorker(AbstractContextManager):
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        self._process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-            start_new_session=True,  # signals to our group are for us; when we end, so does its input
-        )  # fmt: skip
+        # A session of its own: signals to our group are for us. When we end, so does its input.
+        self._process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, env=environment, start_new_session=True)
         if self._process.stdout.read(1) != b"!":
             self.close()
             raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
@@ -116,12 +111,10 @@ class MathWorker(AbstractContextManager):
         """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none in time."""
         self.start()
         verdict = b""
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
             if wait([self._process.stdout], self.timeout_s if limit_s is None else max(limit_s, 0)):
                 verdict = self._process.stdout.read(1)
-        except BrokenPipeError:
-            pass
         if not verdict:
             self.timeouts += 1
             self.close()
@@ -141,12 +134,14 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     def equal(*texts: str) -> bool:
         g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
         # 60 digits: its defaults, 6 and 15, drop 10^{-20} and take 3e-9 pi for 5e-9 pi.
-        return bool(g and p) and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)
+        if not (g and p and verify(g, p, float_rounding=60, numeric_precision=60, timeout_seconds=None)):
+            return False
+        # They are 60 places, in which 2^{-2005} and 2^{-2006} are both 0: sympy must not find that they differ.
+        return g[0].equals(p[0]) is not False
 
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
-    # Nothing here has a reason to write: files stay empty, and a crash leaves no core.
     for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     os.write(1, b"!")
@@ -163,47 +158,65 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
 
 
 _SYMBOLS = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≈": r"\approx ", "∪": r"\cup ", "’": "'", "′": "'", "…": r"\dots ",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "≈": r"\approx ", "∈": r"\in ", "’": "'", "′": "'",
+    "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,",  # spaces that do not break, thin ones
 })  # fmt: skip
+_TABLE = r"\\begin\{(?:array|aligned|matrix)\} ?(?:\{[lcr| ]*\})?(.*?)\\end\{(?:array|aligned|matrix)\}"
 # Applied in this order. Each brings several spellings of a thing to one.
 _REWRITES = [
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
     (r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|pi|text|displaystyle)(?![A-Za-z]))", r"\\"),  # escaped twice: \\frac{1}{2}
-    (r"\.(?: ?\.)+|\\[lc]dots\b", r"\\dots "),
-    (r"(?<=[0-9])(?:\{,\}|,?\\!|\\,) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
+    (r"\.(?: ?\.)+|\\[lc]dots\b|…", r"\\dots "),
+    (r"(?<![0-9])(?<![0-9] )[‐‑–—]", "-"),  # dashes for minus; 5–6 is a range
+    (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;: ]|~) ?(?=[0-9]{3}(?![0-9]))", ","),  # 10{,}000 10,\!000 10\,000
     (r"\\(?:left|right)\b\.?|\\(?:[bB]igg?[lrm]?|displaystyle)\b|(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
     (r"\\(?:mbox|(?:text|math)(?:bf|rm|it|normal|sf))\b ?\{", r"\\text{"),
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\(le|ge|ne)q?(?:slant)?\b", r"\\\1 "),
+    (r"≤|<=|\\leq*(?:slant)?\b", r"\\le "),
+    (r"≥|>=|\\geq*(?:slant)?\b", r"\\ge "),
+    (r"\\lt\b", "<"),
+    (r"\\gt\b", ">"),
+    (r"≠|\\neq\b", r"\\ne "),
+    (r"∞|(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
+    (r"∪|(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"^\(([a-z]), ?([a-z])\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
+    (r"∅|\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
+    (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>\\]|[<>e] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
+    (rf"[(\[] ?{_TABLE} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (rf"\\\{{ ?{_TABLE}", r"\\begin{cases}\1\\end{cases}"),
+    # a system is a list; what has further columns is a function by cases
+    (r"\\begin\{(cases|aligned)\}((?:[^&]|&=)*?)\\end\{\1\}", lambda x: x[2].replace("&", "").replace(r"\\", ", ")),
     (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
     (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),  # \dfrac38 too
     (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
     (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-z])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
-    (r"\s+", " "),
 ]
 _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
 
 
 def normalise_answer(answer: str) -> str:
-    r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} around the whole."""
+    r"""A reference answer without its data set's clothes: outer blanks, $...$, \( \), a \boxed{} or {} around the whole."""
     answer = " ".join(_undress(answer).split())
-    while (boxed := re.fullmatch(r"\\boxed ?\{(.*)\}", answer)) and _balanced(boxed[1]):
+    if listed := re.fullmatch(r"""\[ ?(["'])([^"']+)\1 ?\]""", answer):  # ["34"], ['\\frac{1}{2}']
+        answer = _undress(listed[2].replace(r"\\", "\\"))
+    while (boxed := re.fullmatch(r"(?:\\boxed ?)?\{(.*)\}", answer)) and _split(boxed[1], ","):
         answer = _undress(boxed[1])
     return answer
 
 
+def _rewrite(text: str, rewrites: list[tuple]) -> str:
+    for pattern, replacement in rewrites:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 def _clean(text: str) -> str:
     """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
-    text = normalise_answer(text.translate(_SYMBOLS))
-    for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text)
-    if (braces := re.fullmatch(r"\{(.+)\}", text)) and _balanced(braces[1]):  # {7}, as some prompts make it
-        text = braces[1]
+    text = _rewrite(normalise_answer(text.translate(_SYMBOLS)), _REWRITES)
     return text.strip().rstrip(" .,;:\\")
 
 
@@ -215,14 +228,10 @@ def _split(text: str, separators: str) -> list[str]:
         depth += bool(token[1]) - bool(token[2])
         if not 0 <= depth <= 8:
             return []
-        if token[3] and depth == 0:
+        if token[3] and not depth:
             cuts += [text[last : token.start()].strip(), token[3]]
             last = token.end()
-    return [*cuts, text[last:].strip()] if depth == 0 else []
-
-
-def _balanced(text: str) -> bool:  # nor too deep
-    return bool(_split(text, ","))
+    return [*cuts, text[last:].strip()] if not depth else []
 
 
 def _key(text: str) -> str:
@@ -232,9 +241,7 @@ def _key(text: str) -> str:
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).removeprefix("+")
     text = re.sub(r"^\(?([A-Z])\)?$", r"\1", text)  # (C), \text{(C)} and C
     # Single letters and pairs keep their case, because they may be symbols (n and N, AB and ab). "No" is a word.
-    if "\\" not in text and (re.search("[A-Za-z]{3}", text) or text.lower() == "no"):
-        return text.casefold()
-    return text
+    return text.casefold() if re.fullmatch(r"(?i)[^\\]*[a-z]{3}[^\\]*|no", text) else text
 
 
 _DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
@@ -245,6 +252,10 @@ def _number(text: str) -> Fraction | None:
     r"""The value of 1,234.50, 045, a/b, \frac{a}{b}, 1 4/5, 1\frac{4}{5}, 2.5 \times 10^{-3} or 2.5e-3; None for all else."""
     text = re.sub(r" ?\\frac ?\{([^{} ]+)\} ?\{([^{} ]+)\}$", r" \1/\2", text).strip()
     text = re.sub(r"(?<=[0-9.]) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{([+-]?[0-9]{1,3})\}|([0-9]))$", r"e\1\2", text)
+    if repeating := re.fullmatch(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", text):
+        sign, whole, start, period = repeating.groups()  # 0.1\overline{6} is (16 - 1) / 90
+        top = int(whole + start + period) - int(whole + start or 0)
+        text = f"{sign}{top}/{'9' * len(period)}{'0' * len(start)}"
     if not (match := _NUMBER.fullmatch(text)):
         return None
     sign, whole, *ratio = match.groups()
@@ -255,8 +266,7 @@ def _number(text: str) -> Fraction | None:
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
-# A number's unit: % or °, a base, words in \text{}, bare words of four letters (those of "2 abc" are variables) or a few short
-# ones. No comma and no apostrophe: "7\text{ wait, eight}" is not 7.
+# %, °, a base, words in \text{}, bare words of four letters ("2 abc" has variables), a few short ones. No comma, no apostrophe.
 _UNIT = re.compile(
     r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[A-Za-z .()/^-]+\}|(?<=[0-9}] )"
     r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
@@ -282,7 +292,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     if not match or _NO_UNIT.search(match[2]):
         return text, ""
     core, unit = match.groups()
-    if not unit.startswith(("%", r"\text")) and _number(core) is None:  # \sin 30°, and 2\pi meters may be a product
+    if _number(core) is None and not re.match(r"%|\\text", unit):  # \sin 30°, and 2\pi meters may be a product
         return text, ""
     unit = re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit)
     if len(unit) > 2:  # a word loses its case and a plural's s; but mW is not MW, and s and ms are seconds
@@ -302,94 +312,159 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
       percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
       units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
       lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
-      equations  x = 7 equals 7; others are compared side by side. 1/2 = 0.5 pays for 0.5: every side is right
+      names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1, and (1, 2), in the order of the alphabet
+      relations  x = 7 equals 7, x > 3 its interval; others go side by side. 1/2 = 0.5 pays for 0.5: every side is right
+      options    B pays for (B) 12 and the other way round; a text is compared if both have one
       words      equal up to case, blanks and \text, never parsed
     """
     if max(len(prediction), len(answer)) > MAX_ANSWER:
         return False
     gold, prediction = _clean(answer), _clean(prediction)
-    if not (_balanced(gold) and _balanced(prediction)):
+    letter, gold_text = _choice(gold)
+    chosen, text = _choice(prediction) if letter else ("", prediction)
+    if not (_split(gold_text, ",") and _split(text, ",")):  # brackets without a partner
         return False
+    if chosen and (chosen != letter or not (gold_text and text)):
+        return chosen == letter and not _HEDGE.search(text)
+    gold = gold_text or gold
+    if (stated := _QUANTITY.fullmatch(gold)) and "=" not in text:
+        gold = stated[1]
+    worker.start()  # this takes a second, which is not on the clock
+    deadline = time.monotonic() + worker.timeout_s  # of all questions about one answer: two lists of ten items ask a hundred
     try:
-        return _same(gold, prediction, _one_limit(worker))
+        return _same(gold, text, lambda g, p: worker.equal(g, p, deadline - time.monotonic()))
     except TimeoutError:
         return False
 
 
-def _one_limit(worker: MathWorker) -> Callable[[str, str], bool]:
-    """worker.equal for all questions about one answer, with the limit of one: two lists of ten items ask a hundred."""
-    seconds = worker.timeout_s
-
-    def ask(gold: str, prediction: str) -> bool:
-        nonlocal seconds
-        worker.start()  # this takes a second, which is not on the clock
-        begin = time.monotonic()
-        verdict = worker.equal(gold, prediction, seconds)
-        seconds -= time.monotonic() - begin
-        return verdict
-
-    return ask
+# An option of a multiple choice: B, (B), or with its text (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
+_CHOICE = re.compile(r"\(?([A-H])(?:\)?[.:]?|[).:] +(?![*/^_=+]|[A-H]\b)(.+))")
+# What must not follow the letter if the reference is a letter only: another letter, and words that take it back.
+_HEDGE = re.compile(rf"(?<![A-Za-z\\])(?-i:[A-H])(?![A-Za-z])|{_NO_UNIT.pattern}", re.I)
+# A reference such as |z| = 5 or \cos A = \frac{1}{2} is answered by its number. Not x + y = 5 and y^2 = 4x: these are curves.
+_QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
 
 
-def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
-    """Two cleaned answers, taken apart level by level. `ask` judges single expressions; it may raise TimeoutError."""
-    if not gold or not prediction:  # an empty answer, or an empty side of "="
+def _choice(text: str) -> tuple[str, str]:
+    """("B", "12") for (B) 12, ("B", "") for (B), ("", the text) if it is no option."""
+    match = _CHOICE.fullmatch(re.sub(r"\\text ?\{([^{}]*)\}", r"\1 ", text).strip())
+    return (match[1], match[2] or "") if match else ("", text)
+
+
+def _same(gold: str, prediction: str, ask: Ask) -> bool:
+    """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
+    if not gold or not prediction:  # an empty side of "="
         return False
     if _key(gold) == _key(prediction):
         return True
-    g, p = _NAMED.fullmatch(gold), _NAMED.fullmatch(prediction)
-    if g and p and _key(g[1]) != _key(p[1]):
+    (g_names, gold), (p_names, prediction) = _named(gold), _named(prediction)
+    if g_names and p_names and g_names != p_names:
         return False
-    (g_kind, g_items), (p_kind, p_items) = _structure(g[2] if g else gold), _structure(p[2] if p else prediction)
-    if g_kind == p_kind == "item":
+    (kind, g_items), (p_kind, p_items) = _structure(gold), _structure(prediction)
+    if {kind, p_kind} == {"list", "()"} and len(g_names or p_names) > 1 and "=" not in gold + prediction:
+        kind = p_kind = "()"  # 2, 5 for p = 2, q = 5
+    if kind == p_kind == "item":
         return _same_item(g_items[0], p_items[0], ask)
-    if {g_kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
+    if {kind, p_kind} == {"item", "="}:  # 1/2 = 0.5 for 0.5
         return all(_same(g, p, ask) for g in g_items for p in p_items)
-    if g_kind != p_kind or len(g_items) != len(p_items):
+    if kind != p_kind or len(g_items) != len(p_items):
         return False
-    if g_kind not in ("list", r"\cup") or all(_WORDS.search(item) or re.fullmatch("[A-Z]", item) for item in g_items):
+    if kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items)):
         return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
-    left = list(p_items)  # each item of the reference takes one of the prediction's: order is free, multiplicity is not
-    for g in g_items:
-        match = next((i for i, p in enumerate(left) if _same(g, p, ask)), None)
+    for g in g_items:  # each takes one of the prediction's: order is free, multiplicity is not
+        match = next((p for p in p_items if _same(g, p, ask)), None)
         if match is None:
             return False
-        del left[match]
+        p_items.remove(match)
     return True
 
 
-# x = ..., f^{-1}(x) = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not
-# answer them. Not \log(x) = 2 either: that has not been solved for x.
-_NAMED = re.compile(
-    r"(\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|sin|cos|tan|cot|sec|csc|not)\b)[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\^\{-1\})?"
-    r"(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{2,}$| ?(?:\\text ?\{)?\(?[A-E]\)?\}?$) ?(.+)"
+# x, f^{-1}(x), S_{\triangle ABC}, \angle A, \frac{AB}{CD}. Not \log_2(x): \log_2(x) = 3 has not been solved for x.
+_NAME = (
+    r"(?:\\text ?\{(?!not\b)[A-Za-z]+\}|\\(?:angle|overline|overrightarrow|vec) ?\{?[A-Za-z]+\}?"
+    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}"
+    r"|\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|not)(?![A-Za-z]))[A-Za-z]+)"
+    r"(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=]*\))?"
 )
+# x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
+_NAMED = re.compile(
+    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{{2,}}$| ?(?:\\text ?\{{)?\(?[A-E]\)?\}}?$) ?(.+)"
+)
+
+
+def _named(text: str) -> tuple[list[str], str]:
+    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"); ([], text) if a value has no name."""
+    solutions = [{}]
+    for item in _items(text):
+        if not (match := _NAMED.fullmatch(_interval(item))):
+            return [], text
+        name, value = _key(match[1]), match[2]
+        if name in solutions[-1]:
+            solutions.append({})
+        solutions[-1][name] = value
+    names = sorted(solutions[0])
+    if any(sorted(solution) != names for solution in solutions):
+        return [], text
+    rows = [", ".join(map(solution.get, names)) for solution in solutions]
+    if len(names) > 1:
+        rows = [f"({row})" for row in rows]
+    return names, (", " if "=" in text else r" \cup ").join(rows)  # of intervals, the union
+
+
+def _interval(text: str) -> str:
+    r"""x \in (3, 5] for 3 < x \le 5, turned around or with one bound as well. What is not solved for a name stays."""
+    parts, written = _relation(text), _split(text, r"<|>|\\[lg]e\b")[::2]
+    name = next((part for part in written if re.fullmatch(_NAME, part)), None)
+    if len(parts) == 3 and parts[0] == name:
+        parts = [r"-\infty", "<", *parts]
+    elif len(parts) == 3:
+        parts = [*parts, "<", r"\infty"]
+    if len(parts) != 5 or parts[2] != name or not {parts[1], parts[3]} <= {"<", r"\le"}:  # 3 < x > 5
+        return text
+    opening = "(" if parts[1] == "<" else "["
+    closing = ")" if parts[3] == "<" else "]"
+    return rf"{name} \in {opening}{parts[0]}, {parts[4]}{closing}"
+
+
+def _relation(text: str) -> list[str]:
+    """[part, sign, part, ...] of an equation, an inequality or a union. 5 > x is turned into x < 5."""
+    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b") or [text]
+    if set(parts[1::2]) <= {">", r"\ge"}:
+        return [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
+    return parts
+
+
 # What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
-_WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots")
+_WORDS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[A-Za-z]{4}|[a-z]{0,2}[A-Z][A-Za-z]|[a-z]{1,2}[A-Z])|:|\.\.|\\\w?dots|^[A-Z]$")
+
+
+def _items(text: str) -> list[str]:
+    """The items of a bare list or of {...}."""
+    value = re.sub(rf"^{_NAME} ?= ?", "", text)
+    if _number(_split_unit(value)[0]) is not None:  # 1,234 is not a list
+        return [text]
+    if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _split(braces[1], ","):
+        return _items(braces[1].strip())
+    return [item for item in _split(text, "[,;]")[::2] if item] or [text]
 
 
 def _structure(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of a cleaned answer: "item", "list", brackets such as "(]", a matrix's shape, or a sign such as "="."""
-    if _number(_split_unit(text)[0]) is not None:  # 1,234 is not a list
-        return "item", [text]
-    if (braces := re.fullmatch(r"\\\{(.+)\\\}", text)) and _balanced(braces[1]):
-        return _structure(braces[1].strip())
-    tuples = text[0] in "([" and text[-1] in ")]" and _balanced(text[1:-1])
-    items = [item for item in _split(text[1:-1] if tuples else text, "[,;]")[::2] if item]
+    """(kind, parts) of values: "item", "list", brackets such as "(]", a matrix with its separators, or a sign such as "="."""
+    items = _items(text)
     if len(items) > 1:
-        return text[0] + text[-1] if tuples else "list", items
-    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b")
-    if len(parts) > 1:
-        signs = parts[1::2]
-        return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
-    matrix = r"\{[pbB]?(?:small)?matrix\}"
-    if cells := re.fullmatch(rf"\\begin{matrix}(.*)\\end{matrix}", text):
-        rows = [row.split("&") for row in cells[1].split(r"\\") if row.strip()]
-        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
-    return "item", [text]
+        return "list", items
+    text = items[0]  # 5 of \{5\}
+    if text[0] in "([" and text[-1] in ")]" and len(items := _items(text[1:-1])) > 1:
+        return text[0] + text[-1], items
+    if cells := re.fullmatch(r"\\begin\{[pbB]?(?:small)?matrix\}(.*?)(?:\\\\ ?)?\\end\{[pbB]?(?:small)?matrix\}", text):
+        parts = _split(cells[1], r"&|\\\\")
+        return "matrix" + "".join(parts[1::2]), parts[::2]
+    parts = _relation(text)
+    signs = parts[1::2]
+    return " ".join(signs if len(set(signs)) > 1 else signs[:1]) or "item", parts[::2]
 
 
-def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _same_item(gold: str, prediction: str, ask: Ask) -> bool:
     (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(g), _number(p)
     numbers = a is not None and b is not None
@@ -410,32 +485,39 @@ _PLAIN = re.compile(
     r"|(?:arc)?cos|(?:arc)?tan|cot|sec|csc|sinh|cosh|tanh|alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda"
     r"|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
 )
-# Even of these it misreads **, !! and numbers next to each other, which it adds up or cuts off (2 3, 1.2.3, 7 .5, 52_8, 1e-5,
-# 2\frac{3}{2}, \frac{1}{2}35, {2}{3}, 2[3]). The last two are what it would compute for minutes.
+# Even of these it misreads !! and adds up or cuts off 2 3, 1.2.3, 7 .5, 52_8, 1e-5, 2\frac{3}{2}, {2}{3}, 2[3].
 _MISREAD = re.compile(
-    r"\*\*|//|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]|\\frac.*\} ?[0-9]"
+    rf"{_WORDS.pattern}"
+    r"|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
     r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
-# A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
-_FACTOR = r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
+_EXACT = [
+    # A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
+    (r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?", r"\1 \\cdot "),
+    # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
+    (r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1] + x[2]}}}{{1{'0' * len(x[2])}}}"),
+]
 
 
-def _symbolic_equal(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
     """math-verify's verdict on two expressions, False if it may misread one of them."""
-    expressions = []
     for text in (gold, prediction):
-        if not _PLAIN.fullmatch(text) or _WORDS.search(text) or _MISREAD.search(text):
+        if not _PLAIN.fullmatch(text) or _MISREAD.search(text):
             return False
-        text = re.sub(_FACTOR, r"\1 \\cdot ", text)
-        # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
-        text = re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}}", text)
-        expressions.append(text)
-    g, p = (set(re.findall(r"\\[A-Za-z]+|([A-Za-z])", text)) for text in (gold, prediction))  # "" for a command
-    if len({letter.lower() for letter in g | p}) < len(g | p):  # N and n would become one symbol
+    g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
+    if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
         return False
     # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    return not p - g - {"", "e", "i"} and ask(*expressions)
+    strange = [symbol for symbol in p - g if len(symbol) == 1 and symbol not in "ei"]
+    return not strange and ask(_rewrite(gold, _EXACT), _rewrite(prediction, _EXACT))
+
+
+# What data sets write if there is no answer to compare with, as _key leaves it.
+_PLACEHOLDER = re.compile(
+    r"[-?!*#]+|\\dots|[<#]?(?:n/?a|nan|none|null|nil)>?|(?:see|referto|asshown|asabove).*|(?:the)?(?:proof|prove|answer|solution)[a-z]*"
+    r"|not(?:found|available|applicable|given|provided|known)|no(?:answer|proof)[a-z]*|unknown|missing|omitted|tbd|todo", re.I
+)  # fmt: skip
 
 
 def why_unusable(answer: str) -> str:
@@ -445,9 +527,11 @@ def why_unusable(answer: str) -> str:
     torn = r"^[*/^_=]|[-+*/^_=\\]$|(?<!\\)\{\s*\}|\\(?:frac|sqrt)\s*$"
     reasons = {
         "is empty": not text,
+        "is a list of texts in quotes": re.match(r"""\[ ?["']""", text),
         f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
-        "has unbalanced brackets": not _balanced(text),
+        "has unbalanced brackets": not _split(_choice(text)[1], ","),
         "is prose": len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 5,
+        "says that there is none": _PLACEHOLDER.fullmatch(_key(text).strip(".")),
         "cannot be read as numbers, an expression or a few words": re.search(torn, text),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
