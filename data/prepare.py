@@ -474,14 +474,14 @@ def check_solutions(
 
 def drop_long(rows: list[Row], tokenizer: Any, limit: int, dropped: Dropped) -> list[Row]:
     """The rows whose prompt (with the strategy, if there is one) and solution have at most `limit` tokens."""
-    from model import encode_chat  # here: torch takes seconds, and only this needs it
+    from model import encode_chat, encode_text  # here: torch takes seconds, and only this needs it
 
     kept = []
     for row in tqdm(rows, desc="tokens", unit="row"):
         messages = guided_messages(row.problem, row.strategy) if row.strategy else auto_messages(row.problem)
         tokens = len(encode_chat(tokenizer, messages))
         if row.solution is not None:
-            tokens += len(tokenizer.encode(row.solution, add_special_tokens=False)) + 1  # and the end of the sequence
+            tokens += len(encode_text(tokenizer, row.solution)) + 1  # and the token that ends it
         if tokens <= limit:
             kept.append(row)
         else:
@@ -523,9 +523,9 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
     """Turn one file into options.out/PART.jsonl and its entry in manifest.json. ValueError before anything is written."""
     source = identify(options.command, options.part, path, options.sha256, origin)
     if options.max_tokens:
-        from model import load_tokenizer
+        from model import MODEL_FILES, load_tokenizer, resolve_model
 
-        tokenizer = load_tokenizer(Path(options.max_tokens[0]))
+        tokenizer = load_tokenizer(resolve_model(options.max_tokens[0], [name for name in MODEL_FILES if "safetensors" not in name]))
     others, against = load_against(options.against, worker)  # first, so that a fault there costs no work
     rows, read = read_source(path, options)
     dropped, own = Dropped(), len(rows)
@@ -659,7 +659,7 @@ def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
     sub.add_argument("--count", type=int, help="draw a random sample of this many rows (default: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the sample")
     sub.add_argument("--against", nargs="+", default=[], metavar="FILE", help="test files in our format: drop what is in them")
-    long = "drop rows whose prompt and solution have more than N tokens under the tokenizer and chat template of a model folder"
+    long = "drop rows whose prompt and solution have more than N tokens under the tokenizer and chat template of a model"
     sub.add_argument("--max_tokens", nargs=2, metavar=("MODEL", "N"), help=long)
     if command != "solutions":
         sub.add_argument("--need_solution", action="store_true", help="drop rows without a solution that is right")

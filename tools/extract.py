@@ -11,7 +11,6 @@ command safe to kill: each answer is on the disk, under a hash of its exact requ
 A kill loses at most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +34,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from checkpoint import lock, to_json
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, same_answer
 from strategy import (
@@ -343,10 +343,7 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
     start: the line of this run. ValueError if the journal's answers were made with other settings.
     """
     with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
-        except BlockingIOError:
-            raise ValueError(f"{path}: another run is writing it, and both would pay for the same answers") from None
+        lock(stream, f"{path}: another run is writing it, and both would pay for the same answers", tqdm.write)
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
@@ -376,7 +373,7 @@ def read_journal(path: Path) -> Iterator[Record]:
 
 def to_line(record: Record) -> bytes:
     """One line of JSON."""
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return to_json(record, ensure_ascii=False).encode() + b"\n"
 
 
 def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tuple[Record, Problem | None]:
