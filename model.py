@@ -461,11 +461,11 @@ def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch
     return model.to(device)
 
 
-MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*")
 TOKENIZER_FILES = (
     "tokenizer*", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
+MODEL_FILES = ("*.json", "*.safetensors", *TOKENIZER_FILES)
 
 
 def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Path:

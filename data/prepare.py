@@ -523,9 +523,9 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
     """Turn one file into options.out/PART.jsonl and its entry in manifest.json. ValueError before anything is written."""
     source = identify(options.command, options.part, path, options.sha256, origin)
     if options.max_tokens:
-        from model import MODEL_FILES, load_tokenizer, resolve_model
+        from model import TOKENIZER_FILES, load_tokenizer, resolve_model
 
-        tokenizer = load_tokenizer(resolve_model(options.max_tokens[0], [name for name in MODEL_FILES if "safetensors" not in name]))
+        tokenizer = load_tokenizer(resolve_model(options.max_tokens[0], ("config.json", *TOKENIZER_FILES)))
     others, against = load_against(options.against, worker)  # first, so that a fault there costs no work
     rows, read = read_source(path, options)
     dropped, own = Dropped(), len(rows)
