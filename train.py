@@ -241,8 +241,10 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, en
     for name in sorted(needs):
         missing = [problem.id for problem in problems if getattr(problem, name) is None]
         if missing:
-            hint = "; --sft_fraction 0 leaves out the warm-up" if name == "solution" and cfg.method != "sft" else ""
-            raise ValueError(f"{cfg.data}: {len(missing)} rows have no {name}, the first is {missing[0]!r}{hint}")
+            hint = f"`python strategy.py --data {cfg.data} --endpoint URL --model NAME --out FILE` asks a strong model for them"
+            if name == "solution" and cfg.method != "sft":
+                hint = "--sft_fraction 0 leaves out the warm-up; " + hint
+            raise ValueError(f"{cfg.data}: {len(missing)} rows have no {name}, the first is {missing[0]!r}; {hint}")
     if cfg.shuffle_strategies:
         others = shuffled_strategies([problem.strategy for problem in problems], seed=0)
         problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, others, strict=True)]
@@ -496,6 +498,9 @@ def split_examples(
         if not for_rl:
             raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
 
+        if len(for_rl) < cfg.problems_per_step:
+            notes.append(f"{len(for_rl)} problems for RL, fewer than --problems_per_step: some are in a step more than once")
+
     def length(example: Example) -> int:
         prompts = [example.auto_ids, example.guided_ids] if cfg.sft_guided > 0 else [example.auto_ids]
         return max(map(len, prompts)) + len(example.solution_ids)
@@ -507,7 +512,7 @@ def split_examples(
         notes.append(f"left out of the SFT (--sft_max_tokens, or the context): {rows}")
         for_sft = [example for example in for_sft if length(example) <= longest]
         if not for_sft:
-            raise ValueError(f"{cfg.data}: {notes[0]}")
+            raise ValueError(f"{cfg.data}: {notes[-1]}")
     count = round(cfg.sft_validation * len(for_sft)) if len(for_sft) >= 10 else 0
     if count:
         for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation"))

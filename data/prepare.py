@@ -44,7 +44,7 @@ import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from tqdm import tqdm
 # Run as a script, Python looks for modules in data/ and not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.problems import load_problems
+from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
 from strategy import Strategy, auto_messages, guided_messages
 
@@ -227,6 +227,7 @@ class Row:
     answer: str
     solution: str | None
     strategy: Strategy | None = None
+    extra: dict = field(default_factory=dict)  # columns that the row format does not know, of `jsonl` alone
 
 
 def clean_answer(value: str | int | float) -> str:
@@ -295,9 +296,9 @@ def columns_row(row: dict, options: argparse.Namespace) -> Fields:
     """Any flat layout, by the names of its columns."""
     problem, answer = take(row, options.problem_column), take(row, options.answer_column, str, int, float, empty=True)
     solution = own = None
-    if options.solution_column and row.get(options.solution_column) is not None:
+    if row.get(options.solution_column) is not None:
         solution = _box_tagged_answer(take(row, options.solution_column))
-    if options.id_column:
+    if options.id_column in row:
         own = str(take(row, options.id_column, str, int))
     return problem, clean_answer(answer), solution, own
 
@@ -494,7 +495,7 @@ def drop_long(rows: list[Row], tokenizer: Any, limit: int, dropped: Dropped) -> 
 
 def read_source(path: Path, options: argparse.Namespace) -> tuple[list[Row], int]:
     """(the command's rows of a file, how many rows the file has). One ValueError with up to 20 lines for bad rows."""
-    rows, errors, count = [], [], 0
+    rows, errors, count, columns = [], [], 0, set()
     prefix = options.command if options.part == options.command else f"{options.command}-{options.part}"
     try:
         for count, (where, raw) in enumerate(read_rows(path), start=1):
@@ -503,20 +504,40 @@ def read_source(path: Path, options: argparse.Namespace) -> tuple[list[Row], int
                 fields = LAYOUTS[options.command](source, options)
                 strategy = source.get(options.strategy_column)
                 strategy = None if strategy is None else Strategy.from_dict(strategy)
+                extra = other_columns(source, options) if options.command == "jsonl" else {}
             except ValueError as error:
                 errors.append(f"{path}: {where}: {error}")
                 continue
+            columns |= source.keys()
             if fields is not None:
                 problem, answer, solution, own = fields
                 name = own or (where.removesuffix(".json") if path.is_dir() else str(count - 1))  # from 0, as the hub counts
-                rows.append(Row(where, f"{prefix}-{name}", problem, answer, solution, strategy))
+                row_id = name if own and options.command == "jsonl" else f"{prefix}-{name}"
+                rows.append(Row(where, row_id, problem, answer, solution, strategy, extra))
     except ValueError as error:  # the file as a whole
         raise ValueError(f"{path}: {error}") from None
     if errors:
         raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more"] * (len(errors) > 20)))
     if not rows:
         raise ValueError(f"{path}: no rows for {options.command} among {count}")
+    for flag in ("solution_column", "strategy_column", "id_column"):
+        column = getattr(options, flag)
+        if column not in columns | {None, flag.removesuffix("_column")}:
+            raise ValueError(f"{path}: no row has the column --{flag} {column}")
     return rows, count
+
+
+def other_columns(row: dict, options: argparse.Namespace) -> dict:
+    """The columns that no flag names. They stay with the row, for a reward of the user's own."""
+    used = {getattr(options, f"{name}_column"): name for name in ("problem", "answer", "solution", "strategy", "id")}
+    extra = {name: value for name, value in row.items() if name not in used}
+    if taken := sorted(extra.keys() & set(used.values())):
+        raise ValueError(f"column {taken[0]!r} is not used, and has the name of a field: rename it")
+    try:
+        json.dumps(extra)
+    except TypeError as error:  # parquet has dates and bytes
+        raise ValueError(f"a column cannot be written as JSON: {error}") from None
+    return extra
 
 
 def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker: MathWorker) -> None:
@@ -591,9 +612,7 @@ def write(out: Path, rows: list[Row], entry: dict, worker: MathWorker) -> None:
     try:
         with partial.open("w", encoding="utf-8") as stream:
             for row in rows:
-                record = {"id": row.id, "problem": row.problem, "answer": row.answer, "solution": row.solution}
-                record["strategy"] = row.strategy and row.strategy.to_dict()
-                record = {key: value for key, value in record.items() if value is not None}
+                record = Problem(row.id, row.problem, row.answer, row.solution, row.strategy, row.extra).to_row()
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         load_problems(partial, worker)
         entries = read_manifest(out.parent) | {out.name: entry | {"sha256": sha256_of(partial)}}
@@ -643,7 +662,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, required=True, help="folder for PART.jsonl and manifest.json")
         sub.set_defaults(part="train" if command in ("openr1", "solutions") else command, file=None, think=None)
         sub.set_defaults(against=[], count=None, seed=None, need_solution=command == "solutions", revision=None, sha256=None)
-        sub.set_defaults(strategy_column=None, max_tokens=None)
+        sub.set_defaults(solution_column=None, strategy_column=None, id_column=None, max_tokens=None)
         if command == "benchmarks":
             continue
         sub.add_argument("--revision", help="commit to download instead of the pinned one")
@@ -673,9 +692,10 @@ def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
         ours = command == "solutions"
         sub.add_argument("--problem_column", default="problem")
         sub.add_argument("--answer_column", default="expected_answer" if ours else "answer")
-        sub.add_argument("--solution_column", default="reasoning_trace" if ours else None, help="default: %(default)s")
-        sub.add_argument("--strategy_column", help="with type, strategy and steps, as strategy.py writes them; default: none")
-        sub.add_argument("--id_column", help="default: ids from the row's number")
+        sub.add_argument("--solution_column", default="reasoning_trace" if ours else "solution", help="default: %(default)s")
+        help_text = "with type, strategy and steps, as strategy.py writes them; default: %(default)s"
+        sub.add_argument("--strategy_column", default=None if ours else "strategy", help=help_text)
+        sub.add_argument("--id_column", default=None if ours else "id", help="without it ids are made from the row's number")
 
 
 def find_benchmarks(folder: Path) -> dict[str, Path]:

@@ -1,11 +1,13 @@
 """Problem files, for training, evaluation and the extraction of strategies. Their format: data/README.md.
 
-What it is not: a converter of other formats (data/prepare.py).
+What it is not: a converter of other formats (`python data/prepare.py jsonl` is one).
 """
 
+import codecs
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grader import MathWorker, normalise_answer, same_answer, why_unusable
 from strategy import Strategy
@@ -13,21 +15,30 @@ from strategy import Strategy
 
 @dataclass(frozen=True)
 class Problem:
-    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None."""
+    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None. `extra` has the
+    fields that the format does not know."""
 
     id: str
     problem: str
     answer: str
     solution: str | None
     strategy: Strategy | None
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_row(self) -> dict[str, Any]:
+        """The inverse of read_row, ready for json."""
+        row = {"id": self.id, "problem": self.problem, "answer": self.answer, "solution": self.solution}
+        row["strategy"] = self.strategy and self.strategy.to_dict()
+        return {name: value for name, value in row.items() if value is not None} | self.extra
 
 
 def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
-    """The rows of a jsonl file: {"id", "problem", "answer"} as strings, "solution" and "strategy" if there are any.
+    """The rows of a jsonl file: {"id", "problem", "answer"}, and "solution", "strategy" and other fields if there are any.
 
     Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem with the
-    same answer is dropped, and a line printed. An answer that no response could match is an error. Raises one ValueError with
-    up to 20 lines "path:line: what, value". worker: None starts one for this call.
+    same answer is dropped, and a line printed; empty lines are passed over. An answer that no response could match is an error.
+    Raises one ValueError with up to 20 lines "path:line: what, value", and one that says what may help. worker: None starts
+    one for this call.
     """
     if worker is None:
         with MathWorker() as worker:
@@ -36,7 +47,9 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
         raise ValueError(f"{path}: no such file")
     problems, errors, dropped = [], [], 0
     by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
-    for line, raw in enumerate(Path(path).read_bytes().rstrip().splitlines(), start=1):
+    for line, raw in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if not raw.strip():
+            continue
         try:
             problem = read_row(raw)
             text = " ".join(problem.problem.split())
@@ -56,7 +69,7 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
     if errors:
         if len(errors) > 20:
             errors[20:] = [f"... and {len(errors) - 20} more"]
-        raise ValueError("\n".join(errors))
+        raise ValueError("\n".join([*errors, "`python data/prepare.py jsonl` makes rows of other files (data/README.md)"]))
     if not problems:
         raise ValueError(f"{path}: no rows")
     if dropped:
@@ -82,13 +95,15 @@ def read_row(raw: bytes) -> Problem:
         raise ValueError(f"expected an object, {row!r}")
     if missing := [name for name in ("id", "problem", "answer") if name not in row]:
         raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
-    for name, value in row.items():
-        if name not in ("id", "problem", "answer", "solution", "strategy"):
-            raise ValueError(f"unknown field {name!r}, {value!r}")
-        if name != "strategy" and (not isinstance(value, str) or not value.strip()):
+    own = {name: row.pop(name, None) for name in ("id", "problem", "answer", "solution", "strategy")}
+    strategy = own.pop("strategy")
+    for name, value in own.items():
+        if name in ("id", "answer") and type(value) in (int, float):
+            own[name] = value = json.dumps(value)
+        if not (name == "solution" and value is None) and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"field {name!r} must be a non-empty string, {value!r}")
-    answer = normalise_answer(row["answer"])
+    answer = normalise_answer(own["answer"])
     if reason := why_unusable(answer):
-        raise ValueError(f"field 'answer' {reason}, {row['answer'][:200]!r}")
-    strategy = Strategy.from_dict(row["strategy"]) if "strategy" in row else None
-    return Problem(row["id"], row["problem"], answer, row.get("solution"), strategy)
+        raise ValueError(f"field 'answer' {reason}, {own['answer'][:200]!r}")
+    strategy = None if strategy is None else Strategy.from_dict(strategy)
+    return Problem(own["id"], own["problem"], answer, own["solution"], strategy, row)

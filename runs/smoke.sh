@@ -24,12 +24,10 @@ mv "$WORK/rows/new.jsonl" "$WORK/rows/all.jsonl"
 sed -n 1,60p "$WORK/rows/all.jsonl" > "$WORK/rows/train.jsonl"
 sed -n 61,92p "$WORK/rows/all.jsonl" > "$WORK/rows/test.jsonl"
 export BENCH_SOURCE=none EVAL_FILES=$WORK/rows/test.jsonl
-export TRAIN_COMMAND=jsonl TRAIN_SOURCE=$WORK/rows/train.jsonl TRAIN_FLAGS="--solution_column solution --id_column id"
-export STRATEGY_FLAGS=none
+export TRAIN_COMMAND=jsonl TRAIN_SOURCE=$WORK/rows/train.jsonl TRAIN_FLAGS=
+export STRATEGY_FLAGS=none # the rows have strategies
 if [ -n "${ENDPOINT:-}" ]; then
     STRATEGY_FLAGS="--endpoint $ENDPOINT --model ${STRONG:?the name of the model at $ENDPOINT}"
-elif [ ! -e "$WORK/train/train.jsonl" ]; then # the rows have strategies, which prepare.py does not copy
-    mkdir -p "$WORK/train" && cp "$WORK/rows/train.jsonl" "$WORK/train/train.jsonl"
 fi
 export LAUNCH=${LAUNCH:-$PYTHON}
 warm_up="--sft_fraction 0.5 --sft_epochs 4 --sft_batch 16 --sft_learning_rate 1e-4 --sft_guided 0.5"

@@ -108,8 +108,19 @@ def test_two_problems_may_not_share_an_id(tmp_path):
     source = [{"problem": f"{i}?", "answer": i, "n": i} for i in (1, 1, 2)]  # a repeat may
     assert len(run_prepare(tmp_path / "out", "jsonl", source, "--id_column", "n")[0]) == 2
     source[2]["n"] = 1
-    with pytest.raises(ValueError, match="line 3: the id 'jsonl-train-1' is that of line 1 already"):
+    with pytest.raises(ValueError, match="line 3: the id '1' is that of line 1 already"):
         run_prepare(tmp_path / "new", "jsonl", source, "--id_column", "n")
+
+
+def test_jsonl_keeps_ids_strategies_and_columns_of_the_user(tmp_path):
+    row = {"id": "a-1", "problem": "1?", "answer": "1", "solution": "\\boxed{1}", "level": 5, "tests": ["f(1)"]}
+    row |= {"strategy": {"type": "sum", "strategy": "Add.", "steps": ["Add them."]}}
+    rows, _ = run_prepare(tmp_path / "a", "jsonl", [row, {"problem": "2?", "answer": 2}])
+    assert rows == [row, {"id": "jsonl-train-1", "problem": "2?", "answer": "2"}]
+    with pytest.raises(ValueError, match="no row has the column --solution_column answr"):
+        run_prepare(tmp_path / "b", "jsonl", [{"problem": "1?", "answer": 1}], "--solution_column", "answr")
+    with pytest.raises(ValueError, match="column 'problem' is not used, and has the name of a field"):
+        run_prepare(tmp_path / "b", "jsonl", [row | {"q": "1?"}], "--problem_column", "q")
 
 
 def test_sample_is_seeded_and_in_the_source_s_order(tmp_path):
@@ -129,8 +140,9 @@ def test_rows_that_are_too_long_are_left_out(tmp_path, capsys):
     prompt = len(encode_chat(tokenizer, auto_messages(plain["problem"])))
     guided = len(encode_chat(tokenizer, guided_messages(plain["problem"], Strategy.from_dict(strategy))))
     solved = prompt + len(tokenizer.encode("\\boxed{3}", add_special_tokens=False)) + 1
-    flags = ["--solution_column", "s", "--strategy_column", "strategy", "--max_tokens", TINY_BASE]
-    for row, tokens in ((plain, prompt), (plain | {"strategy": strategy}, guided), (plain | {"s": "\\boxed{3}"}, solved)):
+    flags = ["--max_tokens", TINY_BASE]
+    parts = {"strategy": strategy}, {"solution": "\\boxed{3}"}
+    for row, tokens in ((plain, prompt), (plain | parts[0], guided), (plain | parts[1], solved)):
         rows, entry = run_prepare(tmp_path / f"{tokens}", "jsonl", [row], *flags, tokens)
         assert len(rows) == 1 and rows[0].get("strategy") == row.get("strategy") and entry["max_tokens"][1] == str(tokens)
         longer = row | {"problem": "What is 1 + 2 + 2?"}

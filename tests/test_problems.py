@@ -6,6 +6,7 @@ import pytest
 
 import grader
 from data import prepare
+from data.problems import read_row
 from eval import load_problems
 from grader import is_correct
 from strategy import Strategy
@@ -36,6 +37,20 @@ def test_words_that_do_answer_are_no_placeholders():
         assert grader.why_unusable(answer) == "", answer
 
 
+def test_load_problems_takes_what_people_have(tmp_path, eval_worker):
+    """Numbers for texts, null for nothing, empty lines, a byte order mark, and fields of their own, which stay."""
+    rows = [_eval_row(1, id=7, answer=3.5, solution=None, strategy=None, level=5, tests=["assert f(1) == 2"]), _eval_row(2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n \n", encoding="utf-8")
+    first, second = load_problems(path, eval_worker)
+    assert (first.id, first.answer, first.solution, first.strategy) == ("7", "3.5", None, None)
+    assert first.extra == {"level": 5, "tests": ["assert f(1) == 2"]} and second.extra == {}
+    assert read_row(json.dumps(first.to_row()).encode()) == first
+    path.write_text("\n{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{path}:2: "):  # the line in the file, whatever was passed over
+        load_problems(path, eval_worker)
+
+
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
 def test_load_problems_names_line_and_value(row, message, tmp_path, eval_worker):
     if not isinstance(row, str):
@@ -44,8 +59,8 @@ def test_load_problems_names_line_and_value(row, message, tmp_path, eval_worker)
     with pytest.raises(ValueError) as error:
         load_problems(path, eval_worker)
     assert str(error.value).startswith(f"{path}:2: ")
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+    first, *others = str(error.value).splitlines()
+    assert message in first and len(others) == 1 and "data/prepare.py jsonl" in others[0]
 
 
 def test_load_problems_reports_twenty_errors_at_once(tmp_path, eval_worker):
@@ -54,7 +69,7 @@ def test_load_problems_reports_twenty_errors_at_once(tmp_path, eval_worker):
         load_problems(path, eval_worker)
     lines = str(error.value).splitlines()
     assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{i}" for i in range(2, 22)]
-    assert lines[20:] == ["... and 5 more"]
+    assert lines[20] == "... and 5 more" and len(lines) == 22
 
 
 def test_load_problems_drops_repeated_rows(tmp_path, eval_worker, capsys):

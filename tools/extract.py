@@ -516,7 +516,7 @@ def extract(args: Namespace) -> int:
             if done is None:
                 failed[row.id] = record["failed"]
             else:
-                lines.append(to_line(asdict(done)))
+                lines.append(to_line(done.to_row()))
         if lines:
             part = Path(f"{out}.part")
             part.write_bytes(b"".join(lines))
