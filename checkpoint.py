@@ -22,6 +22,7 @@ Imports no sibling: copy this file alone. It needs a process group (torch.distri
 called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
 """
 
+import argparse
 import dataclasses
 import fcntl
 import hashlib
@@ -31,8 +32,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +68,7 @@ class Progress:
 
     sft_steps: int = 0
     rl_steps: int = 0
+    rl_length: int = 0  # how many RL steps the run was to have when it last went on
     evaluated: int = 0  # the last RL step with a periodic evaluation after it
     best_loss: float = math.inf  # SFT's lowest validation loss, and the step after which it was measured
     best_step: int = 0
@@ -138,17 +141,22 @@ class RunFolder:
             made_from = "its data differs, or its prompts do (some chat templates write today's date)"
             raise ValueError("\n".join([f"{path}: {made_from}", *changes]))
         progress = Progress(**_with_inf(state.get("progress", {})))
+        head = {"config": self.config, **self.origin, "device": machine, "ranks": dist.get_world_size()}
         sizes = state.get("logs", {})
-        if resume and dist.get_rank() == 0:
+        if resume and dist.get_rank() == 0 and not (self.out / "model").exists():  # a finished run has logged its last word
             for file in self._logs():
                 os.truncate(file, sizes.get(file.name, 0))
         if path is None:
             if resume:
                 say("nothing to resume: from the start")
-            self.log({"config": self.config, **self.origin, "device": machine, "ranks": dist.get_world_size()})
+            self.log(head)
             return progress
         if state["commit"] != self.origin["commit"]:
             say(f"note: the checkpoint is of commit {state['commit']}, this code is {self.origin['commit']}")
+        before = stored_config(self.out) or {}
+        if changes := differences(before | {"resume": True}, self.config):
+            say("\n".join(["settings that have changed:", *changes]))
+            self.log({**head, "stage": "resume"})
         load_checkpoint(path, model, optimizer)
         say(f"resumed: {path}, {progress.sft_steps} SFT and {progress.rl_steps} RL steps")
         return progress
@@ -193,18 +201,27 @@ class RunFolder:
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder, from the first line of its metrics.jsonl. None if there is no run, or if it ended
-    while it wrote that line. ValueError for a file of another program, and for checkpoints without settings."""
+    """The settings of the run in a folder, None if there is no run. ValueError as in stored_head."""
+    head = stored_head(out)
+    return head and head["config"]
+
+
+def stored_head(out: Path) -> dict[str, Any] | None:
+    """Settings ("config"), machine and origin of the run in a folder, from its metrics.jsonl: the first line, or the last one
+    that says it went on with others. None if there is no run, or if it ended while it wrote the first line. ValueError for a
+    file of another program, and for checkpoints without settings."""
     path = out / "metrics.jsonl"
-    line = path.open("rb").readline() if path.exists() else b""
-    if not line.endswith(b"\n"):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if not lines or not lines[0].endswith(b"\n"):
         if _checkpoints(out / "checkpoints"):
             raise ValueError(f"{out} has checkpoints but no metrics.jsonl, whose first line has the settings")
         return None
+    changed = [line for line in lines[1:] if line.startswith(b'{"config"') and line.endswith(b"\n")]
     try:
-        return _with_inf(json.loads(line)["config"])
+        head = json.loads([lines[0], *changed][-1])
+        return head | {"config": _with_inf(head["config"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}:1: not the settings of a run, {line[:80]!r}") from error
+        raise ValueError(f"{path}:1: not the settings of a run, {lines[0][:80]!r}") from error
 
 
 def lock(file: IO[Any], held: str, say: Callable[[str], Any]) -> None:
@@ -415,3 +432,54 @@ def _digest(content: Any) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def write_model(run: Path, out: Path, step: int | None) -> None:
+    """Write a model folder from a checkpoint of a run: the newest whole one, or the one of a step [SFT and RL steps together].
+
+    It has the dtype that the run computed in. ValueError if there is no such checkpoint, or if `out` exists.
+    """
+    from model import blank_model, resolve_model, save_model  # here: all above works without them
+    from parallel import compute_dtype, ranks_of
+
+    if out.exists():
+        raise ValueError(f"--out {out}: there already")
+    head = stored_head(run)
+    if head is None:
+        raise ValueError(f"{run}: no run (no metrics.jsonl)")
+    with ranks_of("cpu", 60.0):
+        if step is None:
+            path, _, damaged = find_checkpoint(run / "checkpoints")
+            if path is None:
+                raise ValueError("\n".join([f"{run}: no whole checkpoint", *damaged]))
+        else:
+            path = run / "checkpoints" / f"step-{step:06d}"
+            _checked(path)
+        model, tokenizer = blank_model(resolve_model(head["config"]["model"]))
+        model.to_empty(device="cpu")
+        load_checkpoint(path, model, None)
+        device = "cpu" if head["device"].startswith("cpu") else "cuda"
+        dtype = compute_dtype(head["config"]["dtype"], torch.device(device))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        save_model(model, tokenizer, out)
+    print(f"{out}: the weights of {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a model folder from a checkpoint of a run.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the folder of a run, train.py's --out")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--step", type=int, help="of this step, SFT and RL steps together (default: the newest whole one)")
+    args = parser.parse_args(argv)
+    try:
+        write_model(args.run, args.out, args.step)
+    except (ValueError, CheckpointError) as error:
+        sys.exit(f"checkpoint.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

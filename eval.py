@@ -305,5 +305,7 @@ if __name__ == "__main__":
     try:
         main()
         leave()
+    except KeyboardInterrupt:
+        sys.exit("eval.py: stopped by Ctrl-C; the same command goes on after the last response")
     except (ValueError, RankLost) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

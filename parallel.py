@@ -40,6 +40,8 @@ def start_ranks(device: str, timeout_minutes: float) -> torch.device:
     with "auto" CUDA if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"error: --device cuda: torch {torch.__version__} finds no CUDA device here")
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -119,11 +121,11 @@ def all_gather(value: Any) -> list[Any]:
 
 
 class Preempted(Exception):
-    """SIGTERM came: the work at hand is dropped, and the run ends with a checkpoint."""
+    """SIGTERM or Ctrl-C came: the work at hand is dropped, and the run ends with a checkpoint."""
 
 
 class Control:
-    """The barrier of a run, and the SIGTERM that any of its ranks may get. All ranks make one together."""
+    """The barrier of a run, and the signal to end that any of its ranks may get. All ranks make one together."""
 
     def __init__(self, timeout_minutes: float) -> None:
         self.group = dist.new_group(backend="gloo")  # it can say which rank is missing; NCCL would abort the process
@@ -147,7 +149,7 @@ class Control:
 
     def preemptible(self, work: Callable[[], Any]) -> Any:
         """Do work that differs from rank to rank, communicates nothing and changes nothing that is kept; then a barrier.
-        Returns the work's result. After a SIGTERM to any rank, which cuts its own work short, all ranks raise Preempted."""
+        Returns the work's result. After a signal to any rank, which cuts its own work short, all ranks raise Preempted."""
         result = None
         try:
             try:
@@ -155,7 +157,7 @@ class Control:
                 if not self.stop_asked:
                     result = work()
             finally:
-                self.may_cut_short = False  # SIGTERM may arrive at this very line, so the `except` is around it too
+                self.may_cut_short = False  # the signal may arrive at this very line, so the `except` is around it too
         except Preempted:
             pass
         if self.barrier(int(self.stop_asked)):
@@ -163,14 +165,15 @@ class Control:
         return result
 
     @contextmanager
-    def catch_sigterm(self) -> Iterator[None]:
-        """Inside, SIGTERM asks the run to end, and cuts preemptible work short."""
-        before = signal.signal(signal.SIGTERM, self._on_sigterm)
+    def catch_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and Ctrl-C ask the run to end, and cut preemptible work short."""
+        before = {which: signal.signal(which, self._on_signal) for which in (signal.SIGTERM, signal.SIGINT)}
         yield
         # not restored after an error: torchrun sends SIGTERM to the ranks that are left, and they must still report theirs
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: Any) -> None:
         self.stop_asked = True
         if self.may_cut_short:
             self.may_cut_short = False

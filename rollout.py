@@ -409,7 +409,8 @@ def sample_and_grade(
         graded[row.group, member] = grade(row, member, text)
 
     total = n * len(prompts) if isinstance(n, int) else sum(n)
-    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc=progress, unit="response", disable=progress is None) as bar:
+    hidden = None if progress else True  # None: hidden without a terminal
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc=progress, unit="response", disable=hidden) as bar:
         pending = deque()
 
         def on_row(row: Trajectory, member: int) -> None:

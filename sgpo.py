@@ -420,10 +420,17 @@ def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[
             }  # fmt: skip
 
 
-def step_line(metrics: dict[str, float], steps: int) -> str:
-    m = metrics
-    return (
-        f"step {m['step']:>4}/{steps}  reward alone {m['reward_auto']:.3f}  guided {m['reward_guided']:.3f}  "
-        f"alpha {m['alpha']:.3f}  KL {m['kl']:.3f}  kept {m['kept']:.3f}  entropy {m['entropy']:.3f}  "
-        f"length {m['length_auto']:.0f}  {m['tokens_per_s']:.0f} tokens/s"
-    )
+def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
+    """A step in at most 100 columns, without the figures that the method does not have."""
+    m, variant = metrics, METHODS[method]
+    parts = [f"step {m['step']}/{steps}", f"reward {m['reward_auto']:.2f}"]
+    if variant.guided:
+        parts.append(f"guided {m['reward_guided']:.2f}")
+    if variant.distills and m["with_target"]:
+        parts += [f"alpha {m['alpha']:.2f}", f"KL {m['kl']:.3f}", f"kept {m['kept']:.2f}"]
+    elif variant.distills:
+        parts.append("no guided response is right")
+    parts += [f"entropy {m['entropy']:.2f}", f"length {m['length_auto']:.0f}"]
+    if m["truncated"] > 0.5:
+        parts[-1] += f", {m['truncated']:.0%} cut off"
+    return "  ".join(parts)

@@ -86,7 +86,7 @@ class Config(Method):
     shuffle_strategies: bool = knob(False, "a control: give each problem the strategy of a problem of another type [ours]")
     # schedule
     epochs: float = knob(10.0, "passes over the RL problems [app E]; --steps overrides it", high=1e6)
-    steps: int = knob(0, "number of RL steps; 0: from --epochs")
+    steps: int = knob(0, "number of RL steps; 0: from --epochs. With --resume it may be more than before")
     learning_rate: float = knob(1e-6, "peak learning rate of RL [app E]", high=1)
     lr_warmup_steps: int = knob(0, "steps of linear learning-rate warm-up in RL [ours]")
     lr_decay: str = knob("constant", "learning rate of RL after the warm-up [ours]", ("constant", "linear"))
@@ -121,19 +121,24 @@ class Config(Method):
     max_skipped: int = knob(10, "end the run after more updates than this with a loss or gradient that is not finite")
 
 
-# settings that change what a run costs or keeps, not what it computes: these may differ after --resume
+# settings that change what a run costs or keeps, or when it ends, not what it computes: these may differ after --resume
 MAY_CHANGE = (
     "out max_rows cache_tokens micro_tokens chunk_tokens recompute device shard_ranks offload timeout_minutes "
-    "resume checkpoint_minutes max_skipped"
+    "resume checkpoint_minutes max_skipped steps epochs"
 ).split()
-TINY = dict(
-    model=str(HERE / "data/tiny/base"),
-    data=str(HERE / "data/tiny/train.jsonl"),
-    eval_data=str(HERE / "data/tiny/test.jsonl"),
+TINY_FILES = {name: str(HERE / f"data/tiny/{file}") for name, file in
+              (("model", "base"), ("data", "train.jsonl"), ("eval_data", "test.jsonl"))}  # fmt: skip
+TINY = TINY_FILES | dict(
     steps=60, problems_per_step=16, sft_fraction=0.0,
     max_new_tokens=32, eval_max_new_tokens=32, eval_guided=True, max_rows=1024, recompute=False,
     learning_rate=2e-4, lr_warmup_steps=5, lr_decay="linear", weight_decay=0.0, sft_learning_rate=3e-4,
 )  # fmt: skip
+HELP_GROUPS = {  # the first setting of each group in --help
+    "method": "method", "group_auto": "sampling", "aggregate": "policy loss", "delta": "distillation",
+    "distill": "ablations of sgpo", "hpt_gate": "hpt", "problems_per_step": "update", "model": "files and seeds",
+    "epochs": "schedule", "sft_fraction": "supervised stage", "eval_every": "evaluation", "recompute": "machine",
+    "resume": "crashes",
+}  # fmt: skip
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
 FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval_limit=64, eval_max_new_tokens=1024)
 
@@ -142,15 +147,20 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     """Flags -> Config. A flag beats a preset, and a preset the default. Unknown flags and impossible values end the program."""
     also = "--plan [--gpus 8] [--gpu_memory 80]: print the memory and time that the run would need, and do nothing else. "
     also += "Without --model the tiny world has smaller settings of its own; a run prints those that it takes"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=also, allow_abbrev=False)
+    about, usage = __doc__.splitlines()[0], "python train.py [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, epilog=also, allow_abbrev=False)
+    group = parser
     for spec in dataclasses.fields(Config):
-        text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
+        if spec.name in HELP_GROUPS:
+            group = parser.add_argument_group(HELP_GROUPS[spec.name])
+        tiny = f"; tiny world: {TINY[spec.name]!r}" if spec.name in TINY and spec.name not in TINY_FILES else ""
+        text = f"{spec.metadata['help']} (default: {spec.default!r}{tiny})".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if spec.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": spec.type, "choices": spec.metadata["choices"]}
-        parser.add_argument(f"--{spec.name}", **options)
+        group.add_argument(f"--{spec.name}", **options)
     parser.add_argument("--preset", choices=["first_run"], help="short warm-up and responses, few problems; flags beat it")
     given = vars(parser.parse_args(argv))
     named = FIRST_RUN if given.pop("preset") else {}
@@ -228,7 +238,7 @@ def say(text: str) -> None:
 
 def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     """The steps from `done` on, with a progress bar on rank 0."""
-    return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0)
+    return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0 or None)  # None: without a terminal
 
 
 def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, end_id: int) -> list[Example]:
@@ -378,7 +388,11 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
 def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
     cfg, progress = run.cfg, run.progress
-    steps = cfg.steps or math.ceil(cfg.epochs * len(examples) / cfg.problems_per_step)
+    steps = rl_length(cfg, examples)
+    if progress.rl_length not in (0, steps):
+        rate = learning_rate_at(cfg.learning_rate, progress.rl_steps, steps, cfg.lr_warmup_steps, cfg.lr_decay)
+        say(f"{steps} RL steps and no longer {progress.rl_length}: the learning rate goes on at {rate:.3g} ({cfg.lr_decay})")
+    progress.rl_length = steps
     for step in steps_left(cfg.method, progress.rl_steps, steps):
         # a run that was stopped between an evaluation and its step must not log the evaluation twice
         if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
@@ -391,13 +405,18 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example])
         learning_rate = learning_rate_at(cfg.learning_rate, step, steps, cfg.lr_warmup_steps, cfg.lr_decay)
         metrics = rl_step(run, batch, step + 1, learning_rate)
         run.folder.log({"stage": cfg.method, **metrics})
-        say(step_line(metrics, steps))
+        say(step_line(cfg.method, metrics, steps))
         progress.rl_steps = step + 1
         after_step(run, always=step + 1 == steps)
 
 
+def rl_length(cfg: Config, examples: Sequence[Example]) -> int:
+    """The number of RL steps, in all; 0 without examples."""
+    return (cfg.steps or math.ceil(cfg.epochs * len(examples) / cfg.problems_per_step)) if examples else 0
+
+
 def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_rate: float) -> dict[str, float]:
-    """sgpo_step and what a run adds to it: SIGTERM, more metrics, and samples.jsonl. Returns the metrics."""
+    """sgpo_step and what a run adds to it: signals, more metrics, and samples.jsonl. Returns the metrics."""
     start, timeouts = time.perf_counter(), run.worker.timeouts
     metrics, samples = sgpo_step(
         run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward,
@@ -420,7 +439,7 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str
 
 
 def after_step(run: Run, *, always: bool) -> None:
-    """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if SIGTERM came to any rank."""
+    """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if a signal came to any rank."""
     every = 60 * run.cfg.checkpoint_minutes  # inf: never, not even `always`
     due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
@@ -532,9 +551,9 @@ def most_sampled(cfg: Config, context: int, held_out: int) -> str:
 
 
 def train(cfg: Config, device: torch.device) -> None:
-    """Check everything, then run. SIGTERM ends the run with a checkpoint."""
-    if cfg.resume and (Path(cfg.out) / "model").exists():
-        return say(f"--resume: the run in {cfg.out} is finished")
+    """Check everything, then run. SIGTERM and Ctrl-C end the run with a checkpoint."""
+    if cfg.resume and (Path(cfg.out) / "model").exists() and not any(Path(cfg.out).glob("checkpoints/step-*")):
+        return say(f"--resume: the run in {cfg.out} is finished, and has no checkpoints to go on from")
     with MathWorker() as worker:
         try:
             run, examples, held_out = prepare(cfg, device, worker)
@@ -543,19 +562,39 @@ def train(cfg: Config, device: torch.device) -> None:
             run.folder.open(say, resume=cfg.resume)
             machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             run.progress = run.folder.begin(run.model, run.optimizer, machine, say, resume=cfg.resume)
+            if is_finished(run, for_rl):
+                run.folder.close()
+                return say(f"--resume: the run in {cfg.out} is finished; with more --steps or --epochs it goes on")
         except ValueError as error:
             sys.exit(f"error: {error}")
-        say("\n".join(f"{name:>18}  {value}" for name, value in dataclasses.asdict(cfg).items()))
+        usual = dataclasses.asdict(Config())
+        chosen = {name: value for name, value in dataclasses.asdict(cfg).items() if value != usual[name]}
+        say("\n".join(f"{name:>18}  {value}" for name, value in chosen.items()) + "\nall others as in --help")
         split = f"{len(for_sft)} problems for SFT and {len(validation)} for its validation, {len(for_rl)} for {cfg.method}"
         say("\n".join([*notes, f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]))
-        with run.control.catch_sigterm():
+        with run.control.catch_signals():
             try:
                 stages(run, for_sft, validation, for_rl, held_out)
             except Preempted:
                 run.folder.save(run.model, run.optimizer, run.progress)
-                say(f"SIGTERM: a checkpoint is in {run.folder.out / 'checkpoints'}; the same command with --resume goes on")
+                say(f"stopped: a checkpoint is in {run.folder.out / 'checkpoints'}; the same command with --resume goes on")
             finally:
                 run.folder.close()
+
+
+def is_finished(run: Run, for_rl: Sequence[Example]) -> bool:
+    """Whether nothing is left to do. A finished run that is to have more steps now keeps its model under another name.
+    ValueError if it has done more steps than it is to have."""
+    done, steps, model = run.progress.rl_steps, rl_length(run.cfg, for_rl), run.folder.out / "model"
+    if done > steps:
+        raise ValueError(f"--steps: the run in {run.folder.out} has done {done} RL steps, and is to have {steps}")
+    if done == steps:
+        return model.exists()
+    run.progress.table.pop(f"after {run.cfg.method}", None)
+    if model.exists() and world()[0] == 0:
+        model.rename(model.with_name(f"model-{done:06d}"))
+        say(f"the model after {done} steps is now {model.name}-{done:06d}")
+    return False
 
 
 def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: list[Example], held_out: list[Example]) -> None:
@@ -589,7 +628,10 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         save_model(gathered, run.tokenizer, part)
         run.folder.remove_best()
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
+        saved = run.folder.out / "checkpoints"
+        size = sum(file.stat().st_size for file in saved.rglob("*")) / 1e9
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
+        tqdm.write(f"{saved} takes {size:.2f} GB; only a run that is to be made longer still needs it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -602,6 +644,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with ranks_of(cfg.device, cfg.timeout_minutes) as device:
             train(cfg, device)
+    except KeyboardInterrupt:  # before training, or while a checkpoint was written
+        sys.exit("stopped by Ctrl-C")
     except (CheckpointError, NotFinite, RankLost) as error:
         sys.exit(f"error: {error}")
 

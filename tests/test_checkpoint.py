@@ -63,7 +63,7 @@ def same_run(a, b):
         (train, "save_model", 1, None),  # too late: the run ends by itself
     ],
 )
-def test_sigterm_then_resume_equals_an_uninterrupted_run(
+def test_a_signal_and_then_resume_equals_an_uninterrupted_run(
     module, where, call, ends_at, resumed, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     calls, ended, real = [], [], getattr(module, where)
@@ -71,7 +71,7 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(
     def call_and_signal(*arguments, **settings):
         calls.append(where)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM if call % 2 else signal.SIGINT)
         result = real(*arguments, **settings)
         ended.append(where)
         return result
@@ -81,8 +81,9 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(
     train.main([*resumed, "--checkpoint_minutes", "1e9", "--out", str(out)])
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(calls) - len(ended) == (where in ("sample_records", "sample_and_grade"))
-    assert ("SIGTERM: a checkpoint is in" in capsys.readouterr().out) == (not (out / "model").exists()) == (ends_at is not None)
+    assert ("stopped: a checkpoint is in" in capsys.readouterr().out) == (not (out / "model").exists()) == (ends_at is not None)
     if ends_at is not None:
         _, state, _ = checkpoint.find_checkpoint(out / "checkpoints")
         assert (state["progress"]["sft_steps"], state["progress"]["rl_steps"]) == ends_at
@@ -93,6 +94,44 @@ def test_sigterm_then_resume_equals_an_uninterrupted_run(
     train.main(["--out", str(out), "--resume"])
     assert ("is finished" in capsys.readouterr().out) == (ends_at is None)
     same_run(uninterrupted, out)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
+    """Three steps and then two more are five steps. The old model stays, and so do the settings that were not given again."""
+    flags = ["--problems_per_step", "2", "--lr_decay", "constant", "--eval_limit", "2", "--no-eval_guided", "--eval_every", "0"]
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    train.main([*flags, "--steps", "3", "--out", str(longer)])
+    before = faults.tensors(longer / "model/model.safetensors")
+    train.main([*flags, "--steps", "5", "--out", str(whole)])
+    train.main(["--out", str(longer), "--resume"])
+    assert "is finished" in capsys.readouterr().out
+    train.main(["--out", str(longer), "--resume", "--steps", "5"])
+    assert "5 RL steps and no longer 3: the learning rate goes on at 0.00016 (constant)" in capsys.readouterr().out
+    assert faults.tensors(longer / "model/model.safetensors") == faults.tensors(whole / "model/model.safetensors")
+    assert faults.tensors(longer / "model-000003/model.safetensors") == before
+    assert checkpoint.stored_config(longer)["steps"] == 5
+    after = [record["step"] for record in read_metrics(longer) if record.get("when") == "after sgpo"]
+    assert after == [3, 5]
+    with pytest.raises(SystemExit, match="has done 5 RL steps, and is to have 4"):
+        train.main(["--out", str(longer), "--resume", "--steps", "4"])
+
+
+def test_a_checkpoint_can_be_written_as_a_model_folder(tmp_path, capsys):
+    flags = ["--steps", "2", "--problems_per_step", "2", "--eval_limit", "2", "--no-eval_guided", "--eval_every", "0"]
+    run = tmp_path / "run"
+    train.main([*flags, "--checkpoint_minutes", "0", "--out", str(run)])
+    checkpoint.main([str(run), "--out", str(tmp_path / "last")])
+    files = {file.name for file in (run / "model").iterdir()}
+    assert {file.name for file in (tmp_path / "last").iterdir()} == files
+    for name in files:
+        assert (tmp_path / "last" / name).read_bytes() == (run / "model" / name).read_bytes(), name
+    checkpoint.main([str(run), "--out", str(tmp_path / "first"), "--step", "1"])
+    first, last = (faults.tensors(tmp_path / name / "model.safetensors") for name in ("first", "last"))
+    assert first.keys() == last.keys() and first != last
+    for out, message in ((run, "there already"), (tmp_path / "x", "step-000009")):
+        with pytest.raises(SystemExit, match=message):
+            checkpoint.main([str(run), "--out", str(out), "--step", "9"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_kill_between_the_best_weights_and_their_checkpoint_changes_nothing(
@@ -109,7 +148,7 @@ def test_a_kill_between_the_best_weights_and_their_checkpoint_changes_nothing(
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", die)
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="Ctrl-C"):
         train.main([*resumed, "--checkpoint_minutes", "0", "--out", str(out)])
     monkeypatch.undo()
     assert (out / "best/step-000002").exists()

@@ -258,7 +258,7 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
     for target in (s for s in samples if s["target"]):  # the most reachable of the right ones
         group = [s for s in samples if s["step"] == target["step"] and s["group"] == "guided" and s["reward"]]
         assert target["reach"] == max(s["reach"] for s in group)
-    for part in ("reward alone", "tokens/s", "[before]", "[after]", "held-out accuracy", "after sgpo"):
+    for part in ("reward ", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
         assert part in text, part
     with pytest.raises(SystemExit, match="holds a run already"):
         train.main([*flags, "--out", str(out)])

@@ -176,7 +176,7 @@ def terminated(trial: Trial) -> None:
     for rank in ranks_of(process, trial.ranks):
         os.kill(rank, signal.SIGTERM)
     status = process.wait(PATIENCE)
-    said = "SIGTERM: a checkpoint is in" in trial.said(begin) or (trial.out / "model").exists()
+    said = "stopped: a checkpoint is in" in trial.said(begin) or (trial.out / "model").exists()
     text = f"terminated: exit status {status} after {time.monotonic() - sent:.1f} s; {trial.progress()}"
     trial.say(text, wrong=status != 0 or not said)
 

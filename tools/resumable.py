@@ -60,7 +60,8 @@ class EvalSet:
 
 def output_path(args: argparse.Namespace) -> Path:
     """Where the results go. ValueError if they cannot be written there: an hour of sampling must not end at such an error."""
-    name = Path(args.model.rstrip("/")).name or "model"
+    folder = Path(args.model).resolve()
+    name = folder.parent.name if folder.name == "model" else folder.name  # runs/x/model is the run x
     path = Path(args.out or f"eval-{name}{'-guided' * args.guided}{'-both' * args.both}.json")
     if path.exists():
         raise ValueError(f"{path}: already there; name another file with --out")
