@@ -45,7 +45,11 @@ paper's argument; what the methods make of them we did not.
 """
 
 import random
+import sys
 from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 from data.tiny_world import CHOICES, problem_text, strategy_of, train_model, word_tokenizer, write_world
 from model import CausalLM

@@ -27,6 +27,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the files of the method, from the folder above
 
 from loss import chunked_head, sft_terms
 from model import CausalLM, ModelConfig, build_model, encode_chat, save_model

@@ -28,6 +28,9 @@ export TRAIN_COMMAND=jsonl TRAIN_SOURCE=$WORK/rows/train.jsonl TRAIN_FLAGS=
 export STRATEGY_FLAGS=none # the rows have strategies
 if [ -n "${ENDPOINT:-}" ]; then
     STRATEGY_FLAGS="--endpoint $ENDPOINT --model ${STRONG:?the name of the model at $ENDPOINT}"
+    without='import json, sys; [print(json.dumps(json.loads(row) | {"strategy": None})) for row in sys.stdin]'
+    $PYTHON -c "$without" < "$WORK/rows/train.jsonl" > "$WORK/rows/asked.jsonl" # a row that has a strategy keeps it
+    TRAIN_SOURCE=$WORK/rows/asked.jsonl
 fi
 export LAUNCH=${LAUNCH:-$PYTHON}
 warm_up="--sft_fraction 0.5 --sft_epochs 4 --sft_batch 16 --sft_learning_rate 1e-4 --sft_guided 0.5"

@@ -50,8 +50,8 @@ def test_the_recipe_does_not_train_on_the_few_rows_that_got_a_strategy(tmp_path,
     with ChatServer(script) as server:
         status, said = run_bash("runs/recipe.sh", {
             "WORK": tmp_path / "work", "MODEL": "m", "LAUNCH": "echo", "BENCH_SOURCE": "none", "EVAL_FILES": test,
-            "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", list(rows.values())),
-            "TRAIN_FLAGS": "--solution_column solution", "RUN_FLAGS": "--steps 1", "EVAL_FLAGS": "--n 2",
+            "TRAIN_COMMAND": "jsonl", "TRAIN_SOURCE": write_rows(tmp_path / "raw.jsonl", tiny_rows(6, strategy=None)),
+            "TRAIN_FLAGS": "", "RUN_FLAGS": "--steps 1", "EVAL_FLAGS": "--n 2",
             "STRATEGY_FLAGS": f"--endpoint {server.url} --model strong --candidates 1 --rounds 1",
         })  # fmt: skip
     assert status == 1 and "rows failed, reasons above" in said

@@ -354,3 +354,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as problem_with_input:
         sys.exit(f"report.py: {problem_with_input}")
+    except ModuleNotFoundError as missing:  # matplotlib
+        sys.exit(f"report.py: {missing}; `pip install -r requirements-dev.txt` has what draws")
