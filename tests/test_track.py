@@ -1,0 +1,69 @@
+"""metrics.jsonl on its way to a tracker, with one that only notes what it gets."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from tools import track
+
+HEAD = {"config": {"method": "sgpo"}, "commit": "c"}
+SFT = [{"stage": "sft", "step": step, "loss": 2.0} for step in (1, 2)]
+RL = [{"stage": "sgpo", "step": step, "reward_auto": step / 10, "alpha": None} for step in (1, 2, 3)]
+EVAL = {"stage": "eval", "step": 2, "guided": True, "accuracy": 0.5, "pass_at": {"1": 0.5}, "when": "after sgpo"}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """{"runs": the arguments of init, "logged": (step, values)}."""
+    seen = {"runs": [], "logged": []}
+    run = types.SimpleNamespace(log=lambda values, step: seen["logged"].append((step, values)))
+    module = types.SimpleNamespace(init=lambda **settings: seen["runs"].append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return seen
+
+
+def write(folder, *records, end="\n"):
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + end)
+
+
+def test_each_line_is_sent_once_whatever_the_run_goes_through(tmp_path, wandb):
+    write(tmp_path, HEAD, *SFT, RL[0], RL[1], EVAL, end="")  # the last line is not whole yet
+    assert track.track(tmp_path, "wandb", "p", follow=False) == 4
+    # cut back to step 1 by a resumed run, and one step further
+    write(tmp_path, HEAD, *SFT, *RL[:2], EVAL, {**HEAD, "stage": "resume"}, RL[2])
+    assert track.track(tmp_path, "wandb", "p", follow=False) == 2
+    assert track.track(tmp_path, "wandb", "p", follow=False) == 0
+    assert [step for step, _ in wandb["logged"]] == [1, 2, 3, 4, 4, 5]  # RL goes on from SFT's steps
+    assert wandb["logged"][0][1] == {"sft/loss": 2.0} and wandb["logged"][2][1] == {"sgpo/reward_auto": 0.1}
+    assert wandb["logged"][4][1] == {"eval/guided/accuracy": 0.5}
+    first, *others = wandb["runs"]
+    assert first["project"] == "p" and first["config"] == HEAD["config"] and first["resume"] == "allow"
+    assert all(other["id"] == first["id"] for other in others)
+
+
+def test_following_a_file_that_grows_and_is_cut(tmp_path, monkeypatch):
+    files = [[HEAD, RL[0]], [HEAD, RL[0], RL[1]], [HEAD, RL[0]]]
+
+    def next_file(seconds):
+        if not files:
+            raise KeyboardInterrupt
+        write(tmp_path, *files.pop(0))
+
+    next_file(0)
+    monkeypatch.setattr(track.time, "sleep", next_file)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        for number, record in track.read_lines(tmp_path / "metrics.jsonl", follow=True):
+            seen.append((number, record.get("step")))
+    assert seen == [(0, None), (1, 1), (2, 2), (0, None), (1, 1)]
+
+
+def test_a_missing_tracker_and_a_missing_run_are_said(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no metrics.jsonl"):
+        track.track(tmp_path, "wandb", "p", follow=False)
+    write(tmp_path, HEAD)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match="pip install trackio"):
+        track.track(tmp_path, "trackio", "p", follow=False)
