@@ -76,9 +76,8 @@ class MathWorker(AbstractContextManager):
 
     def start(self) -> None:
         """Start the child unless it runs; equal does it too."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             return
-        self.close()  # it may have died between two questions
         # Not in this process: math-verify's signal.alarm fails off the main thread, and a power tower never ends.
         command = [sys.executable, "-P", __file__, str(self.memory_bytes), str(int(self.timeout_s) + 3)]
         # What it needs to find its packages, and no tokens or keys: it reads what a model wrote.
@@ -111,8 +110,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # No search for boxes: it merges all boxes into a set. No removal of units: it takes the m of 6m for metres.
-    steps = NormalizationConfig(malformed_operators=True, boxed="none")
-    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=steps)]
+    config = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))]
 
     def equal(*texts: str) -> bool:
         g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
@@ -166,7 +164,7 @@ _REWRITES = [
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
     # An option of a multiple choice with its text: (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
-    (r"^(?:\\text ?\{ ?)?\(?([A-H])[).:]+(?: *\} *| +)(?![*/^_=+,.;]|[A-H]\b)(.+)$", r"\\option_\1 = \2"),
+    (r"^(?:\\text ?\{ ?)?\(?([A-H])[).:]+(?: *\} *| +)(?![*/^_=+,.;]|[A-H]\b)(.+)$", r"option_\1 = \2"),
     (r"^\(([a-z]), ?([a-z])\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
     (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>]|[<>=] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
     # A system, in an array after a brace as well, is a list. What has further columns is a function by cases.
@@ -177,6 +175,7 @@ _REWRITES = [
     (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
     (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-z])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
+    (r"^([+-]?) ?\\?\$ ?(.+?) *$", r"\1\2\\text{ dollars}"),
 ]
 _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
 
@@ -245,33 +244,27 @@ def _number(text: str) -> Fraction | None:
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
+_FUNCTION = r"(?:log|ln|lg|exp|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)"
 # What is measured or counted: a short unit or a plural, with one word before it ("square inches"). "2 abc" has variables.
 _MEASURE = (
     r"(?:[A-Za-z][a-z]*\.? )?(?:[cmk]m|in|ft|kg|(?:lb|hr|min|sec)s?|mph|feet|foot|inch|pint|yuan|USD|[A-Za-z]?[a-z]{3,}s)"
     r"(?:(?: ?/ ?| per | of )[a-z]+| old)?\.?"
 )
+# Not if it changes the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars. \sin 30° is no angle.
 _UNIT = re.compile(
-    r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})"
+    r"(?!.*(?:illion|thousand|hundred|dozen|score|gross|hal[fv]|third|quarter|basis|\btens|(?:[rfx]|en|eigh|nin|tie)th"
+    rf"|\b(?:times|plus|minus|less|unless|versus|if|not|to|over|mod)\b|\\{_FUNCTION}.*°$))(.*[^-+*/=^_<>(, ]) ?"
+    r"([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})"
     rf"|(?:\\text ?\{{ ?(?:[mg]|{_MEASURE}) ?\}}|(?<=[0-9}}] ){_MEASURE})(?:\^ ?\{{?[23]\}}?)?)"
-)
-# Plurals and words before them that change the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars.
-_NO_UNIT = re.compile(
-    r"illion|thousand|hundred|dozen|score|gross|hal[fv]|third|quarter|\btens|(?:four|fif|six|en|eigh|nin|lf|tie|red|sand)th"
-    r"|basis|\b(?:times|plus|minus|less|unless|versus|perhaps|if|not|to|over|mod)\b"
 )
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words ("\$" is dollar)."""
-    if money := re.fullmatch(r"([+-]?) ?\\?\$ ?(.+)", text):
-        return money[1] + money[2], "dollar"
+    r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words."""
     match = _UNIT.fullmatch(text)
-    if not match or _NO_UNIT.search(match[2]):
+    if not match:
         return text, ""
-    core, unit = match.groups()
-    if _number(core) is None and not re.match(r"%|\\text", unit):  # \sin 30°, and 2\pi meters may be a product
-        return text, ""
-    return core, re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit).lower().removesuffix("s")
+    return match[1], re.sub(r"\\text|[^A-Za-z0-9_%°]", "", match[2]).lower().removesuffix("s")
 
 
 def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
@@ -282,14 +275,13 @@ def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
 
 def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     r"""Whether two answers are the same, the second being the reference. Our decisions, all in the tests' table:
-      numbers    exact: 0.333333 is not 1/3
+      numbers    exact: 0.333333 is not 1/3. Words are equal up to case, blanks and \text, never parsed
       percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
       units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
       lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
       names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1, and (1, 2), in the order of the alphabet
       relations  x = 7 equals 7, x > 3 its interval; others go side by side. 1/2 = 0.5 pays for 0.5: every side is right
       options    B pays for (B) 12 and the other way round; a text is compared if both have one
-      words      equal up to case, blanks and \text, never parsed
     """
     if max(len(prediction), len(answer)) > MAX_ANSWER:
         return False
@@ -306,7 +298,7 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
 # What must not follow an option's letter if the other side is a letter only: another letter, and words that take it back.
 _HEDGE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z])|\b(?:not?|isn|is|was|if|but|else|wait|maybe|wrong|false|incorrect)\b")
 # A reference such as |z| = 5 or \cos A = \frac{1}{2} is answered by its number. Not x + y = 5 and y^2 = 4x: these are curves.
-_QUANTITY = re.compile(r"(?=[^=]*[\\|])(?!\\option)[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
+_QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
 
 
 def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
@@ -316,8 +308,8 @@ def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     if _key(gold) == _key(prediction):
         return True
     for letter, option in ((gold, prediction), (prediction, gold)):
-        if option.startswith(rf"\option_{_key(letter)} = "):
-            return not _HEDGE.search(option[10:])
+        if option.startswith(f"option_{_key(letter)} = "):
+            return not _HEDGE.search(option[9:])
     (g_names, gold), (p_names, prediction) = _named(gold), _named(prediction)
     if g_names and p_names and g_names != p_names:
         return False
@@ -339,43 +331,34 @@ def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
     return True
 
 
-_FUNCTION = r"(?:log|ln|lg|exp|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)"
 # x, f^{-1}(x), S_{\triangle ABC}, \angle A, \frac{AB}{CD}. Not \log_2(x): \log_2(x) = 3 has not been solved for x.
 _NAME = (
     rf"(?:\\text ?\{{(?!not\b)[A-Za-z]+\}}|\\?(?!(?:pi|abs|not|{_FUNCTION})(?![A-Za-z]))[A-Za-z]+"
     r"(?:(?:\{[A-Z]{2,}\}){1,2}|\{[a-z]\}| [A-Z]+\b)?)(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=+]*\))?"
 )
 # x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
+# Or 3 < x <= 5, turned around or with one bound as well. What is not solved for a name has none.
 _NAMED = re.compile(
     rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?(?:=|\\in\b)(?! ?(?:\\text ?\{{)?[( ]*(?:[A-E]|[A-Za-z]{{2,}})[) ]*\}}?$) ?(.+)"
+    rf"|(?:([^<>=]+?) *([<>]=?) *)??({_NAME})(?: *([<>]=?) *([^<>=]+))?"
 )
 
 
-# 3 < x <= 5, turned around or with one bound as well. What is not solved for a name is no interval.
-_BOUNDED = re.compile(rf"(?:([^<>=]+?) *([<>]=?) *)??({_NAME})(?: *([<>]=?) *([^<>=]+))?")
-
-
-def _assignment(text: str) -> tuple[str, str] | None:
-    """(name, value): ("x", "7") for x = 7, ("x", "(3, 5]") for 3 < x <= 5. None for all else."""
-    if match := _NAMED.fullmatch(text):
-        return _key(match[1]), match[2]
-    if not (match := _BOUNDED.fullmatch(text)):
-        return None
-    low, left, name, right, high = match.groups("")
-    if ("<" in left + right) == (">" in left + right):  # a name alone, or 3 < x > 5
-        return None
-    if ">" in left + right:
-        low, left, right, high = high, right, left, low
-    opening = "[" if "=" in left else "("
-    closing = "]" if "=" in right else ")"
-    return _key(name), opening + (low or r"-\infty") + ", " + (high or r"\infty") + closing
-
-
 def _named(text: str) -> tuple[list[str], str]:
-    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"); ([], text) if a value has no name."""
-    pairs = [_assignment(item) for item in _items(text)]
-    if None in pairs:
-        return [], text
+    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"), 3 < x <= 5 is (["x"], "(3, 5]").
+    ([], text) if a value has no name."""
+    pairs = []
+    for item in _items(text):
+        match = _NAMED.fullmatch(item)
+        if not match or (not match[1] and ("<" in item) == (">" in item)):  # a name alone, or 3 < x > 5
+            return [], text
+        name, value, low, left, bounded, right, high = match.groups("")
+        if ">" in left + right:
+            low, left, right, high = high, right, left, low
+        if bounded:
+            value = ("[" if "=" in left else "(") + (low or r"-\infty") + ", "
+            value += (high or r"\infty") + ("]" if "=" in right else ")")
+        pairs.append((_key(name or bounded), value))
     names = sorted(dict(pairs))
     solutions = [dict(pairs[i : i + len(names)]) for i in range(0, len(pairs), len(names))]
     if any(sorted(solution) != names for solution in solutions):
@@ -427,11 +410,16 @@ _PLAIN = re.compile(
 )
 # Even of these it misreads !! and adds up or cuts off 2 3, 1.2.3, 7 .5, 52_8, 1e-5, 2\frac{3}{2}, {2}{3}, 2[3].
 _MISREAD = re.compile(
-    rf"{_WORDS.pattern}"
-    r"|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
+    rf"{_WORDS.pattern}|!!|[0-9)}}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}}] ?_|[0-9]e[-+0-9]|(?<!\\sqrt)(?<!\\sqrt )\["
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
-    r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
+    r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
+_EXACT = [
+    # A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
+    (r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?", r"\1 \\cdot "),
+    # It would compute decimals with 15 digits, and take 2.5 + 10^{-17} for 2.5.
+    (r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1] + x[2]}}}{{1{'0' * len(x[2])}}}"),
+]
 
 
 def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
@@ -446,28 +434,17 @@ def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> b
             return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
     if numbers:
         return a == b
-    if _key(gold) == _key(prediction):
-        return True
     if not all(_PLAIN.fullmatch(text) and not _MISREAD.search(text) for text in (gold, prediction)):
         return False
+    # N and n, \Delta and \delta would become one symbol. A variable that the reference lacks can only cancel out: "n o t 0".
     g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
-    if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
+    strange = {symbol for symbol in p - g if len(symbol) == 1} - {"e", "i"}
+    if strange or len({symbol.lower() for symbol in g | p}) < len(g | p):
         return False
-    # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    strange = [symbol for symbol in p - g if len(symbol) == 1 and symbol not in "ei"]
-    return not strange and ask(_explicit(gold), _explicit(prediction))
-
-
-# A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
-_BESIDE = re.compile(
-    r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?"
-)
-
-
-def _explicit(text: str) -> str:
-    """An expression as math-verify reads it exactly: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5."""
-    text = _BESIDE.sub(r"\1 \\cdot ", text)
-    return re.sub(r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1] + x[2]}}}{{1{'0' * len(x[2])}}}", text)
+    for pattern, replacement in _EXACT:
+        gold = re.sub(pattern, replacement, gold)
+        prediction = re.sub(pattern, replacement, prediction)
+    return ask(gold, prediction)
 
 
 # What data sets write if there is no answer to compare with, as _key leaves it.

@@ -162,8 +162,8 @@ def test_code_in_answers_is_never_run(monkeypatch, tmp_path):
     monkeypatch.setattr(grader, "__file__", str(child))
     monkeypatch.chdir(tmp_path)
     child.write_text(source.replace(judge, "eval(json.loads(line)[1])"), encoding="utf-8")
-    with MathWorker() as worker, pytest.raises(TimeoutError):  # it sees what is run
-        worker.equal("7", "7")
+    with MathWorker() as worker:  # it sees what is run
+        assert not worker.equal("7", "7") and worker.timeouts == 1
     child.write_text(source, encoding="utf-8")
     with MathWorker() as worker:
         for text in HOSTILE["code"] + HOSTILE["formats"]:  # straight into the child, without the checks before it
