@@ -27,7 +27,7 @@ MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing ti
 # What may be inside of braces, nine deep: an answer that nests deeper is refused. Possessive, so that no text costs much.
 _GROUP = reduce(lambda inner, _: rf"(?:[^{{}}\\]|\\.|\{{{inner}\}})*+", range(9), "")
 # The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the whole number.
-_BOX = re.compile(rf"\\boxed\s*\{{({_GROUP})\}}|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)", re.DOTALL)
+_BOX = re.compile(rf"(?<!\\)\\boxed\s*\{{({_GROUP})\}}|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)", re.DOTALL)
 # GSM8K's "#### 7" ("#### Step 2" is a heading) or a sentence. A lookahead, so that a second one on the same line is found too.
 _STATED = re.compile(
     r"(?:(?<!#)####(?=[ \t]*[-+$.]*[0-9])|\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=]))[\s*:]*(?=([^\n]{0,300}))", re.I
@@ -160,10 +160,11 @@ _REWRITES = [
     (r"\\geq*(?:slant)?\b", ">="),
     (r"\\lt\b", "<"),
     (r"\\gt\b", ">"),
-    (r"(?<![\\A-Za-z])oo\b", r"\\infty "),
+    (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)\b", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
     # An option of a multiple choice with its text: (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
+    (r"^\\text ?\{ ?(\(?[A-H][).:] [^{}]*)\}$", r"\1"),
     (r"^(?:\\text ?\{ ?)?\(?([A-H])[).:]+(?: *\} *| +)(?![*/^_=+,.;]|[A-H]\b)(.+)$", r"option_\1 = \2"),
     (r"^\(([a-z]), ?([a-z])\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
     (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>]|[<>=] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
@@ -250,10 +251,10 @@ _MEASURE = (
     r"(?:[A-Za-z][a-z]*\.? )?(?:[cmk]m|in|ft|kg|(?:lb|hr|min|sec)s?|mph|feet|foot|inch|pint|yuan|USD|[A-Za-z]?[a-z]{3,}s)"
     r"(?:(?: ?/ ?| per | of )[a-z]+| old)?\.?"
 )
-# Not if it changes the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars. \sin 30° is no angle.
+# Not if it changes the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars.
 _UNIT = re.compile(
     r"(?!.*(?:illion|thousand|hundred|dozen|score|gross|hal[fv]|third|quarter|basis|\btens|(?:[rfx]|en|eigh|nin|tie)th"
-    rf"|\b(?:times|plus|minus|less|unless|versus|if|not|to|over|mod)\b|\\{_FUNCTION}.*°$))(.*[^-+*/=^_<>(, ]) ?"
+    r"|\b(?:times|plus|minus|less|unless|versus|if|not|to|over|mod)\b))(.*[^-+*/=^_<>(, ]) ?"
     r"([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})"
     rf"|(?:\\text ?\{{ ?(?:[mg]|{_MEASURE}) ?\}}|(?<=[0-9}}] ){_MEASURE})(?:\^ ?\{{?[23]\}}?)?)"
 )
@@ -262,7 +263,8 @@ _UNIT = re.compile(
 def _split_unit(text: str) -> tuple[str, str]:
     r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words."""
     match = _UNIT.fullmatch(text)
-    if not match:
+    # 2\pi meters may be a product, x^2_1 has no base, and \sin 30° and \pi° are other numbers without the sign.
+    if not match or (_number(match[1]) is None and match[2][0] not in "%\\"):
         return text, ""
     return match[1], re.sub(r"\\text|[^A-Za-z0-9_%°]", "", match[2]).lower().removesuffix("s")
 
@@ -292,7 +294,12 @@ def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
         gold = stated[1]
     worker.start()  # this takes a second, which is not on the clock
     deadline = time.monotonic() + worker.timeout_s  # of all questions about one answer: two lists of ten items ask a hundred
-    return _same(gold, prediction, lambda g, p: time.monotonic() < deadline and worker.equal(g, p, deadline - time.monotonic()))
+
+    def ask(g: str, p: str) -> bool:
+        left_s = deadline - time.monotonic()
+        return left_s > 0 and worker.equal(g, p, left_s)
+
+    return _same(gold, prediction, ask)
 
 
 # What must not follow an option's letter if the other side is a letter only: another letter, and words that take it back.
@@ -301,7 +308,7 @@ _HEDGE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z])|\b(?:not?|isn|is|was|if|b
 _QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
 
 
-def _same(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _same(gold: str, prediction: str, ask: Callable) -> bool:
     """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
     if not gold or not prediction:  # an empty side of "="
         return False
@@ -336,17 +343,16 @@ _NAME = (
     rf"(?:\\text ?\{{(?!not\b)[A-Za-z]+\}}|\\?(?!(?:pi|abs|not|{_FUNCTION})(?![A-Za-z]))[A-Za-z]+"
     r"(?:(?:\{[A-Z]{2,}\}){1,2}|\{[a-z]\}| [A-Z]+\b)?)(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=+]*\))?"
 )
-# x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
-# Or 3 < x <= 5, turned around or with one bound as well. What is not solved for a name has none.
+# x = ..., (x, y) = ..., x \in ..., 3 < x <= 5, x > 3, 3 < x. Not SRAC = LRAC or A = C: LRAC or C does not answer them.
 _NAMED = re.compile(
-    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?(?:=|\\in\b)(?! ?(?:\\text ?\{{)?[( ]*(?:[A-E]|[A-Za-z]{{2,}})[) ]*\}}?$) ?(.+)"
+    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?"
+    r"(?:(?<=option_\w )=|(?:=|\\in\b)(?! ?(?:\\text ?\{)?[( ]*(?:[A-E]|[A-Za-z]{2,})[) ]*\}?$)) ?(.+)"
     rf"|(?:([^<>=]+?) *([<>]=?) *)??({_NAME})(?: *([<>]=?) *([^<>=]+))?"
 )
 
 
 def _named(text: str) -> tuple[list[str], str]:
-    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"), 3 < x <= 5 is (["x"], "(3, 5]").
-    ([], text) if a value has no name."""
+    """(names, values): (["x", "y"], "(1, 4)") for y = 4, x = 1, (["x"], "(3, 5]") for 3 < x <= 5, ([], text) without."""
     pairs = []
     for item in _items(text):
         match = _NAMED.fullmatch(item)
@@ -422,7 +428,7 @@ _EXACT = [
 ]
 
 
-def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> bool:
+def _same_item(gold: str, prediction: str, ask: Callable) -> bool:
     """Two values or expressions. math-verify is not asked if it may misread one of them."""
     (gold, g_unit), (prediction, p_unit) = _split_unit(gold), _split_unit(prediction)
     a, b = _number(gold), _number(prediction)
@@ -430,10 +436,14 @@ def _same_item(gold: str, prediction: str, ask: Callable[[str, str], bool]) -> b
     if g_unit != p_unit:
         if (g_unit and p_unit) or p_unit.startswith("_"):  # cents for dollars; a base out of nowhere
             return False
-        if "%" in (g_unit, p_unit):
-            return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
+        if g_unit == "%":
+            return numbers and b in (a, a / 100)
+        if p_unit == "%":
+            return numbers and (b / 100 == a or (b == a and abs(a) > 1))
     if numbers:
         return a == b
+    if _key(gold) == _key(prediction):
+        return True
     if not all(_PLAIN.fullmatch(text) and not _MISREAD.search(text) for text in (gold, prediction)):
         return False
     # N and n, \Delta and \delta would become one symbol. A variable that the reference lacks can only cancel out: "n o t 0".
