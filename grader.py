@@ -35,8 +35,7 @@ _STATED = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer that a response gives, or None: the last \boxed{...} that closes and is not empty, else the last
-    "#### 7", "answer is x" or "Answer: x"."""
+    r"""A response's final answer: the last \boxed{...} that closes and is not empty, else "#### 7" or "the answer is x"."""
     for part in (text.rpartition("</think>")[2], text):  # a box inside the thoughts counts last, as for verl and LUFFY
         for group, number in reversed(_BOX.findall(part)):
             if answer := (group or number).strip():  # "\boxed{}" only talks about the format
@@ -57,9 +56,9 @@ def _undress(text: str) -> str:
 class MathWorker(AbstractContextManager):
     """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
 
-    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is its address
-    space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, each was graded wrong.
-    RuntimeError if the child cannot start at all.
+    timeout_s limits a question: then the child is killed, and the next question starts a new one (RuntimeError if it cannot).
+    memory_bytes is its address space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it,
+    each was graded wrong.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
@@ -156,10 +155,8 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\leq*(?:slant)?\b", "<="),
-    (r"\\geq*(?:slant)?\b", ">="),
-    (r"\\lt\b", "<"),
-    (r"\\gt\b", ">"),
+    (r"\\l(?:t|(e)q*(?:slant)?)\b", lambda x: "<=" if x[1] else "<"),  # \lt, \le, \leq, \leqslant
+    (r"\\g(?:t|(e)q*(?:slant)?)\b", lambda x: ">=" if x[1] else ">"),
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)\b", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
@@ -200,12 +197,11 @@ def _clean(text: str) -> str:
 
 
 def _split(text: str, separators: str) -> list[str]:
-    """[part, separator, part, ...], cut at each match of a regular expression outside all brackets; [] if a bracket has no
-    partner or is deeper than 8 (each level doubles the time that math-verify needs)."""
+    """[part, separator, part, ...], cut at matches outside all brackets; [] if a bracket has no partner or is deeper than 8."""
     cuts, depth, last = [], 0, 0
     for token in re.finditer(rf"{_BRACKET}|({separators})|\\.", text):
         depth += bool(token[1]) - bool(token[2])
-        if not 0 <= depth <= 8:
+        if not 0 <= depth <= 8:  # each level doubles the time that math-verify needs
             return []
         if token[3] and not depth:
             cuts += [text[last : token.start()].strip(), token[3]]
