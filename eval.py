@@ -305,5 +305,5 @@ if __name__ == "__main__":
     try:
         main()
         leave()
-    except (ValueError, RankLost) as problem_with_input:
+    except (ValueError, OSError, RankLost) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

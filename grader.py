@@ -244,7 +244,8 @@ def _number(text: str) -> Fraction | None:
 _FUNCTION = r"(?:log|ln|lg|exp|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)"
 # What is measured or counted: a short unit or a plural, with one word before it ("square inches"). "2 abc" has variables.
 _MEASURE = (
-    r"(?:[A-Za-z][a-z]*\.? )?(?:[cmk]m|in|ft|kg|(?:lb|hr|min|sec)s?|mph|feet|foot|inch|pint|yuan|USD|[A-Za-z]?[a-z]{3,}s)"
+    r"(?:[A-Za-z][a-z]*\.? )?(?:[cmk]m|in|ft|kg|(?:lb|hr|min|sec)s?|mph|feet|foot|inch|pint|yuan|USD|[A-Za-z]?[a-z]{3,}s"
+    r"|people|(?:wo)?men|children|mile|meter|hour|minute|day|week|year|dollar|unit)"
     r"(?:(?: ?/ ?| per | of )[a-z]+| old)?\.?"
 )
 # Not if it changes the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars.

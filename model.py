@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 MARK = "\ue000"  # takes a text's place while a chat template is rendered: a character for private use, in no template
 KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
 
@@ -88,6 +89,9 @@ class ModelConfig:
         if raw.get("quantization_config"):
             raise ValueError("quantised weights are not supported; take the checkpoint's bf16 or fp32 version")
         attention_bias = raw.get("attention_bias", False)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if name in raw and (type(raw[name]) is not int or raw[name] < 1):
+                raise ValueError(f"{name}={raw[name]!r} must be a positive whole number")
         try:
             return ModelConfig(
                 model_type=family,
@@ -134,6 +138,12 @@ def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"unsupported rope_type={rope['rope_type']!r}; supported: default, llama3")
+    needed = {"rope_theta"} | (LLAMA3_ROPE if rope["rope_type"] == "llama3" else set())
+    for name, value in {name: rope.get(name) for name in needed}.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"rope setting {name}={value!r} must be a number")
+    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+        raise ValueError(f"rope settings by the kind of layer ({nested[0]!r}) are not supported")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError("partial rotary embeddings are not supported")
     return rope
@@ -141,8 +151,11 @@ def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
     """The end-of-sequence ids of all sources, each once. Qwen2.5-Instruct needs both of its two."""
-    lists = ([source] if isinstance(source, int) else source or [] for source in sources)
-    return tuple(dict.fromkeys(itertools.chain(*lists)))
+    lists = (source if isinstance(source, list | tuple) else [source] for source in sources if source is not None)
+    ids = tuple(dict.fromkeys(itertools.chain(*lists)))
+    if wrong := [index for index in ids if type(index) is not int or index < 0]:
+        raise ValueError(f"the end-of-sequence id {wrong[0]!r} must be a whole number from 0")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -482,14 +495,14 @@ def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Pat
     if "/" not in repo:
         org = next((org for prefix, org in KNOWN_FAMILIES if repo.lower().startswith(prefix)), None)
         if org is None:
-            raise ValueError(f"--model {repo}: no such folder, and no known family has such names; give org/name")
+            raise ValueError(f"model {repo}: no such folder, and no known family has such names; give org/name")
         repo = f"{org}/{repo}"
     from huggingface_hub import snapshot_download  # imported here: a folder does not need it
 
     try:
         return Path(snapshot_download(repo, allow_patterns=list(wanted), ignore_patterns=["*.py", "original/*"]))
     except Exception as error:  # the hub library raises a dozen kinds; each means "not there" to our caller
-        raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
+        raise ValueError(f"model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
 
 
 def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
@@ -611,12 +624,20 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     try:
         if all(encode(text) == encode_text(tokenizer, text) for text in texts):
             return render(messages, tokenize=True, return_dict=False)
-        # the texts are encoded by themselves, without the blanks around them: the template may trim those
+        # marks take the place of the texts, without the blanks around them: the template may trim those
         marked = [message | {"content": re.sub(r"(?s)\S(.*\S)?", MARK, message["content"])} for message in messages]
-        ids, *frame = map(encode, render(marked, tokenize=False).split(MARK))
-        for text, after in zip(filter(None, map(str.strip, texts)), frame, strict=True):
-            ids += encode_text(tokenizer, text) + after
-        return ids
+        frame = render(marked, tokenize=False).split(MARK)
+        special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        ids, text = [], ""  # the text since the last special token of the frame
+        for part, content in zip(frame, [*filter(None, map(str.strip, texts)), ""], strict=True):
+            for piece in re.split(f"({names})", part):
+                if piece in special:
+                    ids, text = [*ids, *encode_text(tokenizer, text), special[piece]], ""
+                else:
+                    text += piece
+            text += content
+        return ids + encode_text(tokenizer, text)
     except Exception as error:  # Jinja's own kinds, and whatever an expression in the template raises
         raise ValueError(f"the chat template of {tokenizer.name_or_path} failed: {error}") from error
 
@@ -699,6 +720,20 @@ def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard
         copy.write_bytes(file.read_bytes())
     if not files:
         tokenizer.save_pretrained(folder)
+    if (folder / "tokenizer_config.json").is_file():
+        _for_transformers_4(folder / "tokenizer_config.json")
+
+
+def _for_transformers_4(file: Path) -> None:
+    """Take out of a tokenizer_config.json what only transformers 5 knows: a class, and a list where there was a dict."""
+    settings = before = _read_json(file)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings = settings | {"additional_special_tokens": settings["extra_special_tokens"]}
+        del settings["extra_special_tokens"]
+    if settings != before:
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _files_of(tokenizer: Any) -> list[Path]:

@@ -472,7 +472,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     ids = {"prompts": examples, "eval_prompts": held_out}
     for name, rows in ids.items():
         ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
-    origin["data"] |= digests(tokenizer, **ids)
+    origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)

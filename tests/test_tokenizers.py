@@ -47,7 +47,10 @@ def make(tmp_path_factory):
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(TEMPLATES[kind][0], encoding="utf-8")
         names = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": "[PAD]"}  # [PAD] has no row
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "add_bos_token": True, **names}))
+        settings = {"tokenizer_class": name, "add_bos_token": True, **names}
+        if name == "TokenizersBackend":  # transformers 5's
+            settings["extra_special_tokens"] = ["<|im_end|>"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         return folder
 
     return make
@@ -121,17 +124,19 @@ def test_others_read_what_is_saved(make, tmp_path, python):
     if python is None:
         pytest.skip("SGPO_TRANSFORMERS4 names no interpreter that has transformers 4")
     wanted = []
-    for family, name in (("llama3-rope", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer")):  # its rope_theta is 1e6
+    families = ("llama3-rope", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer"), ("qwen3", "TokenizersBackend")
+    for family, name in families:  # qwen2's rope_theta is 1e6
         source, saved = make(family=family, name=name), tmp_path / family
         model, tokenizer = load_model(str(source), dtype=torch.bfloat16, device="cpu")
         save_model(model, tokenizer, saved)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            assert (saved / file).read_bytes() == (source / file).read_bytes()
+            if name != "TokenizersBackend" or file != "tokenizer_config.json":
+                assert (saved / file).read_bytes() == (source / file).read_bytes()
         assert len({file.stat().st_mode for file in saved.iterdir()}) == 1  # of the weights too
         assert json.loads((saved / "config.json").read_text())["rope_parameters"] == model.config.rope
         logits = model.float()(torch.tensor([[0, 40, 41, 42]]))[0, -1].tolist()
         wanted.append([list(model.config.eos_ids), tokenizer.chat_template, "torch.bfloat16", pytest.approx(logits, abs=1e-4)])
-    command = [python, "-c", READ, *(str(tmp_path / family) for family in ("llama3-rope", "qwen2"))]
+    command = [python, "-c", READ, *(str(tmp_path / family) for family, _ in families)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == wanted

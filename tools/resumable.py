@@ -144,7 +144,10 @@ def begin(folder: Path, settings: dict) -> None:
         if found := [file.name for file in folder.iterdir() if file.name != "settings.json.tmp"]:
             raise ValueError(f"{folder}: holds {found[0]} but no settings.json of an evaluation; name another --out")
         write_json(path, settings)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an evaluation ({error}); name another --out") from error
     changes = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
     if changes:
         raise ValueError(f"{folder}: of another evaluation ({'; '.join(changes)}); name another --out, or remove it")
@@ -160,9 +163,9 @@ def read_records(folder: Path) -> Records:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-            except ValueError:  # empty, or torn by a crash: its problem is sampled again
+                records[record["file"], record["guided"], record["id"]] = record
+            except (ValueError, KeyError, TypeError):  # empty, or torn by a crash: its problem is sampled again
                 continue
-            records[record["file"], record["guided"], record["id"]] = record
     return records
 
 
