@@ -29,17 +29,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
-from data.problems import Problem, load_problems
-from eval import (
-    accuracy_table,
-    check_lengths,
-    digests,
-    encode_prompts,
-    evaluate,
-    expected_length,
-    plus_minus,
-    show_responses,
-)
+from data.problems import Problem, check_lengths, digests, load_problems, shuffled_strategies
+from eval import accuracy_table, encode_prompts, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
 from kv_cache import PAGE, least_pages
 from loss import chunked_head, sft_terms
@@ -65,7 +56,6 @@ from parallel import (
 )
 from rollout import micro_batches, pack, stream_seed
 from sgpo import Example, responses_of, sgpo_step, step_line
-from strategy import shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
 

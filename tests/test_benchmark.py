@@ -9,7 +9,7 @@ import pytest
 import eval as grading
 from data import prepare
 from tests.common import ROOT, _eval_file, _eval_row
-from tools import benchmark
+from tools import benchmark, resumable
 from tools.resumable import read_sets
 
 
@@ -20,7 +20,7 @@ def test_benchmarks_have_the_papers_settings_and_other_files_small_ones(tmp_path
         (folder / f"{name}.jsonl").write_text(json.dumps(_eval_row(name)) + "\n")
 
     def settings(*flags):
-        args = grading.build_parser().parse_args(["--model", "m", *map(str, flags)])
+        args = resumable.build_parser().parse_args(["--model", "m", *map(str, flags)])
         return {Path(one.file).stem: (one.n, one.max_new_tokens) for one in read_sets(args, eval_worker)}
 
     often, seldom = (32, 32_768), (4, 32_768)

@@ -211,7 +211,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 def test_command_line_refuses():
     for flags in ("compare a b", "both --guided", "temp 1", "n 4 0", "seed -1", "temperature nan", "timeout inf"):
         with pytest.raises(SystemExit, match="2"):
-            grading.build_parser().parse_args(["--model", "m", *f"--{flags}".split()])
+            resumable.build_parser().parse_args(["--model", "m", *f"--{flags}".split()])
 
 
 def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
