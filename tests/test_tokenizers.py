@@ -104,7 +104,7 @@ def test_only_the_template_writes_control_tokens(make, kind, special):
 def test_ids_without_a_row_in_the_embedding_are_refused(make):
     with pytest.raises(ValueError, match=r"model: its tokenizer's '<\|new\|>' has id (\d+), .* vocab_size.* is \1"):
         blank_model(make(more=["<|new|>", "<|newer|>"]))
-    with pytest.raises(ValueError, match="model: the end of sequence 'without a token' has id 5000, but"):
+    with pytest.raises(ValueError, match="model: its tokenizer's 'an end of sequence' has id 5000, but"):
         blank_model(make(eos_token_id=[0, 5000]))
 
 
