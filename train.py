@@ -239,8 +239,11 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, en
     examples = encode_rows(problems, tokenizer, guided="strategy" in needs, file=cfg.data)
     if "solution" not in needs:
         return examples
+    texts = [row.solution for row in problems]
+    if tokenizer.decode(examples[0].auto_ids).rstrip().endswith("<think>"):  # R1-Distill's prompts open the thoughts themselves
+        texts = [text.removeprefix("<think>").lstrip() for text in texts]
     # the end token is a target too, or the model never learns to stop
-    solutions = [encode_text(tokenizer, row.solution) + [end_id] for row in problems]
+    solutions = [encode_text(tokenizer, text) + [end_id] for text in texts]
     return [dataclasses.replace(example, solution_ids=ids) for example, ids in zip(examples, solutions, strict=True)]
 
 

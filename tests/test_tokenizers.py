@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import model as model_module
 from data.problems import Problem
 from model import ModelConfig, blank_model, build_model, encode_chat, encode_text, load_model, load_tokenizer, save_model
 from tests.common import CPU, FAMILIES, ROOT
@@ -99,6 +100,35 @@ def test_only_the_template_writes_control_tokens(make, kind, special):
         ids, alone = encode_chat(ours, chats[text]), encode_text(ours, text)
         assert ours.decode(ids) == render(chats[text], tokenize=False) and [i for i in ids if i in control] == frame
         assert ours.decode(alone) == text and not control & {*alone}
+
+
+def test_around_a_spelled_control_token_nothing_else_changes(make, monkeypatch):
+    """encode_chat's other way, taken for plain texts, gives what the template gives, also if each text gets a blank first."""
+    folder = make("mistral")
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.normalizer = normalizers.Prepend(" ")
+    file.save(str(folder / "tokenizer.json"))
+    ours, real = load_tokenizer(folder), model_module.encode_text
+    for text in filter(str.strip, PLAIN):
+        chat, calls = [{"role": "user", "content": text}], []
+
+        def encode(*arguments, calls=calls):
+            calls.append(arguments)
+            return real(*arguments) if len(calls) > 1 else [-1]  # so the first text looks as if it spelled one
+
+        monkeypatch.setattr(model_module, "encode_text", encode)
+        ids = encode_chat(ours, chat)
+        assert len(calls) > 1 and ids == ours.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), text
+
+
+def test_a_thought_that_the_prompt_opens_is_not_opened_again(make):
+    folder = make()
+    (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"][0].replace("assistant\n", "assistant\n<think>\n"))
+    tokenizer = load_tokenizer(folder)
+    problem = Problem("p", "What is 1 + 2?", "3", "<think>\n1 + 2 = 3\n</think>\nIt is 3.", None)
+    (example,) = encode_examples([problem], tokenizer, Config(model="", data="", out="", method="grpo"), 0)
+    text = tokenizer.decode(example.auto_ids + example.solution_ids)
+    assert text.count("<think>") == 1 and "<think>\n1 + 2 = 3\n</think>\nIt is 3." in text
 
 
 def test_ids_without_a_row_in_the_embedding_are_refused(make):
