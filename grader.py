@@ -467,6 +467,7 @@ def why_unusable(answer: str) -> str:
     # What math-verify cannot read (L_{\odot}) still matches when it is written the same way, if it is whole.
     torn = r"^[*/^_=]|[-+*/^_=\\]$|(?<!\\)\{\s*\}|\\(?:frac|sqrt)\s*$"
     reasons = {
+        "is empty": not text,
         "is a list of texts in quotes": re.match(r"""\[ ?["']""", text),
         f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
         "has unbalanced brackets": not _split(text, ","),
