@@ -15,6 +15,8 @@ ever unpickled. This file adds:
     verified    every file's digest is compared before loading. A damaged checkpoint is left alone and named, and the one before
                 it is used. That is why two are kept.
     together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
+    ours        only folders named as above are read, and of those only files that we wrote are ever removed.
+    strict      logs and state.json are JSON as RFC 8259 has it: a number that is not finite is null.
 
 Imports no sibling: copy this file alone. It needs a process group (torch.distributed), even for one process. Every function is
 called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
@@ -26,13 +28,13 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,8 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 2 * 10**9  # whole tensors in one file; while it writes, a rank holds its share of one file twice
 KEPT = 2  # checkpoints that stay on the disk; the second is for when the first is damaged
+NAME = "step-([0-9]{6}|[1-9][0-9]{6,})"  # of a checkpoint's folder; whatever has another name is somebody else's
+WRITING = ".writing"  # in a folder *.part of ours
 
 
 class CheckpointError(Exception):
@@ -81,26 +85,30 @@ class RunFolder:
 
     out: Path
     config: dict[str, Any]  # the settings
-    origin: dict[str, Any]  # what the run is made from, see origin_of
+    origin: dict[str, Any]  # what the run is made from, see origin_of; its "data" must be the same when the run is resumed
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when the last checkpoint was written
     lock: Any = None
 
-    def open(self, *, resume: bool) -> None:
-        """Make the folder and lock it. CheckpointError if it holds a run that is not to be resumed, or is locked.
+    def open(self, say: Callable[[str], Any], *, resume: bool) -> None:
+        """Make the folder and lock it. CheckpointError if it holds a run that is not to be resumed, or is locked, or if a new
+        run would write over what is there. `say` prints a note if the file system has no locks.
 
         Called after every other check: a run that is refused must not leave a folder that the corrected one would trip over.
         """
 
         def claim() -> None:
-            if (self.out / "metrics.jsonl").exists() and not resume:
+            if not (self.out / "metrics.jsonl").exists():
+                taken = [self.out / name for name in ("samples.jsonl", "model", "model.part")]
+                taken += _checkpoints(self.out / "checkpoints")
+                taken += _checkpoints(self.out / "best")
+                for path in taken:
+                    if path.exists():
+                        raise ValueError(f"{path} is there already, without a metrics.jsonl; name another folder with --out")
+            elif not resume:
                 raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another folder, or --resume it")
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.out / ".lock").open("w")  # locked until it is closed, or we die
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                reason = "another process is training there (ranks can outlive a killed torchrun)"
-                raise ValueError(f"--out {self.out}: {reason}") from error
+            self.lock = (self.out / ".lock").open("a")
+            lock(self.lock, f"--out {self.out}: another process is training there (ranks can outlive a killed torchrun)", say)
 
         _together(lambda: claim() if dist.get_rank() == 0 else None)
 
@@ -111,7 +119,7 @@ class RunFolder:
     def log(self, *records: dict[str, Any], name: str = "metrics.jsonl") -> None:
         if dist.get_rank() == 0:
             with (self.out / name).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.write("".join(to_json(record) + "\n" for record in records))
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, machine: str, say: Callable[[str], Any], *, resume: bool
@@ -119,15 +127,17 @@ class RunFolder:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: the progress so far.
 
         Going on loads the weights and moments, and cuts the logs to where they were then. Without a checkpoint the logs are
-        emptied. ValueError if the checkpoint is of other data. `say` prints what was found.
+        emptied. ValueError if the checkpoint is of other data or prompts. `say` prints what was found.
         """
         path, state, damaged = find_checkpoint(self.out / "checkpoints") if resume else (None, {}, [])
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
-        changes = differences(state["data"], self.origin["data"]) if path else []
+        before = state.get("data", {})  # an older version kept less
+        changes = differences(before, {name: value for name, value in self.origin["data"].items() if name in before})
         if changes:
-            raise ValueError("\n".join([f"{path}: its data differs", *changes]))
-        progress = Progress(**state.get("progress", {}))
+            made_from = "its data differs, or its prompts do (some chat templates write today's date)"
+            raise ValueError("\n".join([f"{path}: {made_from}", *changes]))
+        progress = Progress(**_with_inf(state.get("progress", {})))
         sizes = state.get("logs", {})
         if resume and dist.get_rank() == 0:
             for file in self._logs():
@@ -135,8 +145,7 @@ class RunFolder:
         if path is None:
             if resume:
                 say("nothing to resume: from the start")
-            made_from = {"commit": self.origin["commit"], "torch": self.origin["torch"], "device": machine}
-            self.log({"config": self.config, **made_from, "ranks": dist.get_world_size()})
+            self.log({"config": self.config, **self.origin, "device": machine, "ranks": dist.get_world_size()})
             return progress
         if state["commit"] != self.origin["commit"]:
             say(f"note: the checkpoint is of commit {state['commit']}, this code is {self.origin['commit']}")
@@ -169,18 +178,57 @@ class RunFolder:
         _checked(path)
         load_checkpoint(path, model, None)
 
+    def remove_best(self) -> None:
+        """Remove what save_best kept, and the folder `best` if nothing else is in it. Called by rank 0 alone."""
+        folder = self.out / "best"
+        for path in filter(_is_ours, _checkpoints(folder)):
+            _remove(path)
+        _remove_parts(folder)
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
     def _logs(self) -> list[Path]:
         files = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
         return [file for file in files if file.exists()]
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder, from the first line of its metrics.jsonl. None without a whole first line."""
-    try:
-        with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-            return json.loads(file.readline())["config"]
-    except (FileNotFoundError, json.JSONDecodeError):
+    """The settings of the run in a folder, from the first line of its metrics.jsonl. None if there is no run, or if it ended
+    while it wrote that line. ValueError for a file of another program, and for checkpoints without settings."""
+    path = out / "metrics.jsonl"
+    line = path.open("rb").readline() if path.exists() else b""
+    if not line.endswith(b"\n"):
+        if _checkpoints(out / "checkpoints"):
+            raise ValueError(f"{out} has checkpoints but no metrics.jsonl, whose first line has the settings")
         return None
+    try:
+        return _with_inf(json.loads(line)["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}:1: not the settings of a run, {line[:80]!r}") from error
+
+
+def lock(file: IO[Any], held: str, say: Callable[[str], Any]) -> None:
+    """Lock an open file until it is closed, or the process dies. ValueError with the text `held` if another process has it.
+
+    Some file systems have no locks (Lustre without -o flock, some NFS): then `say` gets a note, and there is no lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # EWOULDBLOCK, or EACCES from NFS
+        raise ValueError(held) from error
+    except OSError as error:
+        say(f"note: {file.name} cannot be locked ({error}): do not start a second process into the same folder")
+
+
+def to_json(value: Any, **settings: Any) -> str:
+    """JSON, with the settings of json.dumps. It has no infinity and no NaN: such a number is null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, allow_nan=False, **settings)
+
+
+def _with_inf(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings, or a progress, as they were before to_json. None of them can be None, -inf or NaN."""
+    return {name: math.inf if value is None else value for name, value in values.items()}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -213,35 +261,39 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/name: the weights, the moments (not if optimizer is None) and `state` (anything JSON can hold).
 
-    Names must sort by progress. The newest `keep` checkpoints up to this one stay; those of a later name are removed too: a
-    resumed run has left them. CheckpointError leaves the other checkpoints as they were.
+    name: step-000040 or the like. The newest `keep` checkpoints up to this one stay; those of a later step are removed too: a
+    resumed run has left them. What is not ours stays: if it is in the way, it gets another name. CheckpointError leaves the
+    other checkpoints as they were.
     """
     part, final = folder / f"{name}.part", folder / name
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def begin() -> None:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left is of no use
+        _remove_parts(folder)  # what a killed run left is of no use
+        _make_way(part)
         part.mkdir(parents=True)
+        (part / WRITING).touch()
 
     def complete() -> None:
-        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        text = to_json({**content, "digest": _digest(content)}, indent=1)
         (part / "state.json").write_text(text, encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
+        _make_way(final)
         part.rename(final)
-        stay = [path for path in _complete(folder) if path.name <= name][-keep:]
-        for path in _complete(folder):
+        (final / WRITING).unlink()
+        ours = [path for path in _checkpoints(folder) if _is_ours(path)]
+        stay = [path for path in ours if path.name <= name][-keep:]
+        for path in ours:
             if path not in stay:
-                shutil.rmtree(path)
+                _remove(path)
 
     _together(lambda: begin() if rank == 0 else None)
     tensors, steps = _tensors(model, optimizer)
     writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     _together(lambda: dcp.save(tensors, storage_writer=writer))
-    files = sorted(part.iterdir())[rank::ranks]
+    files = sorted(part.glob("shard-*.safetensors"))[rank::ranks]
     digests = _together(lambda: {file.name: _sha256(file) for file in files})
     by_name = {name: digest for some in digests for name, digest in some.items()}
-    content = {"state": state, "updates": steps, "files": by_name}
+    content = json.loads(to_json({"name": name, "state": state, "updates": steps, "files": by_name}))
     _together(lambda: complete() if rank == 0 else None)
     return final
 
@@ -249,7 +301,7 @@ def save_checkpoint(
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(newest checkpoint that is whole, its state, what is wrong with the newer ones); (None, {}, ...) if there is none."""
     damaged = []
-    for path in _together(lambda: _complete(folder))[0][::-1]:
+    for path in _together(lambda: _checkpoints(folder))[0][::-1]:
         try:
             return path, _checked(path)["state"], damaged
         except CheckpointError as error:
@@ -322,13 +374,44 @@ def _together(work: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in everybody]
 
 
-def _complete(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were renamed into place, oldest first."""
-    return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".part")
+    named = [path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name)]
+    return sorted(path for path in named if path.is_dir())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether we wrote this checkpoint here: only such a one is ever removed. A link is its maker's."""
+    try:
+        return bool(_content(path)) and not path.is_symlink()
+    except (OSError, ValueError, AttributeError):  # the last one: JSON, but no object
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Delete the files of a checkpoint of ours, whole or in part, and its folder if nothing else is in it."""
+    for file in [*path.glob("shard-*.safetensors"), path / "state.json", path / WRITING]:
+        file.unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+def _remove_parts(folder: Path) -> None:
+    for path in folder.glob("step-*.part"):
+        if (path / WRITING).is_file() and not path.is_symlink():
+            _remove(path)
+
+
+def _make_way(path: Path) -> None:
+    """Remove a checkpoint of ours, and give another name to whatever else is there."""
+    if _is_ours(path):
+        _remove(path)
+    if path.is_symlink() or path.exists():
+        path.rename(path.with_name(f"{path.name}-{time.time_ns()}"))
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """state.json, checked against its own digest. ValueError names the file."""
+    """state.json, checked against its own digest and its folder's name. ValueError names the file."""
     file = path / "state.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -336,6 +419,8 @@ def _content(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {error}") from error
     if content.pop("digest", None) != _digest(content):
         raise ValueError(f"{file}: its content does not have its digest")
+    if content["name"] != path.name:  # a copy under another name is its maker's, not ours
+        raise ValueError(f"{file}: it is of {content['name']}")
     return content
 
 

@@ -14,7 +14,6 @@ What it is not: a harness with a prompt per benchmark. There is one prompt (stra
 its final answer equal to the row's (grader.py)?
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -43,6 +42,7 @@ def evaluate(
     model: torch.nn.Module,
     tokenizer: object,
     problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
     *,
     ragged: Callable[[Callable[[], list]], list] = lambda work: work(),
     **settings: object,
@@ -51,8 +51,10 @@ def evaluate(
 
     ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
-    mine = my_share(problems, [expected_length(problem) for problem in problems])
-    records = ragged(lambda: sample_records(model, tokenizer, mine, **settings))
+    mine = my_share(range(len(problems)), [expected_length(problem) for problem in problems])
+    my_problems = [problems[i] for i in mine]
+    my_prompts = [prompts[i] for i in mine]
+    records = ragged(lambda: sample_records(model, tokenizer, my_problems, my_prompts, **settings))
     for record in records:
         for sample in record["samples"]:
             del sample["text"], sample["answer"]  # long, and no figure needs them on the other ranks
@@ -69,6 +71,7 @@ def sample_records(
     model: torch.nn.Module,
     tokenizer: object,
     problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
     *,
     n: int,
     max_new_tokens: int,
@@ -76,26 +79,24 @@ def sample_records(
     top_p: float,
     seed: int,
     worker: MathWorker,
-    guided: bool = False,
     max_rows: int = Method.max_rows,
     cache_tokens: int | None = None,
     on_problem: Callable[[dict], None] | None = None,
-    show: bool = True,
+    progress: str | None = "eval",
 ) -> list[dict]:
     """Sample and grade n responses to each problem, on this rank alone: one record per problem, in their order.
 
     A record has the problem's "id" and its "samples", each with text, answer, correct, truncated, timed_out (the grader ran out
     of time) and length (in tokens, the end token included).
 
+    prompts     the token ids of each problem's prompt, see encode_prompts
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
     seed        each problem gets a random stream of its own, from this and its id
-    guided      put each row's strategy into the prompt
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
-    show        a progress bar
+    progress    the name of a progress bar; None: there is none
 
-    ValueError, before anything is sampled, as in encode_prompts and rollout.generate.
+    ValueError, before anything is sampled, as in rollout.generate.
     """
-    prompts = encode_prompts(model, tokenizer, problems, guided)
     # not from the problem's place: its responses must not depend on the other problems, or on the number of ranks
     seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
     records = [{"id": problem.id, "samples": [None] * n} for problem in problems]
@@ -114,21 +115,20 @@ def sample_records(
 
     sample_and_grade(
         model, tokenizer, prompts, grade, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seeds,
-        max_rows=max_rows, cache_tokens=cache_tokens, progress=("guided" if guided else "auto") if show else None,
+        max_rows=max_rows, cache_tokens=cache_tokens, progress=progress,
     )  # fmt: skip
     return records
 
 
-def encode_prompts(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], guided: bool) -> list[list[int]]:
-    """The token ids of each prompt. ValueError for a problem that has no strategy (if guided), or that fills the context."""
-    prompts, context = [], model.config.max_position_embeddings
+def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool, file: str) -> list[list[int]]:
+    """The token ids of each prompt, with the strategy in it if guided. ValueError if rows of the file have none."""
+    missing = [problem.id for problem in problems if guided and problem.strategy is None]
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
+    prompts = []
     for problem in problems:
-        if guided and problem.strategy is None:
-            raise ValueError(f"problem {problem.id!r} has no strategy to be guided by")
         messages = guided_messages(problem.problem, problem.strategy) if guided else auto_messages(problem.problem)
         prompts.append(encode_chat(tokenizer, messages))
-        if len(prompts[-1]) >= context:
-            raise ValueError(f"problem {problem.id!r}: its prompt of {len(prompts[-1])} tokens fills the context of {context}")
     return prompts
 
 
@@ -213,60 +213,15 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """A type for argparse: a finite number that is not below `least`."""
-
-    def parse(text: str) -> float:
-        number = kind(text)
-        if not least <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, got {text}")
-        return number
-
-    return parse
-
-
-def build_parser() -> argparse.ArgumentParser:
-    # no abbreviations: --temp must not be read as --temperature, and a typo must fail
-    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl files of problems.", allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="model folder or hub name")
-    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
-    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
-    add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
-    add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
-    add("--n", type=at_least(1), nargs="+", help="samples a problem, one number for all files or one for each (default: 1)")
-    add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
-    add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
-    add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
-    add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
-    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
-    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
-    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
-    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
-    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
-    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
-    add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
     """The command line: print what was asked for and return it: an evaluation's results, --compare's rows, --table's text."""
+    from tools.resumable import build_parser, run
+
     args = build_parser().parse_args(arguments)
-    if args.compare:
-        from tools.benchmark import compare_files
+    if args.compare or args.table:
+        from tools.benchmark import compare_files, table_of_files
 
-        return compare_files(*args.compare, seed=args.seed)
-    if args.table:
-        from tools.benchmark import table_of_files
-
-        return table_of_files(args.table)
-    from tools.resumable import run
-
+        return compare_files(*args.compare, seed=args.seed) if args.compare else table_of_files(args.table)
     with ranks_of(args.device, args.timeout_minutes) as device:
         return run(args, device)
 
@@ -275,5 +230,5 @@ if __name__ == "__main__":
     try:
         main()
         leave()
-    except (ValueError, RankLost) as problem_with_input:
+    except (ValueError, OSError, RankLost) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

@@ -29,13 +29,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
-from data.problems import Problem, load_problems
-from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
+from data.problems import Problem, check_lengths, digests, load_problems, shuffled_strategies
+from eval import accuracy_table, encode_prompts, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
 from kv_cache import PAGE, least_pages
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
-from model import CausalLM, blank_model, encode_chat, resolve_model, save_model
+from model import CausalLM, blank_model, encode_text, resolve_model, save_model
 from parallel import (
     Control,
     Preempted,
@@ -56,7 +56,6 @@ from parallel import (
 )
 from rollout import micro_batches, pack, stream_seed
 from sgpo import Example, responses_of, sgpo_step, step_line
-from strategy import auto_messages, guided_messages, shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
 
@@ -152,9 +151,10 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     if given.get("resume"):
         if not given.get("out"):
             parser.error("--resume: say with --out which run to go on with")
-        stored = stored_config(Path(given["out"]))
-        if stored is None and (Path(given["out"]) / "checkpoints").exists():
-            parser.error(f"--resume: {given['out']} has checkpoints but no metrics.jsonl, whose first line has the settings")
+        try:
+            stored = stored_config(Path(given["out"]))
+        except ValueError as error:
+            parser.error(f"--resume: {error}")
         if stored is None and asked.keys() <= set(MAY_CHANGE):
             parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
         if stored is not None:
@@ -221,8 +221,8 @@ def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0)
 
 
-def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, context: int) -> list[Example]:
-    """Encode every prompt before any work is done. ValueError for a row that the method cannot use or that is too long."""
+def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, end_id: int) -> list[Example]:
+    """Encode every prompt before any work is done. ValueError for a row that the method cannot use."""
     needs = set(METHODS[cfg.method].needs)
     if cfg.sft_fraction > 0:
         needs.add("solution")
@@ -236,34 +236,43 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, co
     if cfg.shuffle_strategies:
         others = shuffled_strategies([problem.strategy for problem in problems], seed=0)
         problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, others, strict=True)]
-    examples = []
-    for problem in problems:
-        auto_ids = encode_chat(tokenizer, auto_messages(problem.problem))
-        guided_ids = solution_ids = None
-        if "strategy" in needs:
-            guided_ids = encode_chat(tokenizer, guided_messages(problem.problem, problem.strategy))
-        if "solution" in needs:
-            # the end-of-sequence token is a target too, or the model never learns to stop
-            solution_ids = tokenizer.encode(problem.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
-        examples.append(Example(problem, auto_ids, guided_ids, solution_ids))
-        if cfg.method != "sft":  # SFT leaves out what is too long, see split_examples
-            response = len(solution_ids) if "solution" in METHODS[cfg.method].needs else 1
-            prompt = max(len(auto_ids), len(guided_ids or []))
-            check_length(f"{cfg.data}: {problem.id!r}", prompt + response, context)
-            check_cache(f"{cfg.data}: {problem.id!r}", prompt, min(cfg.max_new_tokens, context - prompt), cfg)
-    return examples
+    examples = encode_rows(problems, tokenizer, guided="strategy" in needs, file=cfg.data)
+    if "solution" not in needs:
+        return examples
+    texts = [row.solution for row in problems]
+    if tokenizer.decode(examples[0].auto_ids).rstrip().endswith("<think>"):  # R1-Distill's prompts open the thoughts themselves
+        texts = [text.removeprefix("<think>").lstrip() for text in texts]
+    # the end token is a target too, or the model never learns to stop
+    solutions = [encode_text(tokenizer, text) + [end_id] for text in texts]
+    return [dataclasses.replace(example, solution_ids=ids) for example, ids in zip(examples, solutions, strict=True)]
 
 
-def check_length(row: str, tokens: int, context: int) -> None:
-    if tokens > context:
-        raise ValueError(f"{row} needs {tokens} tokens (prompt, and solution if it is used), the context holds {context}")
+def encode_rows(problems: Sequence[Problem], tokenizer: Any, *, guided: bool, file: str) -> list[Example]:
+    """The problems with their prompts, with the strategy too if guided, and without solutions."""
+    alone = encode_prompts(tokenizer, problems, False, file)
+    helped = [None] * len(problems)
+    if guided:
+        helped = encode_prompts(tokenizer, problems, True, file)
+    return [Example(*row, solution_ids=None) for row in zip(problems, alone, helped, strict=True)]
 
 
-def check_cache(row: str, prompt: int, response: int, cfg: Config) -> None:
-    """rollout.generate's own check, before any work is done."""
-    needed = PAGE * least_pages(prompt, response)
-    if 0 < cfg.cache_tokens < needed:
-        raise ValueError(f"{row}, a prompt of {prompt} tokens with its longest response, needs --cache_tokens {needed}")
+def check_rows(examples: Sequence[Example], held_out: Sequence[Example], cfg: Config, context: int) -> None:
+    """ValueError that names all rows too long for the context, or the one that needs the largest cache: rollout.generate's own
+    checks, before any work is done. SFT leaves out what is too long, see split_examples."""
+    rows = [(cfg.eval_data, example, cfg.eval_max_new_tokens) for example in held_out]
+    if cfg.method != "sft":
+        rows = [(cfg.data, example, cfg.max_new_tokens) for example in examples] + rows
+    lengths, caches = [], []
+    for file, example, longest in rows:
+        name = f"{file}: {example.problem.id!r}"
+        prompt = max(len(example.auto_ids), len(example.guided_ids or []))
+        learned = example.solution_ids if "solution" in METHODS[cfg.method].needs else None
+        lengths.append((name, prompt + len(learned or [0])))
+        caches.append((PAGE * least_pages(prompt, min(longest, context - prompt)), name))
+    check_lengths(lengths, context)
+    tokens, name = max(caches, default=(0, ""))
+    if 0 < cfg.cache_tokens < tokens:
+        raise ValueError(f"{name}, its prompt with its longest response, needs --cache_tokens {tokens}")
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -357,7 +366,7 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
 # ---------------------------------------------------------------------------------------------------- RL stage
 
 
-def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Problem]) -> None:
+def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
     cfg, progress = run.cfg, run.progress
     steps = cfg.steps or math.ceil(cfg.epochs * len(examples) / cfg.problems_per_step)
@@ -415,15 +424,17 @@ def after_step(run: Run, *, always: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def measure(run: Run, problems: Sequence[Problem], *, guided: bool) -> dict[str, Any]:
+def measure(run: Run, held_out: Sequence[Example], *, guided: bool) -> dict[str, Any]:
     """Held-out accuracy over all ranks."""
-    cfg = run.cfg
+    cfg, problems = run.cfg, [example.problem for example in held_out]
+    prompts = [example.guided_ids if guided else example.auto_ids for example in held_out]
     seed = stream_seed(cfg.seed, "eval") % 2**31  # the same draws at every evaluation, on any number of ranks
     with whole_model(run.model) as policy:
         figures = evaluate(
-            policy, run.tokenizer, problems, ragged=run.control.preemptible, n=cfg.eval_n, seed=seed,
-            max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, guided=guided,
-            worker=run.worker, max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None, show=world()[0] == 0,
+            policy, run.tokenizer, problems, prompts, ragged=run.control.preemptible, n=cfg.eval_n, seed=seed,
+            max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
+            worker=run.worker, max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None,
+            progress=("guided" if guided else "auto") if world()[0] == 0 else None,
         )  # fmt: skip
     return {"guided": guided} | {name: value for name, value in figures.items() if name != "correct"}  # a number per problem
 
@@ -440,22 +451,21 @@ def show(run: Run, problem: Problem, when: str) -> None:
 # ---------------------------------------------------------------------------------------------------- the whole run
 
 
-def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Problem]]:
-    """Load and check everything that a run needs. ValueError, before any training, for whatever is wrong with it."""
+def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Example]]:
+    """(run, training examples, held-out ones): load and check everything that a run needs. ValueError, before any training,
+    for whatever is wrong with it."""
     problems = load_problems(cfg.data, worker)
-    held_out = load_problems(cfg.eval_data, worker)[: cfg.eval_limit or None] if cfg.eval_data else []
+    unseen = load_problems(cfg.eval_data, worker)[: cfg.eval_limit or None] if cfg.eval_data else []
     origin = origin_of({"data": cfg.data, "eval_data": cfg.eval_data})
-    if cfg.eval_guided and any(problem.strategy is None for problem in held_out):
-        raise ValueError(f"{cfg.eval_data}: --eval_guided needs a strategy in every row")
     model_folder = resolve_model(cfg.model)
     model, tokenizer = blank_model(model_folder)
-    context = model.config.max_position_embeddings
-    examples = encode_examples(problems, tokenizer, cfg, context)
-    for row in held_out:
-        longer = guided_messages(row.problem, row.strategy) if cfg.eval_guided else auto_messages(row.problem)
-        prompt = len(encode_chat(tokenizer, longer))
-        check_length(f"{cfg.eval_data}: {row.id!r}", prompt + 1, context)
-        check_cache(f"{cfg.eval_data}: {row.id!r}", prompt, min(cfg.eval_max_new_tokens, context - prompt), cfg)
+    examples = encode_examples(problems, tokenizer, cfg, model.config.eos_ids[0])
+    held_out = encode_rows(unseen, tokenizer, guided=cfg.eval_guided, file=cfg.eval_data)
+    check_rows(examples, held_out, cfg, model.config.max_position_embeddings)
+    ids = {"prompts": examples, "eval_prompts": held_out}
+    for name, rows in ids.items():
+        ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
+    origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
@@ -518,7 +528,7 @@ def train(cfg: Config, device: torch.device) -> None:
             run, examples, held_out = prepare(cfg, device, worker)
             context = run.model.config.max_position_embeddings
             for_sft, validation, for_rl, notes = split_examples(examples, cfg, context)
-            run.folder.open(resume=cfg.resume)
+            run.folder.open(say, resume=cfg.resume)
             machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             run.progress = run.folder.begin(run.model, run.optimizer, machine, say, resume=cfg.resume)
         except ValueError as error:
@@ -536,7 +546,7 @@ def train(cfg: Config, device: torch.device) -> None:
                 run.folder.close()
 
 
-def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: list[Example], held_out: list[Problem]) -> None:
+def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: list[Example], held_out: list[Example]) -> None:
     """Warm-up, RL, the evaluations between, and the model folder at the end. Skips what the progress says is done."""
     cfg, progress = run.cfg, run.progress
 
@@ -547,7 +557,7 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
                 progress.table.setdefault(when, {})[kind] = accuracy
                 run.folder.log({"stage": "eval", "when": when, "step": step, **accuracy})
 
-    shown = held_out[0] if held_out else (for_rl or for_sft)[0].problem
+    shown = (held_out or for_rl or for_sft)[0].problem
     if progress == Progress():
         show(run, shown, "before")
     evaluate_as("base", 0)
@@ -565,7 +575,7 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
-        shutil.rmtree(run.folder.out / "best", ignore_errors=True)
+        run.folder.remove_best()
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         tqdm.write(accuracy_table(progress.table) + f"\nmodel saved in {run.folder.out / 'model'}")
 

@@ -11,18 +11,19 @@ and in the same way math500, amc23, olympiad, aime24, aime25, minerva, mawps, sv
 command writes OUT/PART.jsonl, and into OUT/manifest.json where the rows came from, with checksums, and every row that was left
 out, with the reason (rows outside the sample of --count are only counted).
 
-Texts are copied as they are, but for notes and tags of the source in solutions. Answers only lose $...$, a box, and zeros that
-say nothing (045 is 45, 4.0 is 4). Rounded answers stay rounded, and the grader knows no tolerance.
+Texts are copied as they are, but for notes and tags of the source in solutions. Answers only lose $...$, a box, the list in
+["34"], and zeros that say nothing (045 is 45, 4.0 is 4). Rounded answers stay rounded, and the grader knows no tolerance.
 
 What happens to the rows, in this order:
   1. read; a row of another form than the command expects is an error, and nothing is written
   2. repeats of a problem are dropped; so is every copy of a problem that has two different answers
   3. benchmarks: the number of distinct problems must be the benchmark's
-  4. answers that the grader could never match are dropped
+  4. answers that no response could match are dropped: placeholders such as "proof" or "nan", broken LaTeX, prose
   5. with --against: problems that are in those files as well are dropped (find_overlap says what counts)
   6. a solution whose final answer is not the row's is taken off; with --need_solution its row goes as well
-  7. with --count: a seeded sample, in the source's order
-  8. written, loaded again with load_problems, entered into the manifest, and only then put in place; `benchmarks` passes
+  7. with --max_tokens MODEL N: rows whose prompt (with their strategy) and solution have more than N tokens are dropped
+  8. with --count: a seeded sample, in the source's order
+  9. written, loaded again with load_problems, entered into the manifest, and only then put in place; `benchmarks` passes
      over those that are there, so that the same command goes on after a failed download
 
 Only parquet files need pyarrow. All rows are held in memory: 1.6 GB for 45,714 made-up rows of openr1 with solutions of 14,000
@@ -46,6 +47,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -54,6 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.problems import load_problems
 from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
+from strategy import Strategy, auto_messages, guided_messages
 
 GITHUB = "https://raw.githubusercontent.com"
 SHINGLE, JACCARD = 5, 0.5  # near-duplicates: find_overlap
@@ -223,6 +226,7 @@ class Row:
     problem: str
     answer: str
     solution: str | None
+    strategy: Strategy | None = None
 
 
 def clean_answer(value: str | int | float) -> str:
@@ -468,6 +472,23 @@ def check_solutions(
     return kept, dict(missing)
 
 
+def drop_long(rows: list[Row], tokenizer: Any, limit: int, dropped: Dropped) -> list[Row]:
+    """The rows whose prompt (with the strategy, if there is one) and solution have at most `limit` tokens."""
+    from model import encode_chat, encode_text  # here: torch takes seconds, and only this needs it
+
+    kept = []
+    for row in tqdm(rows, desc="tokens", unit="row"):
+        messages = guided_messages(row.problem, row.strategy) if row.strategy else auto_messages(row.problem)
+        tokens = len(encode_chat(tokenizer, messages))
+        if row.solution is not None:
+            tokens += len(encode_text(tokenizer, row.solution)) + 1  # and the token that ends it
+        if tokens <= limit:
+            kept.append(row)
+        else:
+            dropped.add(f"has more than {limit} tokens", row, f"{tokens} tokens")
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------------- one file
 
 
@@ -478,14 +499,17 @@ def read_source(path: Path, options: argparse.Namespace) -> tuple[list[Row], int
     try:
         for count, (where, raw) in enumerate(read_rows(path), start=1):
             try:
-                fields = LAYOUTS[options.command](parse_object(raw), options)
+                source = parse_object(raw)
+                fields = LAYOUTS[options.command](source, options)
+                strategy = source.get(options.strategy_column)
+                strategy = None if strategy is None else Strategy.from_dict(strategy)
             except ValueError as error:
                 errors.append(f"{path}: {where}: {error}")
                 continue
             if fields is not None:
                 problem, answer, solution, own = fields
                 name = own or (where.removesuffix(".json") if path.is_dir() else str(count - 1))  # from 0, as the hub counts
-                rows.append(Row(where, f"{prefix}-{name}", problem, answer, solution))
+                rows.append(Row(where, f"{prefix}-{name}", problem, answer, solution, strategy))
     except ValueError as error:  # the file as a whole
         raise ValueError(f"{path}: {error}") from None
     if errors:
@@ -498,6 +522,10 @@ def read_source(path: Path, options: argparse.Namespace) -> tuple[list[Row], int
 def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker: MathWorker) -> None:
     """Turn one file into options.out/PART.jsonl and its entry in manifest.json. ValueError before anything is written."""
     source = identify(options.command, options.part, path, options.sha256, origin)
+    if options.max_tokens:
+        from model import TOKENIZER_FILES, load_tokenizer, resolve_model
+
+        tokenizer = load_tokenizer(resolve_model(options.max_tokens[0], ("config.json", *TOKENIZER_FILES)))
     others, against = load_against(options.against, worker)  # first, so that a fault there costs no work
     rows, read = read_source(path, options)
     dropped, own = Dropped(), len(rows)
@@ -515,6 +543,8 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
     rows = drop_unusable(rows, dropped)
     rows = drop_overlap(rows, others, dropped)
     rows, missing = check_solutions(rows, options, dropped, worker)
+    if options.max_tokens:
+        rows = drop_long(rows, tokenizer, int(options.max_tokens[1]), dropped)
     usable, needed = len(rows), options.count or 1
     if usable < needed:
         raise ValueError(f"{path}: {usable} of {read} rows can be used, {needed} are needed: {dropped.counts()}")
@@ -528,7 +558,7 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
     }  # fmt: skip
     entry = {
         "command": options.typed, "source": source, "against": against,
-        **{name: getattr(options, name) for name in ("seed", "count", "think", "need_solution")},
+        **{name: getattr(options, name) for name in ("seed", "count", "think", "need_solution", "max_tokens")},
         "near_duplicate": {"shingle_words": SHINGLE, "jaccard": JACCARD},
         "counts": counts, "dropped": dropped, "versions": versions(),
     }  # fmt: skip
@@ -562,6 +592,7 @@ def write(out: Path, rows: list[Row], entry: dict, worker: MathWorker) -> None:
         with partial.open("w", encoding="utf-8") as stream:
             for row in rows:
                 record = {"id": row.id, "problem": row.problem, "answer": row.answer, "solution": row.solution}
+                record["strategy"] = row.strategy and row.strategy.to_dict()
                 record = {key: value for key, value in record.items() if value is not None}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         load_problems(partial, worker)
@@ -612,6 +643,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, required=True, help="folder for PART.jsonl and manifest.json")
         sub.set_defaults(part="train" if command in ("openr1", "solutions") else command, file=None, think=None)
         sub.set_defaults(against=[], count=None, seed=None, need_solution=command == "solutions", revision=None, sha256=None)
+        sub.set_defaults(strategy_column=None, max_tokens=None)
         if command == "benchmarks":
             continue
         sub.add_argument("--revision", help="commit to download instead of the pinned one")
@@ -627,6 +659,8 @@ def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
     sub.add_argument("--count", type=int, help="draw a random sample of this many rows (default: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the sample")
     sub.add_argument("--against", nargs="+", default=[], metavar="FILE", help="test files in our format: drop what is in them")
+    long = "drop rows whose prompt and solution have more than N tokens under the tokenizer and chat template of a model"
+    sub.add_argument("--max_tokens", nargs=2, metavar=("MODEL", "N"), help=long)
     if command != "solutions":
         sub.add_argument("--need_solution", action="store_true", help="drop rows without a solution that is right")
     if command == "openr1":
@@ -640,6 +674,7 @@ def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
         sub.add_argument("--problem_column", default="problem")
         sub.add_argument("--answer_column", default="expected_answer" if ours else "answer")
         sub.add_argument("--solution_column", default="reasoning_trace" if ours else None, help="default: %(default)s")
+        sub.add_argument("--strategy_column", help="with type, strategy and steps, as strategy.py writes them; default: none")
         sub.add_argument("--id_column", help="default: ids from the row's number")
 
 
@@ -686,6 +721,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.typed = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if arguments is None else arguments)])
     if options.count is not None and options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}")
+    if options.max_tokens and not re.fullmatch("[1-9][0-9]*", options.max_tokens[1]):
+        raise ValueError(f"--max_tokens MODEL N: N must be a positive whole number, got {options.max_tokens[1]!r}")
     with tempfile.TemporaryDirectory() as folder, MathWorker() as worker:
         run(options, Path(folder), worker)
 

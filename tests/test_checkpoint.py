@@ -1,6 +1,10 @@
 """Checkpoints, resuming, SIGTERM, kills and damage."""
 
-import hashlib
+import errno
+import fcntl
+import itertools
+import json
+import math
 import os
 import random
 import resource
@@ -8,9 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
+from datetime import datetime
 
 import pytest
 import torch
+import transformers
 
 import checkpoint
 import eval as grading
@@ -154,10 +161,11 @@ def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys):
         if content is not flipped:
             file.write_bytes(before)
     shutil.copytree(path, path.with_name("step-000009.part"))  # as a kill while writing would have left it
+    (path.with_name("step-000009.part") / checkpoint.WRITING).touch()
     train.main(["--out", str(stopped), "--resume"])
     said = capsys.readouterr().out
     assert "4 SFT and 2 RL steps" in said and f"a damaged checkpoint is skipped: rank 0: {tensors}" in said
-    shutil.rmtree(path.with_name("step-000009.part"))
+    assert not path.with_name("step-000009.part").exists()
     same_run(uninterrupted, stopped)
 
 
@@ -200,16 +208,138 @@ def test_a_checkpoint_is_written_when_it_is_due_and_not_again_at_once(tmp_path, 
     assert written == ["step-000000"]
 
 
-def test_a_checkpoint_names_the_data_that_was_read_and_not_what_is_there_later(tmp_path, worker):
-    data = write_rows(tmp_path / "rows.jsonl", tiny_rows(4))
-    read = hashlib.sha256(data.read_bytes()).hexdigest()
-    run, _ = make_run(tmp_path, worker, "--data", data, "--model", TINY_BASE)
-    write_rows(data, tiny_rows(5))
+FOREIGN = "step-000002-backup best-step-000001 step-2 step-0000003 step-000001.old zz .ipynb_checkpoints STEP-000001".split()
+
+
+def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker)
+    folder, best = run.folder.out / "checkpoints", run.folder.out / "best"
+
+    def save(*steps):
+        for run.progress.rl_steps in steps:
+            run.folder.save(run.model, run.optimizer, run.progress)
+            run.folder.save_best(run.model, run.progress.rl_steps)
+
+    save(1)
+    for place, name in itertools.product((folder, best), FOREIGN):
+        shutil.copytree(folder / "step-000001", place / name)
+    shutil.copytree(folder / "step-000001", folder / "step-950000")  # a copy of ours, under a name of ours
+    for name in ("step-000003", "step-900000", "step-000009.part"):  # of these the first is in the way, the second sorts last
+        (folder / name).mkdir()
+    (folder / "step-900000/state.json").write_text('{"global_step": 900000}')  # another program's
+    for name in ("step-000001", "step-000003", "step-900000", "step-000009.part"):
+        (folder / name / "notes.txt").write_text(name)
+    (folder / "step-000004.part").write_text("a file, and in the way")
+    (folder / "step-800000").symlink_to("nowhere")
+    save(2, 3, 4, 800_000)
+    moved = [path.name for name in ("step-000003-*", "step-000004.part-*", "step-800000-*") for path in folder.glob(name)]
+    assert len(moved) == 3
+    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-950000", "step-000009.part"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + moved + kept)
+    noted = {moved[0], "step-000001", "step-900000", "step-000009.part"}
+    assert {path.parent.name for path in folder.glob("*/notes.txt")} == noted
+    path, state, damaged = checkpoint.find_checkpoint(folder)
+    assert (path.name, state["progress"]["rl_steps"]) == ("step-800000", 800_000)
+    assert len(damaged) == 2 and "step-950000/state.json" in damaged[0] and "step-900000/state.json" in damaged[1]
+    path.symlink_to(path.rename(tmp_path / "on a larger disk"))
+    save(2)  # the checkpoints of later steps go, but not the one that is a link by now
+    assert checkpoint.find_checkpoint(folder)[0] == path and not (folder / "step-000004").exists()
+    run.folder.remove_best()
+    assert sorted(path.name for path in best.iterdir()) == sorted(FOREIGN)
+    best.rename(tmp_path / "best on a larger disk")
+    best.symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    run.folder.remove_best()
+    assert best.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "model", "model.part", "checkpoints/step-000003", "best/step-000003"])
+def test_a_new_run_does_not_write_over_what_is_there(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    folder = checkpoint.RunFolder(tmp_path, {}, {})
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is there already"):
+        folder.open(print, resume=True)
+    (tmp_path / name).rename((tmp_path / name).with_name("backup"))
+    folder.open(print, resume=False)
+
+
+def test_a_log_of_another_program_is_neither_read_nor_emptied(tmp_path, capsys):
+    for text in ('{"loss": 1}\n', "[1]\n", "epoch 1\n", '{"config": 3}\n'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(tmp_path), "--steps", "1", "--resume"])
+        assert "metrics.jsonl:1: not the settings of a run" in capsys.readouterr().err
+        assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("name", "ENOSYS EOPNOTSUPP ENOLCK EINVAL EWOULDBLOCK EACCES".split())
+def test_a_disk_without_locks_is_used_and_a_lock_that_is_held_is_not(name, tmp_path, monkeypatch):
+    said, error = [], OSError(getattr(errno, name), "as the disk says")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(error))
+    folder = checkpoint.RunFolder(tmp_path, {}, {})
+    if name in ("EWOULDBLOCK", "EACCES"):
+        with pytest.raises(checkpoint.CheckpointError, match="another process is training there"):
+            folder.open(said.append, resume=False)
+        return
+    folder.open(said.append, resume=False)
+    assert len(said) == 1 and "as the disk says" in said[0]
+
+
+def test_what_is_written_is_strict_json_and_is_read_as_it_was(tmp_path, worker):
+    run, _ = make_run(tmp_path, worker, "--delta", "inf", "--checkpoint_minutes", "inf")
+    metrics = run.folder.out / "metrics.jsonl"
+    run.folder.begin(run.model, run.optimizer, "", print, resume=False)
+    run.folder.log({"loss": math.nan, "inner": [{"kl": math.inf, "norm": -math.inf}], "text": "NaN", "none": None, "k": 0.1})
     run.folder.save(run.model, run.optimizer, run.progress)
-    again, _ = make_run(tmp_path / "again", worker, "--data", data, "--model", TINY_BASE)
-    again.folder.out = run.folder.out
-    with pytest.raises(ValueError, match=f"its data differs\n  data: '{read}' there, '"):
-        again.folder.begin(again.model, again.optimizer, "", print, resume=True)
+    head, line = metrics.read_text().splitlines()
+    for text in (head, line, (run.folder.out / "checkpoints/step-000000/state.json").read_text()):
+        json.loads(text, parse_constant=pytest.fail)
+    assert line == '{"loss": null, "inner": [{"kl": null, "norm": null}], "text": "NaN", "none": null, "k": 0.1}'
+    for first in (head, head.replace(": null", ": Infinity")):  # as older versions wrote it
+        metrics.write_text(f"{first}\n")
+        cfg = train.parse_config(["--out", str(run.folder.out), "--resume"])
+        assert (cfg.delta, cfg.checkpoint_minutes, cfg.alpha_0) == (math.inf, math.inf, 0.5)
+    assert run.folder.begin(run.model, run.optimizer, "", print, resume=True).best_loss == math.inf
+
+
+def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, worker, monkeypatch):
+    model, rows, day = tmp_path / "model", tmp_path / "rows.jsonl", types.SimpleNamespace(now=lambda: datetime(2026, 7, 4))
+    write_rows(rows, tiny_rows(4))
+    shutil.copytree(TINY_BASE, model)
+    template, tokenizer = model / "chat_template.jinja", model / "tokenizer.json"
+    template.write_text(template.read_text() + "{{ strftime_now('%d') }}")
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", day)
+
+    def made():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return make_run(tmp_path, worker, "--data", rows, "--model", model, "--eval_data", rows)[0]
+
+    def changes():
+        again = made()
+        again.folder.out = run.folder.out
+        try:
+            again.folder.begin(again.model, again.optimizer, "", print, resume=True)
+        except ValueError as error:
+            return [line.strip().split(":")[0] for line in str(error).splitlines()[1:]]
+
+    run = made()
+    run.folder.out = (tmp_path / "run").rename(tmp_path / "first")
+    run.folder.begin(run.model, run.optimizer, "", print, resume=False)
+    write_rows(rows, tiny_rows(5))
+    run.folder.save(run.model, run.optimizer, run.progress)  # with the digests of what was read, not of what is there by now
+    assert changes() == ["data", "eval_data", "prompts", "eval_prompts"]
+    write_rows(rows, tiny_rows(4))
+    assert changes() is None
+    day.now = lambda: datetime(2026, 7, 5)
+    assert changes() == ["prompts", "eval_prompts", "template"]
+    template.write_text(template.read_text().replace("{{ strftime_now('%d') }}", "04"))
+    assert changes() is None  # the first day's date, by hand
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace('"."', '"first"').replace('","', '"."').replace('"first"', '","'))
+    assert changes() == ["prompts", "eval_prompts", "tokenizer"]
+    run.folder.origin["data"] = {"data": read_metrics(run.folder.out)[0]["data"]["data"]}  # all that older versions kept
+    run.folder.save(run.model, run.optimizer, run.progress)
+    assert changes() is None
 
 
 def test_resuming_with_other_settings_is_an_error_that_shows_them(stopped, capsys):

@@ -15,7 +15,8 @@ import parallel
 import rollout
 from eval import figures, pass_at_k
 from rollout import Trajectory
-from tests.common import CPU, ROOT, TINY_BASE, _eval_file, _eval_row, on_ranks
+from strategy import auto_messages
+from tests.common import CPU, ROOT, TINY_BASE, _eval_file, _eval_row, on_ranks, write_rows
 from tools import resumable
 from tools.benchmark import compare
 from tools.resumable import majority
@@ -72,7 +73,10 @@ def _tokenizer():
     """One token a character; enough of a tokenizer for encode_chat and decode. Id 0 ends a response."""
     return types.SimpleNamespace(
         chat_template="yes",
+        all_special_ids=[0],
+        get_vocab=lambda: {},
         apply_chat_template=lambda messages, **_: [ord(c) for c in messages[0]["content"]],
+        encode=lambda text, **_: [ord(c) for c in text],
         decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i or not skip_special_tokens),
     )
 
@@ -102,8 +106,9 @@ def _problems(count, strategy=None):
 SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
 
 
-def _sampled(model, problems, worker, **changes):
-    return grading.sample_records(model, _tokenizer(), problems, worker=worker, **SETTINGS | changes)
+def _sampled(model, problems, worker, guided=False, **changes):
+    prompts = grading.encode_prompts(_tokenizer(), problems, guided, "rows.jsonl")
+    return grading.sample_records(model, _tokenizer(), problems, prompts, worker=worker, **SETTINGS | changes)
 
 
 def test_records_and_their_figures(monkeypatch, eval_worker):
@@ -129,11 +134,8 @@ def test_prompts_alone_and_guided_and_those_that_cannot_be_sampled(monkeypatch, 
         _sampled(model, problems, eval_worker, guided=guided)
     texts = ["".join(map(chr, call["prompts"][0])) for call in calls]
     assert problems[0].strategy.type in texts[0] and problems[0].strategy.type not in texts[1]
-    with pytest.raises(ValueError, match="'r0' has no strategy"):
+    with pytest.raises(ValueError, match="rows.jsonl: 2 rows have no strategy to be guided by, the first is 'r0'"):
         _sampled(model, _problems(2), eval_worker, guided=True)
-    model.config.max_position_embeddings = 20
-    with pytest.raises(ValueError, match="'r0': its prompt of .* fills the context of 20"):
-        _sampled(model, problems, eval_worker)
     assert len(calls) == 2
 
 
@@ -156,7 +158,7 @@ def test_an_error_while_grading_ends_the_sampling_at_once(monkeypatch, eval_work
 def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
     def equal(gold, prediction, limit_s=None):
         worker.timeouts += 1
-        raise TimeoutError
+        return False
 
     worker = types.SimpleNamespace(timeouts=0, timeout_s=5.0, start=lambda: None, equal=equal)
     model = _scripted(monkeypatch, lambda prompt: ["\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}", "\\boxed{(1+x)^2}"], [])
@@ -176,6 +178,7 @@ def _command(monkeypatch, tmp_path, *extra, script=lambda prompt: ["\\boxed{1}",
         return model, _tokenizer()
 
     monkeypatch.setattr(resumable, "load_model", load)
+    monkeypatch.setattr(resumable, "blank_model", lambda folder: (model, _tokenizer()))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir(exist_ok=True)
     return calls, ["--model", "tiny", "--n", "2", "--device", "cpu", *map(str, extra)]
@@ -208,7 +211,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 def test_command_line_refuses():
     for flags in ("compare a b", "both --guided", "temp 1", "n 4 0", "seed -1", "temperature nan", "timeout inf"):
         with pytest.raises(SystemExit, match="2"):
-            grading.build_parser().parse_args(["--model", "m", *f"--{flags}".split()])
+            resumable.build_parser().parse_args(["--model", "m", *f"--{flags}".split()])
 
 
 def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
@@ -259,10 +262,34 @@ def test_responses_are_on_disk_when_they_are_graded_and_not_sampled_again(monkey
     assert grading.main(arguments) == results and calls == []  # all there: the model is not even loaded
     (tmp_path / "eval-tiny.json").unlink()
     file.write_bytes(lines[0])
+    (file.parent / "rank7.jsonl").unlink()
+    (file.parent / "rank7-copy.jsonl").write_bytes(b"".join(lines))  # the user's, and not read
     with file.open("a") as other, pytest.raises(ValueError, match="another evaluation is writing here"):
         fcntl.flock(other, fcntl.LOCK_EX)
-        (file.parent / "rank7.jsonl").unlink()
         grading.main(arguments)
+    assert calls == []  # before the model is loaded
+
+
+def test_a_folder_of_somebody_else_is_not_written_into(monkeypatch, tmp_path):
+    calls, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path))
+    (tmp_path / "eval-tiny-responses").mkdir()
+    (tmp_path / "eval-tiny-responses/rank0.jsonl").write_text('{"rank": 0}\n')
+    with pytest.raises(ValueError, match="eval-tiny-responses: holds rank0.jsonl but no settings.json"):
+        grading.main(arguments)
+    assert [path.name for path in (tmp_path / "eval-tiny-responses").iterdir()] == ["rank0.jsonl"] and calls == []
+
+
+def test_prompts_that_are_too_long_are_named_together(monkeypatch, tmp_path):
+    rows = [_eval_row(i, problem=f"What is {i} + 0?" + " and so on" * 400 * (i > 3)) for i in range(1, 26)]
+    long = _rows(tmp_path).rename(tmp_path / "long.jsonl")
+    write_rows(long, rows)
+    calls, arguments = _command(monkeypatch, tmp_path, "--data", _rows(tmp_path), long)
+    with pytest.raises(ValueError) as refused:
+        grading.main(arguments)
+    *lines, last = str(refused.value).splitlines()
+    assert [line.split()[1] for line in lines] == [f"'r{i}'" for i in range(4, 24)] and last == "... and 2 more"
+    tokens = len(auto_messages(rows[3]["problem"])[0]["content"]) + 1  # a token each character, and one of a response
+    assert f"long.jsonl: 'r4' needs {tokens} tokens" in lines[0] and calls == []
 
 
 def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
@@ -283,6 +310,16 @@ def test_responses_of_another_evaluation_are_refused(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=r"another evaluation \(model_sha256 '\w+', now"):
             grading.main(arguments)
         path.write_text("1")
+    edited = _tokenizer()
+    monkeypatch.setattr(resumable, "blank_model", lambda folder: (_scripted(monkeypatch, None, []), edited))
+    edited.get_vocab = lambda: {"a": 7}
+    with pytest.raises(ValueError, match=r"another evaluation \(tokenizer '\w+', now '\w+'\)"):
+        grading.main(arguments)
+    vars(edited).update(vars(_tokenizer()))
+    edited.apply_chat_template = lambda messages, **_: [ord(c) for c in "Today. " + messages[0]["content"]]
+    with pytest.raises(ValueError, match=rf"another evaluation \({data}: prompts '\w+', now '\w+'; template '\w+', now"):
+        grading.main(arguments)
+    vars(edited).update(vars(_tokenizer()))
     data.write_text(data.read_text() + "\n".join([json.dumps(_eval_row(9)), ""]))
     with pytest.raises(ValueError, match=rf"another evaluation \({data}: sha256"):
         grading.main(arguments)

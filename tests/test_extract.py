@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from functools import partial
 
 import pytest
@@ -185,20 +186,84 @@ def test_extraction_refuses_a_journal_that_does_not_fit(tmp_path, monkeypatch):
         assert len(server.requests) == 9
 
 
-def test_extraction_waits_as_long_as_the_server_says(tmp_path):
+def test_extraction_waits_as_long_as_the_server_says(tmp_path, capsys):
     times, data = [], extraction_data(tmp_path, 1)
 
     def busy(handler, body, number):
         times.append(time.monotonic())
-        return fake_model(handler, body, number) if number else (429, {"Retry-After": "1.2"}, b"slow down")
+        if number == 1:
+            return 503, {"Retry-After": formatdate(time.time() + 3.5, usegmt=True)}, b"<html>down"
+        return fake_model(handler, body, number) if number else (429, {"Retry-After": "1.2"}, b"quota of the minute")
 
     with ChatServer(busy) as server:
-        flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "1")
+        flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "2")
         assert extract.main(flags) == 0
-    assert len(times) == 3 and 1.2 <= times[1] - times[0]  # the package alone would wait half a second
+    assert len(times) == 4 and 1.2 <= times[1] - times[0] and 2 <= times[2] - times[1]  # else half a second, then one
+    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute.*\nwaiting [23].* s .*HTTP 503", capsys.readouterr().err)
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
         with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status, headers, error, stops", CASES["limits"])
+def test_extraction_stops_when_the_money_is_gone_and_goes_on_later(tmp_path, status, headers, error, stops):
+    data, out, paid = extraction_data(tmp_path, 2), tmp_path / "out.jsonl", []
+
+    def script(handler, body, number):
+        if len(paid) == 3 and number == 3:
+            return status, headers, json.dumps(error).encode()
+        paid.append(body["seed"])
+        return fake_model(handler, body, number)
+
+    with ChatServer(script) as server:
+        flags = extraction_flags(server.url, data, out, "--retries", "2")
+        if stops:
+            with pytest.raises(ValueError, match=f"HTTP {status}.*\n.*goes on from there"):
+                extract.main(flags)
+            assert len(server.requests) == 4
+        assert extract.main(flags) == 0
+        assert len(server.requests) == 13 and len(paid) == 12  # each answer once
+
+
+def test_extraction_waits_or_gives_up_by_what_the_first_reply_says(monkeypatch, key):
+    waited, got, cases = [], [], CASES["first_replies"]
+
+    def script(handler, body, number):
+        if number == body["number"] + sum(isinstance(outcome, float) for *_, outcome in cases[: body["number"]]):
+            status, headers, value, _ = cases[body["number"]]
+            return reply_with(status, value.encode() if isinstance(value, str) else value, **headers)(handler, body, number)
+        return "fine"
+
+    with ChatServer(script) as chat:
+        server = extract.Server(extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "1"]), os.environ)
+        monkeypatch.setattr(server, "_wait", lambda seconds, reason: waited.append(seconds))
+        for number in range(len(cases)):
+            try:
+                answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}], "number": number})
+                got.append(waited.pop() if answer.text == "fine" else answer.text)
+            except (extract.Stop, extract.RowFailed) as error:
+                got.append(type(error).__name__)
+    wrong = [(case, g) for case, g in zip(cases, got, strict=True) if g != case[3]]
+    assert not wrong and not waited
+
+
+def test_extraction_that_stops_waits_no_longer(tmp_path):
+    """One worker waits for ten minutes when another one is told that the key is wrong."""
+    waits, start = threading.Event(), time.monotonic()
+
+    def script(handler, body, number):
+        if "What is 20" in body["messages"][0]["content"]:
+            threading.Timer(0.5, waits.set).start()
+            return 429, {"Retry-After": "600"}, b"slow down"
+        waits.wait(10)
+        return 401, {}, b"wrong key"
+
+    with ChatServer(script) as server:
+        flags = extraction_flags(server.url, extraction_data(tmp_path, 2), tmp_path / "out.jsonl", "--retries", "1")
+        with pytest.raises(ValueError, match="wrong key"):
+            extract.main([*flags, "--workers", "2"])
+    assert time.monotonic() - start < 60
 
 
 def vanish(handler, body, number):
@@ -232,7 +297,7 @@ def test_extraction_fails_the_row_without_an_answer(tmp_path, capsys, misbehave,
     assert not journal_records(out, "answer") and not out.exists()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 451])
 def test_extraction_stops_at_once_if_trying_again_is_useless(tmp_path, capsys, key, status):
     data, out = extraction_data(tmp_path, 5), tmp_path / "out.jsonl"
     with ChatServer(reply_with(status, {"error": {"message": f"no such thing, {key} is wrong"}})) as server:
@@ -245,19 +310,33 @@ def test_extraction_stops_at_once_if_trying_again_is_useless(tmp_path, capsys, k
 
 def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
     """A content filter, or a problem that is too long: also if the refusal is the first reply of a run."""
-    refuse = reply_with(400, {"error": {"message": "content filter"}})
+    for status in (400, 403, 404, 424, 451):
+        refuse = reply_with(status, {"error": {"message": "content filter"}})
 
-    def script(handler, body, number):
-        return (refuse if "What is 21" in body["messages"][0]["content"] else fake_model)(handler, body, number)
+        def script(handler, body, number, refuse=refuse):
+            return (refuse if "What is 21" in body["messages"][0]["content"] else fake_model)(handler, body, number)
 
-    data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
-    with ChatServer(script) as server:
-        for requests in (6 + 1 + 6, 1):
-            before = len(server.requests)
-            assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
-            assert len(server.requests) - before == requests
-            assert re.search("failed: row-1: no answer: HTTP 400: .*content filter", capsys.readouterr().err)
-    assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+        data, out = extraction_data(tmp_path, 3), tmp_path / f"out{status}.jsonl"
+        with ChatServer(script) as server:
+            for requests in (6 + 1 + 6, 1):
+                before = len(server.requests)
+                assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
+                assert len(server.requests) - before == requests
+                assert re.search(f"failed: row-1: no answer: HTTP {status}: .*content filter", capsys.readouterr().err)
+        assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+    # the first reply of all, while the others are on their way
+    data, out = extraction_data(tmp_path, 3), tmp_path / "together.jsonl"
+    gate, refuse = threading.Barrier(3, timeout=30), reply_with(403, {"error": {"message": "content filter"}})
+
+    def slow(handler, body, number):
+        number < 3 and gate.wait()
+        flagged = "What is 20" in body["messages"][0]["content"]
+        number < 3 and not flagged and time.sleep(0.5)
+        return (refuse if flagged else fake_model)(handler, body, number)
+
+    with ChatServer(slow) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--workers", "3")) == extract.ROWS_FAILED
+    assert [row.id for row in load_problems(out)] == ["row-1", "row-2"]
     # but a server that refuses row after row is not asked by thousands of them; one answer starts the count anew
     data, out = extraction_data(tmp_path, 40), tmp_path / "new.jsonl"
     with ChatServer(lambda h, b, i: (fake_model if i < 6 or i == 16 else refuse)(h, b, i)) as server:
@@ -285,6 +364,38 @@ def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):
     assert rejected == ["not parsed", "not parsed", "not parsed", None, None]
 
 
+def test_extraction_reads_every_kind_of_content(key):
+    replies = [completion(content, finish, **message) for content, message, finish, *_ in CASES["contents"]]
+    replies.append((200, replies[0][1], b"[" * 5000))  # and a body that no reader takes
+    with ChatServer(lambda handler, body, number: replies[number]) as chat:
+        args, got = extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "0"]), []
+        server = extract.Server(args, os.environ)
+        for _ in CASES["contents"]:
+            answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
+            got.append([answer.text, answer.reasoning, answer.fault() and answer.fault()[0]])
+        with pytest.raises(extract.RowFailed, match="no answer"):
+            server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
+    assert got == [case[3:] for case in CASES["contents"]]
+
+
+def test_extraction_passes_over_foreign_lines_and_refuses_a_foreign_journal(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    foreign = [line + "\n" for line in (*CASES["foreign"], "[" * 5000)]
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out)
+        assert extract.main(flags) == 0 and len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign) + journal_of(out).read_text(), encoding="utf-8")
+        for arguments in (flags, ["--report", str(out)]):
+            assert extract.main(arguments) == 0
+            said = capsys.readouterr().err
+            assert all(f"out.jsonl.log.jsonl:{i}: cannot be read" in said for i in range(1, len(foreign) + 1))
+        assert len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign), encoding="utf-8")
+        with pytest.raises(ValueError, match="out.jsonl.log.jsonl: no journal of this program"):
+            extract.main(flags)
+        assert journal_of(out).read_text(encoding="utf-8") == "".join(foreign)
+
+
 @pytest.mark.parametrize("case", CASES["rows"], ids=lambda case: case["what"])
 def test_extraction_of_one_row(case, eval_worker):
     prompts = []
@@ -293,7 +404,7 @@ def test_extraction_of_one_row(case, eval_worker):
         prompts.append((step, messages[0]["content"]))
         reply = case["replies"][step][index]
         reply = {"text": reply, "finish": "stop"} if isinstance(reply, str) else reply
-        return extract.Answer(reply["text"], reply["finish"], {})
+        return extract.Answer(reply["text"], reply["finish"], {}, reply.get("reasoning", ""))
 
     row, args = read_row(json.dumps(case["row"]).encode()), extract.build_parser().parse_args(["--candidates", "3"])
     record, done = extract.extract_row(row, ask, partial(extract.grade, eval_worker, threading.Lock()), args)
@@ -303,6 +414,20 @@ def test_extraction_of_one_row(case, eval_worker):
     assert [c["rejected"] and c["rejected"][0] for c in record["candidates"]] == case.get("rejected", [])
     assert (record["failed"], record["kept"]) == (case.get("failed"), case.get("kept"))
     assert (done is None) == ("failed" in case) and (done is None or done.solution == case.get("solution", row.solution))
+
+
+def test_extraction_takes_thoughts_off():
+    assert [extract.without_thoughts(text) for text, _ in CASES["thoughts"]] == [said for _, said in CASES["thoughts"]]
+
+
+def test_extraction_says_where_the_text_went_and_does_not_ask_again(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    with ChatServer(lambda *_: completion(None, reasoning="Let me see. " * 100)) as server:
+        for _ in range(2):  # the second time from the journal, in which the thoughts are whole
+            assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
+            assert "failed: row-0: no candidate is left of 5: 5 thoughts without content" in capsys.readouterr().err
+        assert len(server.requests) == 5
+    assert {len(answer["reasoning"]) for answer in journal_records(out, "answer")} == {1200}
 
 
 def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys, monkeypatch):

@@ -38,6 +38,7 @@ def test_plain_numbers_by_hand():
     values = {
         "-7": (-7, 1), "1,234.5": (2469, 2), "-\\frac{1}{-4}": (1, 4), "-2\\frac{1}{2}": (-5, 2), "3 1/4": (13, 4),
         "-2.5 \\times 10^{-2}": (-1, 40), "1e3": (1000, 1), ".5": (1, 2),
+        "0.1\\overline{6}": (1, 6), "-2.\\overline{45}": (-27, 11), "0.\\dot{3}": (1, 3), "1.20\\bar{4}": (271, 225),
     }  # fmt: skip
     for text, value in values.items():
         assert grader._number(text) == Fraction(*value), text
@@ -65,11 +66,10 @@ def test_extraction_is_linear_in_degenerate_text():
     assert time.perf_counter() - start < 2.0
 
 
-def test_plain_numbers_never_start_the_child():
-    worker = MathWorker()
+def test_plain_numbers_never_ask_the_child():
+    worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=None)
     pairs = [("42", "42"), ("1,234.50", "1234.5"), ("7", "8"), ("\\frac12", "0.5"), ("50\\%", "50"), ("\\text{Eve}", "Eve")]
     assert [same_answer(p, g, worker) for g, p in pairs] == [True, True, False, True, True, True]
-    assert worker._process is None
 
 
 def test_a_child_that_dies_or_falls_silent_is_replaced():
@@ -79,10 +79,11 @@ def test_a_child_that_dies_or_falls_silent_is_replaced():
         assert os.getpgid(process.pid) != os.getpgid(0)  # signals to our group are not for it
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 0  # it died idle: nothing is lost
+        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1  # one question is lost, and counted
+        assert same_answer("\\sqrt{16}", "4", worker)
         os.kill(worker._process.pid, signal.SIGSTOP)
         worker.timeout_s = 0.3
-        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1
+        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 2
 
 
 def test_all_questions_about_one_answer_share_one_limit():
@@ -95,7 +96,7 @@ def test_all_questions_about_one_answer_share_one_limit():
 
     worker = SimpleNamespace(timeout_s=1.0, start=lambda: None, equal=equal)
     assert not same_answer("\\sqrt{7}, \\sqrt{11}, \\sqrt{13}", "\\sqrt{2}, \\sqrt{3}, \\sqrt{5}", worker)
-    assert len(limits) == 3 and limits[0] == 1.0 and limits[2] <= 0.9
+    assert len(limits) == 3 and 0.9 < limits[0] <= 1.0 and limits[2] <= 0.9
 
 
 def test_close_ends_the_child_and_a_child_that_cannot_start_is_an_error(monkeypatch, capfd, tmp_path):
@@ -140,7 +141,7 @@ def plain_math_verify(pairs):
 def test_where_math_verify_alone_differs_from_our_table():
     rows = [row for row in PAIRS if "math_verify" in row]
     verdicts = plain_math_verify([(row["reference"], row["answer"]) for row in rows])
-    assert len(rows) == 72 and verdicts == [not row["verdict"] for row in rows]
+    assert len(rows) == 141 and verdicts == [not row["verdict"] for row in rows]
 
 
 # Of rasbt/reasoning-from-scratch, commit f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958:

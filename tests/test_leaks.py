@@ -12,8 +12,8 @@ from strategy import Strategy
 from tests.common import ROOT, _starter_family, _starter_rows, leak_examples
 from tools.leaks import leaks
 
-# found, harmless: [a step, the answer]. missed, alarmed: what the filter gets wrong in data/leak_examples.jsonl, [the
-# problem's id, the candidate's number, its label].
+# found, harmless: [a step, the answer]. stated, general: steps that state a final answer, and that only speak of one.
+# missed, alarmed: what the filter gets wrong in data/leak_examples.jsonl, [problem's id, candidate's number, label].
 CASES = json.loads((ROOT / "tests/leak_cases.json").read_text(encoding="utf-8"))
 
 PROBLEM = "A farm has 30 hens and 12 ducks. Each hen lays three eggs a week, and a quarter of them break. Enough?"
@@ -39,9 +39,18 @@ def test_leaks_leaves_harmless_numbers_alone(step, answer):
     assert leaks(with_step(step), PROBLEM, solution, answer) == []
 
 
+def test_leaks_finds_final_answers_of_any_problem_and_leaves_general_steps():
+    """In the row above and in one to which the numbers mean nothing: what is said of an answer decides, not its value."""
+    for row in ((PROBLEM, SOLUTION, "25"), ("What is it?", "It follows.", "101")):
+        assert [step for step in CASES["stated"] if not leaks(with_step(step), *row)] == []
+    # other numbers than the row's, so that this rule alone decides
+    assert [step for step in CASES["general"] if leaks(with_step(step), "What is it?", "It follows.", "101")] == []
+
+
 def test_leaks_outlasts_what_a_stuck_model_writes():
     start = time.process_time()  # of this process alone: the machine may be busy
-    for piece in ("9", "9,", "/9", "9 9/", "{", "x9", "twenty ", "\\frac", "\\sqrt(", "divide 9 " * 4, "\u4e009"):
+    pieces = "9 9, /9 { x9 \\frac \\sqrt( \u4e009".split() + ["9 9/", "twenty ", "divide 9 " * 4, "answer is ", "9 eggs is "]
+    for piece in pieces:
         text = (piece * 1500).strip()
         leaks(with_step(text), "What is 9?", text, text[:1000])
     assert time.process_time() - start < 8  # about 1 s; without the limit to 80 characters 20 s
@@ -49,16 +58,23 @@ def test_leaks_outlasts_what_a_stuck_model_writes():
 
 
 def test_leaks_on_our_labelled_examples(eval_worker):
-    """The labels were set before the filter ran (data/README.md has their rule), and both READMEs state these figures."""
-    cases, wrong = Counter(), []
+    """The labels were set before the filter ran (data/README.md has their rule), and both READMEs state these figures.
+
+    A part of the problems is about the label "other": a final answer that is not the row's.
+    """
+    parts, wrong = {False: Counter(), True: Counter()}, []
+    others = {row["id"] for row, candidate in leak_examples() if candidate["leaks"] == "other"}
     for i, (row, candidate) in enumerate(leak_examples()):
         assert i % 4 or is_correct(row["solution"], row["answer"], eval_worker)
         strategy, label = Strategy.from_dict(candidate["strategy"]), candidate["leaks"]
         found = leaks(strategy, row["problem"], row["solution"], row["answer"])
-        cases[bool(found), {"no": False, "answer": True, "computed": True}[label]] += 1
-        if bool(found) != (label != "no"):
+        leaky = {"no": False, "answer": True, "computed": True, "other": True}[label]
+        parts[row["id"] in others][bool(found), leaky] += 1
+        if bool(found) != leaky:
             wrong.append([row["id"], i % 4 + 1, label])
     assert sorted(wrong) == sorted(CASES["missed"] + CASES["alarmed"])
+    assert parts[True] == {(True, True): 11, (False, True): 1, (False, False): 12}
+    cases = parts[False]
     figures = f"{cases[True, True]} of {cases[True, True] + cases[False, True]} leaks"
     alarms = f"{cases[True, False]} false alarms on the other {cases[True, False] + cases[False, False]}"
     assert (figures, alarms) == ("26 of 45 leaks", "4 false alarms on the other 39")

@@ -12,7 +12,9 @@ import pytest
 from data import prepare
 from data.problems import load_problems
 from grader import same_answer
-from tests.common import REAL_DATA, ROOT, luffy_row, run_script, tiny_rows, write_rows
+from model import encode_chat, load_tokenizer
+from strategy import Strategy, auto_messages, guided_messages
+from tests.common import REAL_DATA, ROOT, TINY_BASE, luffy_row, run_script, tiny_rows, write_rows
 
 
 def run_prepare(out, command, source, *flags):
@@ -117,6 +119,30 @@ def test_sample_is_seeded_and_in_the_source_s_order(tmp_path):
     assert entry["seed"] == 3 and entry["counts"]["usable"] == 50 and entry["counts"]["kept"] == 20
     with pytest.raises(ValueError, match="50 of 50 rows can be used, 51 are needed"):
         run_prepare(tmp_path / "c", "jsonl", source, "--count", 51)
+
+
+def test_rows_that_are_too_long_are_left_out(tmp_path, capsys):
+    """Every part counts: the chat template, the strategy, the solution and the token that ends it."""
+    strategy = {"type": "sum", "strategy": "Add.", "steps": ["Add them."]}
+    plain = {"problem": "What is 1 + 2?", "answer": 3}
+    tokenizer = load_tokenizer(TINY_BASE)
+    prompt = len(encode_chat(tokenizer, auto_messages(plain["problem"])))
+    guided = len(encode_chat(tokenizer, guided_messages(plain["problem"], Strategy.from_dict(strategy))))
+    solved = prompt + len(tokenizer.encode("\\boxed{3}", add_special_tokens=False)) + 1
+    flags = ["--solution_column", "s", "--strategy_column", "strategy", "--max_tokens", TINY_BASE]
+    for row, tokens in ((plain, prompt), (plain | {"strategy": strategy}, guided), (plain | {"s": "\\boxed{3}"}, solved)):
+        rows, entry = run_prepare(tmp_path / f"{tokens}", "jsonl", [row], *flags, tokens)
+        assert len(rows) == 1 and rows[0].get("strategy") == row.get("strategy") and entry["max_tokens"][1] == str(tokens)
+        longer = row | {"problem": "What is 1 + 2 + 2?"}
+        rows, entry = run_prepare(tmp_path / f"{tokens}-two", "jsonl", [row, longer], *flags, tokens)
+        (one,) = entry["dropped"][f"has more than {tokens} tokens"]
+        assert len(rows) == 1 and one == {"where": "line 2", "id": "jsonl-train-1", "value": f"{tokens + 2} tokens"}
+    assert f"dropped 1: has more than {solved} tokens" in capsys.readouterr().out
+    for bad, message in (((TINY_BASE, "0"), "positive whole number, got '0'"), ((tmp_path, "9"), "no tokenizer file")):
+        with pytest.raises(ValueError, match=message):
+            run_prepare(tmp_path / "bad", "jsonl", [plain], "--max_tokens", *bad)
+    with pytest.raises(ValueError, match="line 1: strategy: expected an object with type, strategy and steps"):
+        run_prepare(tmp_path / "bad", "jsonl", [plain | {"strategy": ""}], *flags, 99)
 
 
 def test_overlap_by_hand():

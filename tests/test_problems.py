@@ -21,12 +21,19 @@ def test_load_problems(tmp_path, eval_worker):
         _eval_row(1, solution="1", strategy=strategy),
         _eval_row(2, answer=" $\\boxed{045}$ "),
         _eval_row(3, answer="\\(x+1\\)"),
+        *[_eval_row(i, answer=answer) for i, answer in enumerate(['["34"]', "['\\\\frac{1}{2}']", "[34, 35]"], start=4)],
     ]
-    first, second, third = load_problems(_eval_file(tmp_path, *rows), eval_worker)
+    first, second, third, *listed = load_problems(_eval_file(tmp_path, *rows), eval_worker)
     assert (first.id, first.problem, first.answer, first.solution) == ("r1", "What is 1 + 0?", "1", "1")
     assert first.strategy == Strategy("sum", "Add.", ("Add them.",))
     assert (second.answer, second.solution, second.strategy) == ("045", None, None)
     assert third.answer == "x+1"
+    assert [row.answer for row in listed] == ["34", "\\frac{1}{2}", "[34, 35]"]
+
+
+def test_words_that_do_answer_are_no_placeholders():
+    for answer in ("no solution", "undefined", "\\emptyset", "No", "n", "\\nu", "-1", "n/2", "solve", "not unique", "seven"):
+        assert grader.why_unusable(answer) == "", answer
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS)

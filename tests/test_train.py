@@ -114,7 +114,7 @@ def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_pa
     monkeypatch.setattr(train, "show", lambda *_: None)
     monkeypatch.setattr(train, "measure", lambda *_, guided: {"guided": guided})
     monkeypatch.setattr(train, "accuracy_table", lambda table: seen.append({when: list(table[when]) for when in table}) or "")
-    train.stages(run, examples[:1], [], examples[1:], [examples[0].problem])
+    train.stages(run, examples[:1], [], examples[1:], examples[:1])
     assert seen == [True, False, dict.fromkeys(("base", "after SFT", "after sgpo"), ["alone", "guided"])]
 
 
@@ -148,6 +148,22 @@ def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
         train.split_examples(examples[:5], replace(alone, sft_guided=1.0), 256)
     with pytest.raises(ValueError, match=f"{rows[12]['id']!r} needs .* the context holds 256"):
         make_run(tmp_path / "luffy", worker, "--data", data, "--method", "luffy")  # its step needs every solution
+
+
+def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
+    rows, held_out = tiny_rows(12), tiny_rows(30)[12:]
+    for row in (rows[2], rows[5], rows[9]):
+        row["solution"] = "2 " * 300
+    held_out[4]["problem"] = "2 " * 300
+    data, unseen = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "unseen.jsonl", held_out)
+    flags = ["--data", data, "--eval_data", unseen, "--method", "luffy"]
+    with pytest.raises(ValueError) as refused:
+        make_run(tmp_path / "luffy", worker, *flags)
+    names = [f"{data}: {rows[i]['id']!r} needs " for i in (2, 5, 9)] + [f"{unseen}: {held_out[4]['id']!r} needs "]
+    lines = str(refused.value).splitlines()
+    assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
+    _, plain = make_run(tmp_path / "sft", worker, "--data", data, "--method", "sft")  # which leaves them out
+    assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
 
 
 def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
@@ -250,7 +266,8 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
 
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--eval_n", 2)
-    held_out = load_problems(run.cfg.eval_data, worker)[:80]
+    problems = load_problems(run.cfg.eval_data, worker)[:80]
+    held_out = train.encode_rows(problems, run.tokenizer, guided=False, file="")
     base = train.measure(run, held_out, guided=False)["accuracy"]
     for step in range(10):
         train.rl_step(run, train.data_order(examples, step, 16, 0, "rl"), step + 1, 3e-4 * min(1, (step + 1) / 3))

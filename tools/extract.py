@@ -11,20 +11,21 @@ command safe to kill: each answer is on the disk, under a hash of its exact requ
 A kill loses at most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import random
+import re
 import sys
 import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from email.utils import mktime_tz, parsedate_tz
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from checkpoint import lock, to_json
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, same_answer
 from strategy import (
@@ -49,11 +51,35 @@ from strategy import (
 )
 from tools.leaks import leaks
 
+EXCERPT = 300  # characters of what a message or a record quotes
 GIVE_UP_AFTER = 20  # requests in a row that failed for good: the server is down, for the other rows too
-WHOLE = ("stop", None)  # finish reasons of a whole text; all others ("length", "content_filter", ...) broke it off
+LONGEST_WAIT = 900.0  # seconds; a limit that lasts longer stops the command
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason, in lower case, of a text that is not cut off
+PASSING = (None, 408, 409, 424, 425, 429, 498)  # statuses that the next try may not meet, beside 5xx; None: nothing to read
+# What a 429 says when the money is gone: a code, or words without a hint that it is free soon.
+NO_MONEY_CODE = re.compile(r"insufficient.(?:quota|balance|fund|credit)|billing.hard.limit|arrears|out of credit", re.I)
+NO_MONEY = re.compile(
+    r"(?:current|monthly).quota|(?:credit|balance(?!r)|budget|spend)[^.]{0,30}(?:limit|exceed|exhaust|spent|used up)", re.I
+)
+FREE_SOON = re.compile(r"(?:per.?|/)(?:sec|min)", re.I)
+WAIT_HINT = re.compile(r"(?:retry|try again) (?:in|after) ((?:[0-9]+(?:\.[0-9]+)? ?(?:ms|[dhms])[a-z]* ?)+)", re.I)
+UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+# (open, close) of the thoughts before an answer, which begins after the last close: some chat templates put the open into the
+# prompt. FRAME: what may be around the answer itself, and the control tokens after it. All in any case.
+THOUGHTS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    (r"\[THINK]", r"\[/THINK]"),
+    (r"<\|channel\|>", r"<\|channel\|>final<\|message\|>|\A\s*analysis(?s:.*)assistantfinal"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+)
+FRAME = re.compile(r"\A(?:<\|begin_of_solution\|>|<answer>)|(?:<(?:[|｜][^<>\s]+[|｜]|/s|/answer|end_of_turn)>\s*)+\Z", re.I)
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something stopped the command, 2 that a flag is wrong
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
+
+# What is read again of each kind of line in a journal.
+_ANSWER = {"key": str, "text": str, "finish": str | None, "usage": dict, "reasoning": str}
+JOURNAL_FIELDS = {"run": {"settings": dict}, "answer": _ANSWER, "row": {"row": str, "kept": int | None, "candidates": list}}
 
 Record = dict[str, Any]  # a JSON object
 Messages = list[dict[str, str]]
@@ -67,14 +93,39 @@ class RowFailed(Exception):
     """This row gets no strategy, for the reason given; the others go on."""
 
 
+class Refused(RowFailed):
+    """The server will not answer this request. Before it has answered any, the reason is not the row."""
+
+
+class NoAnswer(ValueError):
+    """A reply of HTTP 200 without an answer. status_code: that of the error in it, None if it names none."""
+
+    def __init__(self, text: str, status_code: int | None = None) -> None:
+        super().__init__(text)
+        self.status_code = status_code
+
+
 @dataclass(frozen=True)
 class Answer:
-    """One paid reply. finish: why the text ended, see WHOLE. usage: prompt_tokens, completion_tokens, or {}."""
+    """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart.
+
+    finish: why the text ended. One of WHOLE ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
+    """
 
     text: str
     finish: str | None
     usage: dict[str, int]
     reasoning: str = ""
+
+    def fault(self) -> list[str] | None:
+        """[kind, detail] of why there is nothing to read in it, or None."""
+        if self.finish == "refusal":
+            return ["refused", self.text[:EXCERPT]]
+        if str(self.finish).lower() not in WHOLE:  # what is there may be readable, with only half of its last step
+            return ["cut off", f"finish_reason {self.finish}"]
+        if (self.text + self.reasoning).strip() and not without_thoughts(self.text):
+            return ["thoughts without content", (self.reasoning or self.text)[:EXCERPT]]
+        return None
 
 
 Ask = Callable[[str, int, Messages], Answer]  # (step, index of the try, messages) -> Answer
@@ -111,8 +162,8 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 class Server:
     """A chat server, asked through the openai package.
 
-    The package repeats a request after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times. It
-    waits as long as a Retry-After header says, and gives up if that is more than a minute or two (versions differ).
+    A request is repeated after a failed connection, a timeout, a reply that cannot be read, and a status that may pass
+    [PASSING], up to --retries times. Not by the package: that waits without a word, and asks again when the money is gone.
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
@@ -132,58 +183,115 @@ class Server:
         self.client = openai.OpenAI(
             api_key=self.key or "none",  # the package insists on one, servers without keys ignore it
             base_url=args.endpoint,
-            max_retries=args.retries,
+            max_retries=0,
             timeout=openai.Timeout(args.read_timeout, connect=10.0),
         )
+        self.retries, self.stop = args.retries, threading.Event()  # set when the run ends: nobody waits any longer
         self.failures = 0  # in a row, of all workers
+        self.waiting_until = 0.0  # when the last wait ends that the user was told of
 
     def ask(self, body: Record) -> Answer:
         """The answer to one request, after as many tries as it takes. Raises RowFailed or Stop."""
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        try:
-            # extra_body, because --body may hold fields that the package does not know as arguments
-            reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
-            answer = read_reply(reply)
-        except (self.openai.APIError, ValueError) as error:  # ValueError: a reply that is no JSON, or no answer
-            raise self._failure(error) from None
+        for number in range(self.retries + 1):
+            try:
+                # extra_body, because --body may hold fields that the package does not know as arguments
+                reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
+                answer = read_reply(reply)
+                break
+            except (self.openai.APIError, ValueError, RecursionError) as error:  # the last two: no JSON, or no answer in it
+                status, said, reason = self._read(error)
+                seconds = said if 0 < (said or 0) < float("inf") else min(2**number, 16) / 2
+                if number == self.retries or seconds > LONGEST_WAIT or not (status in PASSING or status >= 500):
+                    raise self._failure(status, reason) from None
+                self._wait(seconds, reason)
         self.failures = 0
         return answer
 
-    def _failure(self, error: Exception) -> Exception:
-        """The exception for a request that failed for good."""
-        status, cause = getattr(error, "status_code", None), error.__cause__
-        reason = (f"HTTP {status}: " if status else "") + str(error) + (f" ({cause!r})" if cause else "")
+    def _wait(self, seconds: float, reason: str) -> None:
+        """Wait; say so, unless it is short or another worker just did. Raises Stop if the run ends before."""
+        now = time.monotonic()
+        if seconds >= 1 and now >= self.waiting_until:
+            self.waiting_until = now + seconds
+            tqdm.write(f"waiting {seconds:.3g} s before the next try: {reason}", file=sys.stderr)
+        if self.stop.wait(seconds):
+            raise Stop("stopped")
+
+    def _read(self, error: Exception) -> tuple[int | None, float | None, str]:
+        """(status, seconds to wait, reason) of a failed try; None for what the server does not say.
+
+        An error inside a reply has a status too. It is 402 for all that say that the money is gone.
+        """
+        status, response, cause = getattr(error, "status_code", None), getattr(error, "response", None), error.__cause__
+        text, headers = f"{error} ({cause!r})" if cause else str(error), {}
+        if response is not None:  # what the server wrote: the package may leave out all but one field of it
+            text, headers = f"HTTP {status}: {response.text or error}", response.headers
+        said = retry_after(headers, text)
+        gone = NO_MONEY.search(text) and said is None and not FREE_SOON.search(text)
+        if status in (None, 429) and (gone or NO_MONEY_CODE.search(text)):
+            status = 402
         if self.key:
-            reason = reason.replace(self.key, "***")  # some servers quote the key when they refuse it
-        reason = " ".join(reason.split())[:300]
-        if status == 429:  # the limit is the same for all rows
-            return Stop(f"{reason}; Retry-After: {error.response.headers.get('retry-after')}")
-        if status is not None and status < 500 and status not in (400, 408, 409, 413, 422):
-            return Stop(reason)  # a wrong key, model or path is as wrong for the next row
+            text = text.replace(self.key, "***")  # some servers quote the key when they refuse it
+        wait = f"; Retry-After: {headers['retry-after']}" if "retry-after" in headers else ""
+        return status, said, " ".join(text.split())[:EXCERPT] + wait
+
+    def _failure(self, status: int | None, reason: str) -> Exception:
+        """The exception for a request that failed for good."""
+        if status in (401, 402, 429):  # the key, the money and the limit are the same for all rows
+            return Stop(reason)
         self.failures += 1
         if self.failures >= GIVE_UP_AFTER:
             return Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
-        return RowFailed(f"no answer: {reason}")
+        # A wrong model or path is as wrong for the next row; but 403, 404 and 451 may also be about one text.
+        kind = RowFailed if status in (*PASSING, 400, 413, 422) or status >= 500 else Refused
+        return kind(f"no answer: {reason}")
+
+
+def retry_after(headers: Mapping[str, str], text: str) -> float | None:
+    """The seconds to wait by a reply's headers (a number or a date [RFC 9110]) or by its text; None if neither says."""
+    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms")
+    try:
+        date = parsedate_tz(after)
+        return mktime_tz(date) - time.time() if date else float(milliseconds) / 1000 if milliseconds else float(after)
+    except (ValueError, OverflowError):  # OverflowError: a date that no calendar has
+        hint = WAIT_HINT.search(text)
+    parts = re.findall("([0-9.]+) ?(ms|[dhms])", hint[1].lower()) if hint else []
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts) if parts else None
 
 
 def read_reply(reply: Any) -> Answer:
-    """The Answer in a reply, an openai ChatCompletion. ValueError if there is none in it.
+    """The Answer in a reply, an openai ChatCompletion. NoAnswer if there is none in it.
 
     The package checks no field, so any may be missing. An empty text is an answer too: it is paid, and cannot be read.
     """
-    try:
-        choice, message = reply.choices[0], reply.choices[0].message
-        text, finish = text_of(message.content), choice.finish_reason
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}") from None
-    counts = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    choice = message = None
+    with suppress(AttributeError, LookupError, TypeError):
+        choice = reply.choices[0]
+        content, message = choice.message.content, choice.message
+    if error := getattr(choice, "error", None) or getattr(reply, "error", None):  # half a text may be beside it
+        code = str(error.get("code") if isinstance(error, dict) else None)
+        raise NoAnswer(f"an error in the reply: {error}", int(code) if re.fullmatch("[45][0-9]{2}", code) else None)
+    if message is None:
+        raise NoAnswer(f"no message in the reply: {reply}")
+    counts = {name: getattr(getattr(reply, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
-    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Answer(text, finish, usage, text_of(reasoning))
+    details, parts = getattr(message, "reasoning_details", None), content if isinstance(content, list) else None
+    thoughts = getattr(message, "reasoning_content", None), getattr(message, "reasoning", None), details, parts
+    reasoning = next(filter(None, (text_of(value, "thinking|reasoning.*") for value in thoughts)), str(details or ""))
+    text, finish = text_of(content), text_of(getattr(choice, "finish_reason", None)) or None
+    if not text and (refusal := text_of(getattr(message, "refusal", None)) or text_of(content, "refusal")):
+        text, finish = refusal, "refusal"
+    return Answer(text, finish, usage, reasoning)
 
 
-def text_of(value: Any) -> str:
-    """A field's text; "" if it is none. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?"."""
+def text_of(value: Any, kinds: str = "text|output_text") -> str:
+    """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}.
+
+    The end of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?".
+    """
+    if isinstance(value, list):
+        parts = [(str(part.get("type", "text")), part) for part in value if isinstance(part, dict)]
+        value = "".join(text_of(part.get(re.split("[._]", kind)[-1])) for kind, part in parts if re.fullmatch(kinds, kind))
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
@@ -198,6 +306,7 @@ class LocalModel:
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
+        self.stop = threading.Event()  # of the run; no question waits for another time here
         self.arrived, self.turn = SimpleQueue(), threading.Lock()
         self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come), for one at a time
 
@@ -268,39 +377,44 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
     start: the line of this run. ValueError if the journal's answers were made with other settings.
     """
     with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the program ends
-        except BlockingIOError:
-            raise ValueError(f"{path}: another run is writing it, and both would pay for the same answers") from None
+        lock(stream, f"{path}: another run is writing it, and both would pay for the same answers", tqdm.write)
+        journal = Journal(stream)
+        for record in read_journal(path):
+            if record["kind"] == "answer":
+                thoughts = record["reasoning"][:EXCERPT]
+                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"], thoughts)
+            elif record["kind"] == "run" and record["settings"] != start["settings"]:
+                made = f"made with {record['settings']}, now {start['settings']}"
+                raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
                 stream.write(b"\n")  # a kill left half a line; the next one must not be glued to it
-                stream.flush()
-        journal = Journal(stream)
-        for record in read_journal(path):
-            if record["kind"] == "answer":
-                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"])
-            elif record["kind"] == "run" and record["settings"] != start["settings"]:
-                made = f"made with {record['settings']}, now {start['settings']}"
-                raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
         journal.write(start)
         yield journal
 
 
 def read_journal(path: Path) -> Iterator[Record]:
-    """The lines of a journal. One that cannot be read, such as half a line that a kill left, is reported and passed over."""
+    """The lines of a journal, ValueError if it has none. Others, such as half of one that a kill left, are reported."""
+    number = passed_over = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
+                record = json.loads(line)
+                if not all(isinstance(record[name], kind) for name, kind in JOURNAL_FIELDS[record["kind"]].items()):
+                    raise ValueError
+            except (ValueError, LookupError, TypeError, RecursionError):
+                passed_over += 1
                 print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
+            else:
+                yield record
+    if number and number == passed_over:
+        raise ValueError(f"{path}: no journal of this program; move it away, or name another --out")
 
 
 def to_line(record: Record) -> bytes:
     """One line of JSON."""
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return to_json(record, ensure_ascii=False).encode() + b"\n"
 
 
 def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tuple[Record, Problem | None]:
@@ -338,9 +452,10 @@ def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
         reply = ask("solution", index, solution_prompt(row.problem))
         text = without_thoughts(reply.text)
         found, right = verdict(text, row.answer)
-        if right and reply.finish in WHOLE:
+        fault = reply.fault()
+        if right and not fault:
             return text
-        given.append("cut off" if reply.finish not in WHOLE else "no answer" if found is None else f"answer {found[:60]!r}")
+        given.append(fault[0] if fault else "no answer" if found is None else f"answer {found[:60]!r}")
     raise RowFailed(f"{tries} solutions, none with the answer {row.answer!r}: {', '.join(given)}")
 
 
@@ -357,6 +472,8 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
     candidates, unread = record["candidates"], None
     for number in range(args.rounds):
         if all(candidate["rejected"] for candidate in candidates):
+            if candidates and all(candidate["rejected"][0] == "thoughts without content" for candidate in candidates):
+                break  # the server keeps the answers among the thoughts, or the model thinks on: so would the next ones
             for index in range(len(candidates), len(candidates) + args.candidates):
                 reply = ask("candidate", index, extraction_prompt(row.problem, row.solution))
                 candidates.append(judge_candidate(index, reply, replace(row, solution=written), candidates))
@@ -373,16 +490,18 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
 
 
 def without_thoughts(text: str) -> str:
-    """What a reasoning model wrote after its thoughts; "" if they never end."""
-    text = text.rpartition("</think>")[2]  # the end tag decides: some chat templates put the first tag into the prompt
-    return "" if "<think>" in text else text.strip()
+    """What a model wrote after its thoughts [THOUGHTS]; "" if they never end."""
+    rests = [re.split(close, text, flags=re.I)[-1] for _, close in THOUGHTS]
+    if any(re.search(opening, rest, re.I) for (opening, _), rest in zip(THOUGHTS, rests, strict=True)):
+        return ""
+    return FRAME.sub("", min(rests, key=len).strip()).strip()
 
 
 def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Record]) -> Record:
     """A candidate's record after everything that needs no model: read, compared with the others, searched for leaks."""
     candidate = {"index": index, "strategy": None, "rejected": None, "scores": None}
-    if reply.finish not in WHOLE:  # what is there may be readable, with only half of its last step
-        return candidate | {"rejected": ["cut off", f"finish_reason {reply.finish}"]}
+    if fault := reply.fault():
+        return candidate | {"rejected": fault}
     try:
         strategy = parse_strategy(without_thoughts(reply.text))
     except ValueError as error:
@@ -401,8 +520,8 @@ def score_candidates(candidates: Sequence[Record], reply: Answer) -> str | None:
 
     A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
     """
-    if reply.finish not in WHOLE:
-        return f"the scores are cut off, finish_reason {reply.finish}"
+    if fault := reply.fault():
+        return ": ".join(["scores", *fault])
     try:
         scores = parse_scores(without_thoughts(reply.text), len(candidates))
     except ValueError as error:
@@ -427,7 +546,7 @@ def extract(args: Namespace) -> int:
         try:
             with open_journal(log, start) as journal:
                 before = list(journal.answers.values())
-                results = ask_all(rows, journal, model.ask, partial(grade, worker, threading.Lock()), args)
+                results = ask_all(rows, journal, model, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
         failed, lines = {}, []
@@ -452,14 +571,15 @@ def extract(args: Namespace) -> int:
 
 
 def ask_all(
-    rows: Sequence[Problem], journal: Journal, send: Callable[[Record], Answer], verdict: Verdict, args: Namespace
+    rows: Sequence[Problem], journal: Journal, model: Server | LocalModel, verdict: Verdict, args: Namespace
 ) -> dict[str, tuple[Record, Problem | None]]:
     """{row id: extract_row's result}, with every answer from the journal or put into it.
 
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, stop, results = settings_of(args), threading.Event(), {}
+    settings, stop, results = settings_of(args), model.stop, {}
+    ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
@@ -468,18 +588,28 @@ def ask_all(
             return known
         if stop.is_set():
             raise Stop("stopped")
-        answer = send(body)
-        place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
-        journal.write(place | asdict(answer))  # before this worker goes on
-        journal.answers[key] = replace(answer, reasoning="")  # thoughts stay on the disk: they would fill the memory
-        return answer
+        asking.add(row.id)
+        try:
+            answer = model.ask(body)
+            place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
+            journal.write(place | asdict(answer))  # before this worker goes on
+            journal.answers[key] = replace(answer, reasoning=answer.reasoning[:EXCERPT])  # whole ones would fill the memory
+            return answer
+        except Refused as error:
+            asking.discard(row.id)
+            while asking and not journal.answers and not stop.wait(0.1):
+                pass  # an answer that is on its way to another row would show that this is about the row
+            raise (error if journal.answers else Stop(str(error))) from None
+        finally:
+            asking.discard(row.id)
 
     def work(row: Problem) -> tuple[Record, Problem | None]:
         try:
             record, done = extract_row(row, partial(ask, row), verdict, args)
             journal.write(record)
             return record, done
-        except BaseException:
+        except BaseException as error:
+            ended_by.append(error)  # the first is the reason; those after it only say that the run has ended
             stop.set()  # here, before this worker takes its next row
             raise
 
@@ -493,7 +623,7 @@ def ask_all(
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
-            raise
+            raise (error if isinstance(error, KeyboardInterrupt) else ended_by[0]) from None
     return results
 
 

@@ -181,7 +181,7 @@ def curve_of(runs: Sequence[Run], key: str, smooth: int) -> Curve:
             series.append({record["step"]: record[key] for record in run.evals})
         else:  # a response has at least one token, so a guided length of 0 means that there was no guided group
             length = "length_guided" if key in GUIDED else "length_auto"
-            measured = {record["step"]: record[key] for record in run.steps if record[length] > 0}
+            measured = {record["step"]: record[key] for record in run.steps if record[length] > 0 and record[key] is not None}
             series.append(trailing_mean(measured, smooth))
     return over_seeds(series)
 

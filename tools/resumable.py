@@ -8,26 +8,28 @@ What it leaves:
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from data.problems import Problem, load_problems
-from eval import MAX_NEW_TOKENS, encode_prompts, expected_length, figures, sample_records
+from checkpoint import lock, to_json
+from data.problems import Problem, check_lengths, digests, load_problems
+from eval import MAX_NEW_TOKENS, TEMPERATURE, TOP_P, encode_prompts, expected_length, figures, sample_records
 from grader import MathWorker, same_answer
-from model import load_model, resolve_model
+from methods import Method
+from model import blank_model, load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
-from strategy import Strategy, auto_messages, guided_messages
 from tools.benchmark import benchmark_files, paired_bootstrap
 from weighting import instance_weight
 
@@ -44,6 +46,7 @@ class EvalSet:
     n: int
     max_new_tokens: int
     problems: list[Problem]
+    prompts: dict[str, list[int]]  # token ids, by the problem's id
 
 
 # ---------------------------------------------------------------------------------------------- what is evaluated
@@ -60,8 +63,9 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
-    """Read and check all files first: a bad line in the last one must not cost an evaluation.
+def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, context: int) -> list[EvalSet]:
+    """Read and check all files first: a bad line in the last one, or a prompt that fills the context, must not cost an
+    evaluation.
 
     A file of --data has n 1 and MAX_NEW_TOKENS, one of --benchmarks the paper's; --n and --max_new_tokens overrule both.
     """
@@ -73,6 +77,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
     sets, seen = [], {}
+    lengths = []
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -80,15 +85,18 @@ def read_sets(args: argparse.Namespace, worker: MathWorker) -> list[EvalSet]:
             raise ValueError(f"{file}: is given twice, {seen[sha256]} holds the same")
         seen[sha256] = file
         for guided in (False, True) if args.both else (args.guided,):
-            sets.append(EvalSet(file, sha256, guided, counts[index % len(counts)], args.max_new_tokens or longest, problems))
+            prompts = dict(zip([p.id for p in problems], encode_prompts(tokenizer, problems, guided, file), strict=True))
+            n = counts[index % len(counts)]
+            sets.append(EvalSet(file, sha256, guided, n, args.max_new_tokens or longest, problems, prompts))
+            lengths += [(f"{file}{' guided' * guided}: {name!r}", len(ids) + 1) for name, ids in prompts.items()]
+    check_lengths(lengths, context)
     return sets
 
 
-def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.dtype) -> dict:
+def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: object, dtype: torch.dtype) -> dict:
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
-    wording = [auto_messages("q"), guided_messages("q", Strategy("t", "s", ("a",)))]
     settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
@@ -97,14 +105,15 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], dtype: torch.
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
-        "wording": hashlib.sha256(json.dumps(wording).encode()).hexdigest(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
+    prompts = {}
     for one in sets:
         name = f"{one.file}{' guided' * one.guided}"
         settings |= {f"{name}: sha256": one.sha256, f"{name}: problems": len(one.problems)}
         settings |= {f"{name}: n": one.n, f"{name}: max_new_tokens": one.max_new_tokens}
-    return settings
+        prompts[f"{name}: prompts"] = one.prompts.items()
+    return settings | digests(tokenizer, **prompts)
 
 
 def model_sha256(folder: Path) -> str:
@@ -121,12 +130,18 @@ def model_sha256(folder: Path) -> str:
 
 
 def begin(folder: Path, settings: dict) -> None:
-    """Make the folder of responses, or go on in it. ValueError, naming what differs, if it was made with other settings."""
+    """Make the folder of responses, or go on in it. ValueError, naming what differs, if it was made with other settings, and
+    for a folder that has something else in it."""
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(exist_ok=True)
+        if found := [file.name for file in folder.iterdir() if file.name != "settings.json.tmp"]:
+            raise ValueError(f"{folder}: holds {found[0]} but no settings.json of an evaluation; name another --out")
         write_json(path, settings)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an evaluation ({error}); name another --out") from error
     changes = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
     if changes:
         raise ValueError(f"{folder}: of another evaluation ({'; '.join(changes)}); name another --out, or remove it")
@@ -138,20 +153,20 @@ def read_records(folder: Path) -> Records:
     Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
     """
     records = {}
-    for path in sorted(folder.glob("rank*.jsonl")):
+    for path in sorted(path for path in folder.glob("rank*.jsonl") if re.fullmatch("rank[0-9]+.jsonl", path.name)):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-            except ValueError:  # empty, or torn by a crash: its problem is sampled again
+                records[record["file"], record["guided"], record["id"]] = record
+            except (ValueError, KeyError, TypeError):  # empty, or torn by a crash: its problem is sampled again
                 continue
-            records[record["file"], record["guided"], record["id"]] = record
     return records
 
 
 def write_json(path: Path, value: dict) -> None:
     """The whole file or none."""
     new = path.with_name(f"{path.name}.tmp")
-    new.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    new.write_text(to_json(value, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(new, path)
 
 
@@ -187,27 +202,23 @@ def sample_share(
     args: argparse.Namespace, share: list[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker, path: Path
 ) -> None:
     """Sample and grade this rank's share, and add a line to its file for each problem."""
-    model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
-    for one, problems in share:  # before the first response: a prompt of the last file may be too long
-        encode_prompts(model, tokenizer, problems, one.guided)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path}: another evaluation is writing here") from error
+        lock(stream, f"{path}: another evaluation is writing here", lambda text: print(text) if world()[0] == 0 else None)
+        model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
         stream.write("\n" if stream.tell() else "")  # ends a line that a crash has torn
         for one, problems in share:
 
             def write(record: dict, one: EvalSet = one) -> None:
                 line = {"file": one.file, "guided": one.guided, **record}
                 line["majority"] = majority([sample["answer"] for sample in record["samples"]], worker)
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(to_json(line, ensure_ascii=False) + "\n")
                 stream.flush()  # a killed process cannot take it back; only a loss of power can
 
+            prompts = [one.prompts[problem.id] for problem in problems]
             sample_records(
-                model, tokenizer, problems, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
-                top_p=args.top_p, seed=args.seed, worker=worker, guided=one.guided, max_rows=args.max_rows,
-                cache_tokens=args.cache_tokens, on_problem=write, show=world()[0] == 0,
+                model, tokenizer, problems, prompts, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
+                top_p=args.top_p, seed=args.seed, worker=worker, max_rows=args.max_rows, cache_tokens=args.cache_tokens,
+                on_problem=write, progress=("guided" if one.guided else "auto") if world()[0] == 0 else None,
             )  # fmt: skip
 
 
@@ -219,10 +230,11 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     out = output_path(args)
     folder = out.with_name(f"{out.stem}-responses")
     control, (rank, ranks) = Control(args.timeout_minutes), world()
+    blank, tokenizer = blank_model(resolve_model(args.model))
     with MathWorker(timeout_s=args.timeout) as worker:
-        sets = read_sets(args, worker)
+        sets = read_sets(args, worker, tokenizer, blank.config.max_position_embeddings)
         if rank == 0:
-            settings = settings_of(args, sets, compute_dtype(args.dtype, device))
+            settings = settings_of(args, sets, tokenizer, compute_dtype(args.dtype, device))
             begin(folder, settings)
         kept = read_records(folder)
         control.barrier()  # nobody writes before everybody has read, so that all see the same work left
@@ -284,3 +296,47 @@ def figures_line(result: dict) -> str:
         f"avg@{n} {accuracy:.1f}{spread}  {passed}  maj@{n} {voted:.1f}  truncated {cut:.1f} %  "
         f"tokens {result['tokens']:.0f}  problems {result['problems']}{lost}"
     )
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse: a finite number that is not below `least`."""
+
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not least <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, got {text}")
+        return number
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # no abbreviations: --temp must not be read as --temperature, and a typo must fail
+    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl files of problems.", allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model folder or hub name")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
+    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
+    add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
+    add("--n", type=at_least(1), nargs="+", help="samples a problem, one number for all files or one for each (default: 1)")
+    add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
+    add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
+    add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
+    add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
+    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
+    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
+    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
+    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
+    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
+    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
+    add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
+    return parser

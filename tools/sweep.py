@@ -323,7 +323,7 @@ MEASURED_WHERE |= dict.fromkeys(("alpha", "reward_guided"), "length_guided")
 
 def mean_of(records: Sequence[dict[str, Any]], name: str) -> float | str:
     """The mean of a metric over the records that measured it, six digits; empty if none did (GRPO has no alpha)."""
-    values = [r[name] for r in records if r[MEASURED_WHERE.get(name, name)] or name not in MEASURED_WHERE]
+    values = [r[name] for r in records if r[name] is not None and (name not in MEASURED_WHERE or r[MEASURED_WHERE[name]])]
     return round(statistics.fmean(values), 6) if values else ""
 
 
