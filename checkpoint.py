@@ -384,7 +384,7 @@ def _is_ours(path: Path) -> bool:
     """Whether we wrote this checkpoint here: only such a one is ever removed. A link is its maker's."""
     try:
         return bool(_content(path)) and not path.is_symlink()
-    except (OSError, ValueError, AttributeError):  # the last one: JSON, but no object
+    except (OSError, ValueError):
         return False
 
 
@@ -417,9 +417,9 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{file}: {error}") from error
-    if content.pop("digest", None) != _digest(content):
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise ValueError(f"{file}: its content does not have its digest")
-    if content["name"] != path.name:  # a copy under another name is its maker's, not ours
+    if content.get("name", path.name) != path.name:  # a copy under another name is its maker's. Older versions wrote no name
         raise ValueError(f"{file}: it is of {content['name']}")
     return content
 

@@ -383,7 +383,12 @@ def _items(text: str) -> list[str]:
         return [text]
     if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _split(braces[1], ","):
         return _items(braces[1].strip())
-    return [item for item in _split(text, "[,;]")[::2] if item] or [text]
+    return _parts(text) or [text]
+
+
+def _parts(text: str) -> list[str]:
+    """What is between commas; one too many is none."""
+    return [part for part in _split(text, "[,;]")[::2] if part]
 
 
 _MATRIX = re.compile(r"[(\[]? ?\\begin\{(?:array|[pbB]?matrix)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\ ?)?\\end\{\w+\} ?[)\]]?")
@@ -395,7 +400,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     if len(items) > 1:
         return "list", items
     text = items[0]  # 5 of \{5\}
-    if text[0] in "([" and text[-1] in ")]" and len(items := _items(text[1:-1])) > 1:
+    if text[0] in "([" and text[-1] in ")]" and len(items := _parts(text[1:-1])) > 1:
         return text[0] + text[-1], items
     if cells := _MATRIX.fullmatch(text):
         parts = _split(cells[1], r"&|\\\\")

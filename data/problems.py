@@ -57,15 +57,18 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
             continue
         by_id[problem.id], by_text[text] = line, (line, problem.answer)
         problems.append(problem)
-    if errors:
-        if len(errors) > 20:
-            errors[20:] = [f"... and {len(errors) - 20} more"]
-        raise ValueError("\n".join(errors))
+    raise_all(errors)
     if not problems:
         raise ValueError(f"{path}: no rows")
     if dropped:
         print(f"{path}: dropped {dropped} rows that repeat an earlier problem and its answer")
     return problems
+
+
+def raise_all(errors: Sequence[str]) -> None:
+    """One ValueError with up to 20 lines for all errors, if there are any."""
+    if errors:
+        raise ValueError("\n".join([*errors[:20], *[f"... and {len(errors) - 20} more"] * (len(errors) > 20)]))
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -102,11 +105,7 @@ def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:
     """ValueError with up to 20 lines for the rows (a name, and the tokens that it needs) that the context cannot hold."""
     what = f"tokens (prompt, and solution if it is used), the context holds {context}"
     long = [(row, tokens) for row, tokens in rows if tokens > context]
-    errors = [f"{row} needs {tokens} {what}" for row, tokens in long]
-    if len(errors) > 20:
-        errors[20:] = [f"... and {len(errors) - 20} more"]
-    if errors:
-        raise ValueError("\n".join(errors))
+    raise_all([f"{row} needs {tokens} {what}" for row, tokens in long])
 
 
 def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:

@@ -227,6 +227,8 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     for name in ("step-000003", "step-900000", "step-000009.part"):  # of these the first is in the way, the second sorts last
         (folder / name).mkdir()
     (folder / "step-900000/state.json").write_text('{"global_step": 900000}')  # another program's
+    (folder / "step-900001").mkdir()
+    (folder / "step-900001/state.json").write_text("[1]")
     for name in ("step-000001", "step-000003", "step-900000", "step-000009.part"):
         (folder / name / "notes.txt").write_text(name)
     (folder / "step-000004.part").write_text("a file, and in the way")
@@ -234,13 +236,15 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     save(2, 3, 4, 800_000)
     moved = [path.name for name in ("step-000003-*", "step-000004.part-*", "step-800000-*") for path in folder.glob(name)]
     assert len(moved) == 3
-    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-950000", "step-000009.part"]
+    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-900001", "step-950000", "step-000009.part"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + moved + kept)
     noted = {moved[0], "step-000001", "step-900000", "step-000009.part"}
     assert {path.parent.name for path in folder.glob("*/notes.txt")} == noted
     path, state, damaged = checkpoint.find_checkpoint(folder)
     assert (path.name, state["progress"]["rl_steps"]) == ("step-800000", 800_000)
-    assert len(damaged) == 2 and "step-950000/state.json" in damaged[0] and "step-900000/state.json" in damaged[1]
+    assert len(damaged) == 3
+    for reason, name in zip(damaged, ("step-950000", "step-900001", "step-900000"), strict=True):
+        assert f"{name}/state.json" in reason
     path.symlink_to(path.rename(tmp_path / "on a larger disk"))
     save(2)  # the checkpoints of later steps go, but not the one that is a link by now
     assert checkpoint.find_checkpoint(folder)[0] == path and not (folder / "step-000004").exists()

@@ -76,8 +76,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
     counts = args.n or [n for _, n, _ in files]
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
-    sets, seen = [], {}
-    lengths = []
+    sets, seen, lengths = [], {}, []
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
