@@ -341,6 +341,10 @@ def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, wo
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"."', '"first"').replace('","', '"."').replace('"first"', '","'))
     assert changes() == ["prompts", "eval_prompts", "tokenizer"]
+    tokenizer.write_text(text)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert changes() == ["model"]
     run.folder.origin["data"] = {"data": read_metrics(run.folder.out)[0]["data"]["data"]}  # all that older versions kept
     run.folder.save(run.model, run.optimizer, run.progress)
     assert changes() is None
