@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +47,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 2 * 10**9  # whole tensors in one file; while it writes, a rank holds its share of one file twice
 KEPT = 2  # checkpoints that stay on the disk; the second is for when the first is damaged
 NAME = "step-([0-9]{6}|[1-9][0-9]{6,})"  # of a checkpoint's folder; whatever has another name is somebody else's
+WRITING = ".writing"  # in a folder *.part of ours
 
 
 class CheckpointError(Exception):
@@ -189,10 +189,10 @@ class RunFolder:
     def remove_best(self) -> None:
         """Remove what save_best kept, and the folder `best` if nothing else is in it. Called by rank 0 alone."""
         folder = self.out / "best"
-        for path in _checkpoints(folder):
+        for path in filter(_is_ours, _checkpoints(folder)):
             _remove(path)
         _remove_parts(folder)
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
 
     def _logs(self) -> list[Path]:
@@ -287,16 +287,17 @@ def save_checkpoint(
 
     def begin() -> None:
         _remove_parts(folder)  # what a killed run left is of no use
+        _make_way(part)
         part.mkdir(parents=True)
+        (part / WRITING).touch()
 
     def complete() -> None:
         text = to_json({**content, "digest": _digest(content)}, indent=1)
         (part / "state.json").write_text(text, encoding="utf-8")
-        _remove(final)
-        if final.exists():
-            final.rename(folder / f"{name}-{time.time_ns()}")
+        _make_way(final)
         part.rename(final)
-        ours = [path for path in _checkpoints(folder) if (path / "state.json").is_file()]
+        (final / WRITING).unlink()
+        ours = [path for path in _checkpoints(folder) if _is_ours(path)]
         stay = [path for path in ours if path.name <= name][-keep:]
         for path in ours:
             if path not in stay:
@@ -306,10 +307,10 @@ def save_checkpoint(
     tensors, steps = _tensors(model, optimizer)
     writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     _together(lambda: dcp.save(tensors, storage_writer=writer))
-    files = sorted(part.iterdir())[rank::ranks]
+    files = sorted(part.glob("shard-*.safetensors"))[rank::ranks]
     digests = _together(lambda: {file.name: _sha256(file) for file in files})
     by_name = {name: digest for some in digests for name, digest in some.items()}
-    content = json.loads(to_json({"state": state, "updates": steps, "files": by_name}))
+    content = json.loads(to_json({"name": name, "state": state, "updates": steps, "files": by_name}))
     _together(lambda: complete() if rank == 0 else None)
     return final
 
@@ -396,32 +397,47 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in named if path.is_dir())
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether we wrote this checkpoint here: only such a one is ever removed. A link is its maker's."""
+    try:
+        return bool(_content(path)) and not path.is_symlink()
+    except (OSError, ValueError):
+        return False
+
+
 def _remove(path: Path) -> None:
-    """Delete the files of a checkpoint, and its folder if nothing else is in it. Without a state.json, or as a link, it is not
-    ours, and stays."""
-    if path.is_symlink() or not (path / "state.json").is_file():
-        return
-    for file in [*path.glob("shard-*.safetensors"), path / "state.json"]:
-        file.unlink()
+    """Delete the files of a checkpoint of ours, whole or in part, and its folder if nothing else is in it."""
+    for file in [*path.glob("shard-*.safetensors"), path / "state.json", path / WRITING]:
+        file.unlink(missing_ok=True)
     if not any(path.iterdir()):
         path.rmdir()
 
 
 def _remove_parts(folder: Path) -> None:
     for path in folder.glob("step-*.part"):
-        if re.fullmatch(NAME, path.stem):
-            shutil.rmtree(path, ignore_errors=True)
+        if (path / WRITING).is_file() and not path.is_symlink():
+            _remove(path)
+
+
+def _make_way(path: Path) -> None:
+    """Remove a checkpoint of ours, and give another name to whatever else is there."""
+    if _is_ours(path):
+        _remove(path)
+    if path.is_symlink() or path.exists():
+        path.rename(path.with_name(f"{path.name}-{time.time_ns()}"))
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """state.json, checked against its own digest. ValueError names the file."""
+    """state.json, checked against its own digest and its folder's name. ValueError names the file."""
     file = path / "state.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{file}: {error}") from error
-    if content.pop("digest", None) != _digest(content):
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise ValueError(f"{file}: its content does not have its digest")
+    if content.get("name", path.name) != path.name:  # a copy under another name is its maker's. Older versions wrote no name
+        raise ValueError(f"{file}: it is of {content['name']}")
     return content
 
 

@@ -14,13 +14,10 @@ What it is not: a harness with a prompt per benchmark. There is one prompt (stra
 its final answer equal to the row's (grader.py)?
 """
 
-import argparse
-import hashlib
-import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -135,33 +132,6 @@ def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool,
     return prompts
 
 
-def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:
-    """ValueError with up to 20 lines for the rows (a name, and the tokens that it needs) that the context cannot hold."""
-    what = f"tokens (prompt, and solution if it is used), the context holds {context}"
-    long = [(row, tokens) for row, tokens in rows if tokens > context]
-    errors = [f"{row} needs {tokens} {what}" for row, tokens in long]
-    if len(errors) > 20:
-        errors[20:] = [f"... and {len(errors) - 20} more"]
-    if errors:
-        raise ValueError("\n".join(errors))
-
-
-def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:
-    """SHA-256 of what makes a run's input: named rows of token ids, the vocabulary, and what the chat template writes around a
-    message today (some write the date)."""
-    found = {
-        **rows,
-        "tokenizer": [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)],
-        "template": [tokenizer.apply_chat_template(auto_messages("q"), add_generation_prompt=True, tokenize=False)],
-    }
-    for name, values in found.items():
-        digest = hashlib.sha256()
-        for value in values:
-            digest.update(json.dumps(value).encode() + b"\n")
-        found[name] = digest.hexdigest()
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- figures
 
 
@@ -243,60 +213,15 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """A type for argparse: a finite number that is not below `least`."""
-
-    def parse(text: str) -> float:
-        number = kind(text)
-        if not least <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, got {text}")
-        return number
-
-    return parse
-
-
-def build_parser() -> argparse.ArgumentParser:
-    # no abbreviations: --temp must not be read as --temperature, and a typo must fail
-    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl files of problems.", allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="model folder or hub name")
-    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
-    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
-    add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
-    add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
-    add("--n", type=at_least(1), nargs="+", help="samples a problem, one number for all files or one for each (default: 1)")
-    add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
-    add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
-    add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
-    add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
-    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
-    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
-    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
-    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
-    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
-    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
-    add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:
     """The command line: print what was asked for and return it: an evaluation's results, --compare's rows, --table's text."""
+    from tools.resumable import build_parser, run
+
     args = build_parser().parse_args(arguments)
-    if args.compare:
-        from tools.benchmark import compare_files
+    if args.compare or args.table:
+        from tools.benchmark import compare_files, table_of_files
 
-        return compare_files(*args.compare, seed=args.seed)
-    if args.table:
-        from tools.benchmark import table_of_files
-
-        return table_of_files(args.table)
-    from tools.resumable import run
-
+        return compare_files(*args.compare, seed=args.seed) if args.compare else table_of_files(args.table)
     with ranks_of(args.device, args.timeout_minutes) as device:
         return run(args, device)
 
@@ -307,5 +232,5 @@ if __name__ == "__main__":
         leave()
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped by Ctrl-C; the same command goes on after the last response")
-    except (ValueError, RankLost) as problem_with_input:
+    except (ValueError, OSError, RankLost) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

@@ -18,48 +18,31 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
+from functools import reduce
 from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 
-Ask = Callable[[str, str], bool]  # is the second expression the first one? It may raise TimeoutError
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
+# What may be inside of braces, nine deep: an answer that nests deeper is refused. Possessive, so that no text costs much.
+_GROUP = reduce(lambda inner, _: rf"(?:[^{{}}\\]|\\.|\{{{inner}\}})*+", range(9), "")
 # The second form is LaTeX's "\boxed 7". In LaTeX it would frame one digit; we take the whole number.
-_BOX = re.compile(r"\\boxed\s*\{|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)|\\.|[{}]", re.DOTALL)
-# A lookahead, so that a second statement on the same line is found as well.
-_STATED = re.compile(r"\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=])[\s*:]*(?=([^\n]{0,300}))", re.IGNORECASE)
+_BOX = re.compile(rf"(?<!\\)\\boxed\s*\{{({_GROUP})\}}|\\boxed\s+(-?[0-9][0-9,]*(?:\.[0-9]+)?)", re.DOTALL)
+# GSM8K's "#### 7" ("#### Step 2" is a heading) or a sentence. A lookahead, so that a second one on the same line is found too.
+_STATED = re.compile(
+    r"(?:(?<!#)####(?=[ \t]*[-+$.]*[0-9])|\banswer\b(?:[^\n:=.]{0,60}?\bis\b|[ \t*]{0,6}[:=]))[\s*:]*(?=([^\n]{0,300}))", re.I
+)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer that a response gives, or None: the last \boxed{...} that closes and is not empty, else GSM8K's last
-    "#### x", else the last "answer is x" or "Answer: x"."""
-    final = text.rpartition("</think>")[2]  # else a box inside the thoughts counts, as it does for verl and LUFFY
-    return _last_box(final) or _last_line(final) or _last_box(text) or _last_line(text)
-
-
-def _last_box(text: str) -> str | None:
-    answer, open_groups = None, []  # one pass: ten thousand "\boxed{" must not cost a scan each
-    for match in _BOX.finditer(text):
-        token = match[0]
-        if match[1]:
-            answer = match[1]
-        elif token == "}" and open_groups:
-            start = open_groups.pop()
-            if start is not None:
-                answer = text[start : match.start()].strip() or answer  # "\boxed{}" only talks about the format
-        elif token[-1] == "{" and token != r"\{":
-            open_groups.append(match.end() if len(token) > 1 else None)
-    return answer
-
-
-def _last_line(text: str) -> str | None:
-    # "####" is a Markdown heading as well ("#### Step 2: solve"): an answer has a digit and few words.
-    for found in map(_undress, reversed(re.findall(r"(?<!#)####(?!#)[ \t]*([^\n]*)", text))):
-        if re.search("[0-9]", found) and len(re.findall("[A-Za-z]{3,}", found)) <= 2:
-            return found
-    for found in reversed(_STATED.findall(text)):
-        if answer := _undress(re.split(r"(?<=\S)\.(?=\s|$)(?! ?\.)", found, maxsplit=1)[0]):  # "3.5 m." keeps its point
-            return answer
+    r"""A response's final answer: the last \boxed{...} that closes and is not empty, else "#### 7" or "the answer is x"."""
+    for part in (text.rpartition("</think>")[2], text):  # a box inside the thoughts counts last, as for verl and LUFFY
+        for group, number in reversed(_BOX.findall(part)):
+            if answer := (group or number).strip():  # "\boxed{}" only talks about the format
+                return answer
+        for found in reversed(_STATED.findall(part)):
+            if answer := _undress(re.split(r"(?<=\S)\.(?=\s|$)(?! ?\.)", found, maxsplit=1)[0]):  # "3.5 m." keeps its point
+                return answer
     return None
 
 
@@ -73,9 +56,9 @@ def _undress(text: str) -> str:
 class MathWorker(AbstractContextManager):
     """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
 
-    timeout_s limits a question: then the child is killed, and the next question starts a new one. memory_bytes is its address
-    space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it, each was graded wrong.
-    RuntimeError if the child cannot start at all.
+    timeout_s limits a question: then the child is killed, and the next question starts a new one (RuntimeError if it cannot).
+    memory_bytes is its address space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it,
+    each was graded wrong.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
@@ -92,9 +75,8 @@ class MathWorker(AbstractContextManager):
 
     def start(self) -> None:
         """Start the child unless it runs; equal does it too."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             return
-        self.close()  # it may have died between two questions
         # Not in this process: math-verify's signal.alarm fails off the main thread, and a power tower never ends.
         command = [sys.executable, "-P", __file__, str(self.memory_bytes), str(int(self.timeout_s) + 3)]
         # What it needs to find its packages, and no tokens or keys: it reads what a model wrote.
@@ -108,17 +90,16 @@ class MathWorker(AbstractContextManager):
             raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
 
     def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
-        """math-verify's verdict on two LaTeX expressions without delimiters. TimeoutError if there is none in time."""
+        """math-verify's verdict on two LaTeX expressions without delimiters. False if there is none in time, and counted."""
         self.start()
         verdict = b""
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-            if wait([self._process.stdout], self.timeout_s if limit_s is None else max(limit_s, 0)):
+            if wait([self._process.stdout], self.timeout_s if limit_s is None else limit_s):
                 verdict = self._process.stdout.read(1)
         if not verdict:
             self.timeouts += 1
             self.close()
-            raise TimeoutError(f"no verdict within {self.timeout_s} s on {gold!r} against {prediction!r}")
         return verdict == b"="
 
 
@@ -128,8 +109,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # No search for boxes: it merges all boxes into a set. No removal of units: it takes the m of 6m for metres.
-    steps = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=steps)]
+    config = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))]
 
     def equal(*texts: str) -> bool:
         g, p = (parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None) for text in texts)
@@ -158,10 +138,10 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
 
 
 _SYMBOLS = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "≈": r"\approx ", "∈": r"\in ", "’": "'", "′": "'",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "≈": r"\approx ", "∈": r"\in ", "≠": r"\ne ",
+    "≤": "<=", "≥": ">=", "∪": r"\cup ", "∞": r"\infty ", "∅": r"\emptyset ",
     "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,",  # spaces that do not break, thin ones
 })  # fmt: skip
-_TABLE = r"\\begin\{(?:array|aligned|matrix)\} ?(?:\{[lcr| ]*\})?(.*?)\\end\{(?:array|aligned|matrix)\}"
 # Applied in this order. Each brings several spellings of a thing to one.
 _REWRITES = [
     (r"(?<!\\)\$(.*?)(?<!\\)\$", r"\1"),  # $3$ or $4$; a dollar sign without a partner is money
@@ -175,25 +155,25 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"≤|<=|\\leq*(?:slant)?\b", r"\\le "),
-    (r"≥|>=|\\geq*(?:slant)?\b", r"\\ge "),
-    (r"\\lt\b", "<"),
-    (r"\\gt\b", ">"),
-    (r"≠|\\neq\b", r"\\ne "),
-    (r"∞|(?<![\\A-Za-z])(?:oo|inf(?:inity)?)(?![A-Za-z])", r"\\infty "),
-    (r"∪|(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"\\l(?:t|(e)q*(?:slant)?)\b", lambda x: "<=" if x[1] else "<"),  # \lt, \le, \leq, \leqslant
+    (r"\\g(?:t|(e)q*(?:slant)?)\b", lambda x: ">=" if x[1] else ">"),
+    (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)\b", r"\\infty "),
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
+    (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
+    # An option of a multiple choice with its text: (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
+    (r"^\\text ?\{ ?(\(?[A-H][).:] [^{}]*)\}$", r"\1"),
+    (r"^(?:\\text ?\{ ?)?\(?([A-H])[).:]+(?: *\} *| +)(?![*/^_=+,.;]|[A-H]\b)(.+)$", r"option_\1 = \2"),
     (r"^\(([a-z]), ?([a-z])\) ?= ?\(([^,()]+),([^,()]+)\)$", r"\1 = \3, \2 = \4"),  # (x, y) = (1, 4)
-    (r"∅|\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
-    (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>\\]|[<>e] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
-    (rf"[(\[] ?{_TABLE} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    (rf"\\\{{ ?{_TABLE}", r"\\begin{cases}\1\\end{cases}"),
-    # a system is a list; what has further columns is a function by cases
-    (r"\\begin\{(cases|aligned)\}((?:[^&]|&=)*?)\\end\{\1\}", lambda x: x[2].replace("&", "").replace(r"\\", ", ")),
+    (r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid\b|[|:])(.*(?:\1 ?[<>]|[<>=] ?\1).*)\\\}$", r"\2"),  # {x | x > 3}
+    # A system, in an array after a brace as well, is a list. What has further columns is a function by cases.
+    (r"\\(?:\{ ?\\begin\{\w+|begin\{(?:cases|aligned))\} ?(?:\{[lcr| ]*\})?((?:[^&]|&=)*?)\\end\{\w+\}",
+     lambda x: x[1].replace("&", "").replace(r"\\", ", ")),
     (r"(?:√|(?<![A-Za-z\\])sqrt) ?(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),  # √13, sqrt(13)
     (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),  # \dfrac38 too
     (r"\\frac ?([0-9])", r"\\frac{\1}"),  # \frac43, \frac9{19}
     (r"\\frac ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-z])", r"\\frac\1{\2}"),  # \frac{14}3
     (r"(?<=\S) ?\(? ?\\approx.*", ""),  # \frac{1}{3} \approx 0.333: the exact part is the answer
+    (r"^([+-]?) ?\\?\$ ?(.+?) *$", r"\1\2\\text{ dollars}"),
 ]
 _BRACKET = r"(\\begin\b|\\\{|[(\[{])|(\\end\b|\\\}|[)\]}])"  # what opens, what closes: half-open intervals pair freely
 
@@ -208,25 +188,20 @@ def normalise_answer(answer: str) -> str:
     return answer
 
 
-def _rewrite(text: str, rewrites: list[tuple]) -> str:
-    for pattern, replacement in rewrites:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
 def _clean(text: str) -> str:
     """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
-    text = _rewrite(normalise_answer(text.translate(_SYMBOLS)), _REWRITES)
+    text = normalise_answer(text.translate(_SYMBOLS))
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
     return text.strip().rstrip(" .,;:\\")
 
 
 def _split(text: str, separators: str) -> list[str]:
-    """[part, separator, part, ...], cut at each match of a regular expression outside all brackets; [] if a bracket has no
-    partner or is deeper than 8 (each level doubles the time that math-verify needs)."""
+    """[part, separator, part, ...], cut at matches outside all brackets; [] if a bracket has no partner or is deeper than 8."""
     cuts, depth, last = [], 0, 0
     for token in re.finditer(rf"{_BRACKET}|({separators})|\\.", text):
         depth += bool(token[1]) - bool(token[2])
-        if not 0 <= depth <= 8:
+        if not 0 <= depth <= 8:  # each level doubles the time that math-verify needs
             return []
         if token[3] and not depth:
             cuts += [text[last : token.start()].strip(), token[3]]
@@ -266,38 +241,29 @@ def _number(text: str) -> Fraction | None:
     return (-1 if sign == "-" else 1) * (int(whole or 0) + top / bottom)
 
 
-# %, °, a base, words in \text{}, bare words of four letters ("2 abc" has variables), a few short ones. No comma, no apostrophe.
-_UNIT = re.compile(
-    r"(.*[^-+*/=^_<>(, ]) ?([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})|(?:\\text ?\{[A-Za-z .()/^-]+\}|(?<=[0-9}] )"
-    r"(?:mm|cm|km|in|ft|kg|lb|hr|min|sec|mph|[A-Za-z]{4,})(?:[ /-][A-Za-z]{2,}){0,3})(?:\^ ?\{?[23]\}?)?)"
+_FUNCTION = r"(?:log|ln|lg|exp|sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)"
+# What is measured or counted: a short unit or a plural, with one word before it ("square inches"). "2 abc" has variables.
+_MEASURE = (
+    r"(?:[A-Za-z][a-z]*\.? )?(?:[cmk]m|in|ft|kg|(?:lb|hr|min|sec)s?|mph|feet|foot|inch|pint|yuan|USD|[A-Za-z]?[a-z]{3,}s"
+    r"|people|(?:wo)?men|children|mile|meter|hour|minute|day|week|year|dollar|unit)"
+    r"(?:(?: ?/ ?| per | of )[a-z]+| old)?\.?"
 )
-# Words that change the number before them, or say that it is not the one answer.
-_NO_UNIT = re.compile(
-    r"\b(?:[a-z]*illion(?:th)?|thousand|hundred|dozen|score|gross|hal(?:f|ve|ved)|third|quarter"
-    r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand)th|zero|one|two|three|four|five|six"
-    r"|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
-    r"|or|and|not?|never|if|when|unless|is|are|was|be|times|plus|minus|squared|cubed|mod|modulo|choose|factorial|point"
-    r"|over|to|than|about|between|less|fewer|more|most|least|except|either|doubled?|tripled?|twice|thrice|infinity|base"
-    r"|remainder|negated?|negative|below|under|above|beyond|reciprocal|inverse|roots?|mille|basis|wrong|false|incorrect"
-    r"|undefined|impossible|maybe|perhaps|possibly|probably|approximately|approx|roughly|almost|nearly|around|through"
-    r"|until|but|instead|versus|vs|k|mn|bn|(?-i:[MB]))s?\b", re.I
-)  # fmt: skip
+# Not if it changes the number: 5 million dollars, 3 tenths, 5 half hours, 3 times, 10 minus dollars.
+_UNIT = re.compile(
+    r"(?!.*(?:illion|thousand|hundred|dozen|score|gross|hal[fv]|third|quarter|basis|\btens|(?:[rfx]|en|eigh|nin|tie)th"
+    r"|\b(?:times|plus|minus|less|unless|versus|if|not|to|over|mod)\b))(.*[^-+*/=^_<>(, ]) ?"
+    r"([%°]|(?<=[0-9])_(?:[0-9]|\{[0-9]+\})"
+    rf"|(?:\\text ?\{{ ?(?:[mg]|{_MEASURE}) ?\}}|(?<=[0-9}}] ){_MEASURE})(?:\^ ?\{{?[23]\}}?)?)"
+)
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words ("\$" is dollar)."""
-    if money := re.fullmatch(r"([+-]?) ?\\?\$ ?(.+)", text):
-        return money[1] + money[2], "dollar"
+    r"""(the answer without its unit, the unit): "" for none, "%", "°", "_8" for a base, else words."""
     match = _UNIT.fullmatch(text)
-    if not match or _NO_UNIT.search(match[2]):
+    # 2\pi meters may be a product, x^2_1 has no base, and \sin 30° and \pi° are other numbers without the sign.
+    if not match or (_number(match[1]) is None and match[2][0] not in "%\\"):
         return text, ""
-    core, unit = match.groups()
-    if _number(core) is None and not re.match(r"%|\\text", unit):  # \sin 30°, and 2\pi meters may be a product
-        return text, ""
-    unit = re.sub(r"\\text|[^A-Za-z0-9_%°]", "", unit)
-    if len(unit) > 2:  # a word loses its case and a plural's s; but mW is not MW, and s and ms are seconds
-        unit = unit.lower().removesuffix("s")
-    return core, unit
+    return match[1], re.sub(r"\\text|[^A-Za-z0-9_%°]", "", match[2]).lower().removesuffix("s")
 
 
 def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
@@ -308,55 +274,46 @@ def is_correct(response: str, answer: str, worker: MathWorker) -> bool:
 
 def same_answer(prediction: str, answer: str, worker: MathWorker) -> bool:
     r"""Whether two answers are the same, the second being the reference. Our decisions, all in the tests' table:
-      numbers    exact: 0.333333 is not 1/3
+      numbers    exact: 0.333333 is not 1/3. Words are equal up to case, blanks and \text, never parsed
       percent    for 50%: 50%, 50, 0.5. For 50: 50%. For 0.5: 50% but not 0.5%, as below 1 the sign decides the size
       units      ignored if one side has none, else the same: no conversion. A base (52_8) may be left out, never added
       lists      bare lists, {...} and unions have no order, "or" is a comma; tuples, intervals and lists of words have one
       names      a value belongs to its name: x = 1, y = 2 is y = 2, x = 1, and (1, 2), in the order of the alphabet
       relations  x = 7 equals 7, x > 3 its interval; others go side by side. 1/2 = 0.5 pays for 0.5: every side is right
       options    B pays for (B) 12 and the other way round; a text is compared if both have one
-      words      equal up to case, blanks and \text, never parsed
     """
     if max(len(prediction), len(answer)) > MAX_ANSWER:
         return False
     gold, prediction = _clean(answer), _clean(prediction)
-    letter, gold_text = _choice(gold)
-    chosen, text = _choice(prediction) if letter else ("", prediction)
-    if not (_split(gold_text, ",") and _split(text, ",")):  # brackets without a partner
+    if not (_split(gold, ",") and _split(prediction, ",")):  # brackets without a partner
         return False
-    if chosen and (chosen != letter or not (gold_text and text)):
-        return chosen == letter and not _HEDGE.search(text)
-    gold = gold_text or gold
-    if (stated := _QUANTITY.fullmatch(gold)) and "=" not in text:
+    if (stated := _QUANTITY.fullmatch(gold)) and "=" not in prediction:
         gold = stated[1]
     worker.start()  # this takes a second, which is not on the clock
     deadline = time.monotonic() + worker.timeout_s  # of all questions about one answer: two lists of ten items ask a hundred
-    try:
-        return _same(gold, text, lambda g, p: worker.equal(g, p, deadline - time.monotonic()))
-    except TimeoutError:
-        return False
+
+    def ask(g: str, p: str) -> bool:
+        left_s = deadline - time.monotonic()
+        return left_s > 0 and worker.equal(g, p, left_s)
+
+    return _same(gold, prediction, ask)
 
 
-# An option of a multiple choice: B, (B), or with its text (B) 12, B. 12. Not (B)^2, (B) + 2 or the ratio A: B.
-_CHOICE = re.compile(r"\(?([A-H])(?:\)?[.:]?|[).:] +(?![*/^_=+]|[A-H]\b)(.+))")
-# What must not follow the letter if the reference is a letter only: another letter, and words that take it back.
-_HEDGE = re.compile(rf"(?<![A-Za-z\\])(?-i:[A-H])(?![A-Za-z])|{_NO_UNIT.pattern}", re.I)
+# What must not follow an option's letter if the other side is a letter only: another letter, and words that take it back.
+_HEDGE = re.compile(r"(?<![A-Za-z\\])[A-H](?![A-Za-z])|\b(?:not?|isn|is|was|if|but|else|wait|maybe|wrong|false|incorrect)\b")
 # A reference such as |z| = 5 or \cos A = \frac{1}{2} is answered by its number. Not x + y = 5 and y^2 = 4x: these are curves.
 _QUANTITY = re.compile(r"(?=[^=]*[\\|])[^=<>+^,-]+=((?:\\text ?\{[^{}]*\}|\\(?!text)[A-Za-z]+|\\[{}]|[^=<>A-Za-z\\])+)")
 
 
-def _choice(text: str) -> tuple[str, str]:
-    """("B", "12") for (B) 12, ("B", "") for (B), ("", the text) if it is no option."""
-    match = _CHOICE.fullmatch(re.sub(r"\\text ?\{([^{}]*)\}", r"\1 ", text).strip())
-    return (match[1], match[2] or "") if match else ("", text)
-
-
-def _same(gold: str, prediction: str, ask: Ask) -> bool:
+def _same(gold: str, prediction: str, ask: Callable) -> bool:
     """Two cleaned answers, taken apart level by level. `ask` judges single expressions."""
     if not gold or not prediction:  # an empty side of "="
         return False
     if _key(gold) == _key(prediction):
         return True
+    for letter, option in ((gold, prediction), (prediction, gold)):
+        if option.startswith(f"option_{_key(letter)} = "):
+            return not _HEDGE.search(option[9:])
     (g_names, gold), (p_names, prediction) = _named(gold), _named(prediction)
     if g_names and p_names and g_names != p_names:
         return False
@@ -369,10 +326,9 @@ def _same(gold: str, prediction: str, ask: Ask) -> bool:
         return all(_same(g, p, ask) for g in g_items for p in p_items)
     if kind != p_kind or len(g_items) != len(p_items):
         return False
-    if kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items)):
-        return all(_same(g, p, ask) for g, p in zip(g_items, p_items, strict=True))
-    for g in g_items:  # each takes one of the prediction's: order is free, multiplicity is not
-        match = next((p for p in p_items if _same(g, p, ask)), None)
+    ordered = kind not in ("list", r"\cup") or all(map(_WORDS.search, g_items))
+    for g in g_items:  # each takes one of the prediction's, the first one if the order counts
+        match = next((p for p in p_items[: 1 if ordered else None] if _same(g, p, ask)), None)
         if match is None:
             return False
         p_items.remove(match)
@@ -381,57 +337,39 @@ def _same(gold: str, prediction: str, ask: Ask) -> bool:
 
 # x, f^{-1}(x), S_{\triangle ABC}, \angle A, \frac{AB}{CD}. Not \log_2(x): \log_2(x) = 3 has not been solved for x.
 _NAME = (
-    r"(?:\\text ?\{(?!not\b)[A-Za-z]+\}|\\(?:angle|overline|overrightarrow|vec) ?\{?[A-Za-z]+\}?"
-    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}"
-    r"|\\?(?!(?:pi|log|ln|lg|exp|sqrt|abs|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|not)(?![A-Za-z]))[A-Za-z]+)"
-    r"(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=]*\))?"
+    rf"(?:\\text ?\{{(?!not\b)[A-Za-z]+\}}|\\?(?!(?:pi|abs|not|{_FUNCTION})(?![A-Za-z]))[A-Za-z]+"
+    r"(?:(?:\{[A-Z]{2,}\}){1,2}|\{[a-z]\}| [A-Z]+\b)?)(?:_(?:\{[^{}]*\}|\w))?'?(?:\^\{-1\})?(?:\([^()=+]*\))?"
 )
-# x = ..., (x, y) = ..., x \in ... Not SRAC = LRAC or A = C: these are statements, and LRAC or C does not answer them.
+# x = ..., (x, y) = ..., x \in ..., 3 < x <= 5, x > 3, 3 < x. Not SRAC = LRAC or A = C: LRAC or C does not answer them.
 _NAMED = re.compile(
-    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?(?:=|\\in\b)(?! ?[A-Za-z]{{2,}}$| ?(?:\\text ?\{{)?\(?[A-E]\)?\}}?$) ?(.+)"
+    rf"({_NAME}|\({_NAME}(?:, ?{_NAME})+\)) ?"
+    r"(?:(?<=option_\w )=|(?:=|\\in\b)(?! ?(?:\\text ?\{)?[( ]*(?:[A-E]|[A-Za-z]{2,})[) ]*\}?$)) ?(.+)"
+    rf"|(?:([^<>=]+?) *([<>]=?) *)??({_NAME})(?: *([<>]=?) *([^<>=]+))?"
 )
 
 
 def _named(text: str) -> tuple[list[str], str]:
-    """(names, values): y = 4, x = 1, x = 2, y = 3 is (["x", "y"], "(1, 4), (2, 3)"); ([], text) if a value has no name."""
-    solutions = [{}]
+    """(names, values): (["x", "y"], "(1, 4)") for y = 4, x = 1, (["x"], "(3, 5]") for 3 < x <= 5, ([], text) without."""
+    pairs = []
     for item in _items(text):
-        if not (match := _NAMED.fullmatch(_interval(item))):
+        match = _NAMED.fullmatch(item)
+        if not match or (not match[1] and ("<" in item) == (">" in item)):  # a name alone, or 3 < x > 5
             return [], text
-        name, value = _key(match[1]), match[2]
-        if name in solutions[-1]:
-            solutions.append({})
-        solutions[-1][name] = value
-    names = sorted(solutions[0])
+        name, value, low, left, bounded, right, high = match.groups("")
+        if ">" in left + right:
+            low, left, right, high = high, right, left, low
+        if bounded:
+            value = ("[" if "=" in left else "(") + (low or r"-\infty") + ", "
+            value += (high or r"\infty") + ("]" if "=" in right else ")")
+        pairs.append((_key(name or bounded), value))
+    names = sorted(dict(pairs))
+    solutions = [dict(pairs[i : i + len(names)]) for i in range(0, len(pairs), len(names))]
     if any(sorted(solution) != names for solution in solutions):
         return [], text
     rows = [", ".join(map(solution.get, names)) for solution in solutions]
     if len(names) > 1:
         rows = [f"({row})" for row in rows]
-    return names, (", " if "=" in text else r" \cup ").join(rows)  # of intervals, the union
-
-
-def _interval(text: str) -> str:
-    r"""x \in (3, 5] for 3 < x \le 5, turned around or with one bound as well. What is not solved for a name stays."""
-    parts, written = _relation(text), _split(text, r"<|>|\\[lg]e\b")[::2]
-    name = next((part for part in written if re.fullmatch(_NAME, part)), None)
-    if len(parts) == 3 and parts[0] == name:
-        parts = [r"-\infty", "<", *parts]
-    elif len(parts) == 3:
-        parts = [*parts, "<", r"\infty"]
-    if len(parts) != 5 or parts[2] != name or not {parts[1], parts[3]} <= {"<", r"\le"}:  # 3 < x > 5
-        return text
-    opening = "(" if parts[1] == "<" else "["
-    closing = ")" if parts[3] == "<" else "]"
-    return rf"{name} \in {opening}{parts[0]}, {parts[4]}{closing}"
-
-
-def _relation(text: str) -> list[str]:
-    """[part, sign, part, ...] of an equation, an inequality or a union. 5 > x is turned into x < 5."""
-    parts = _split(text, r"=|<|>|\\(?:le|ge|ne|cup)\b") or [text]
-    if set(parts[1::2]) <= {">", r"\ge"}:
-        return [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
-    return parts
+    return names, (r" \cup " if "<" in text or ">" in text else ", ").join(rows)  # of intervals, the union
 
 
 # What only a string comparison can judge: text, words, names of points (AB is not BA), times and ratios, dots
@@ -445,7 +383,15 @@ def _items(text: str) -> list[str]:
         return [text]
     if (braces := re.fullmatch(r"\\\{(?! ?\\emptyset)(.+)\\\}", text)) and _split(braces[1], ","):
         return _items(braces[1].strip())
-    return [item for item in _split(text, "[,;]")[::2] if item] or [text]
+    return _parts(text) or [text]
+
+
+def _parts(text: str) -> list[str]:
+    """What is between commas; one too many is none."""
+    return [part for part in _split(text, "[,;]")[::2] if part]
+
+
+_MATRIX = re.compile(r"[(\[]? ?\\begin\{(?:array|[pbB]?matrix)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\ ?)?\\end\{\w+\} ?[)\]]?")
 
 
 def _structure(text: str) -> tuple[str, list[str]]:
@@ -454,68 +400,68 @@ def _structure(text: str) -> tuple[str, list[str]]:
     if len(items) > 1:
         return "list", items
     text = items[0]  # 5 of \{5\}
-    if text[0] in "([" and text[-1] in ")]" and len(items := _items(text[1:-1])) > 1:
+    if text[0] in "([" and text[-1] in ")]" and len(items := _parts(text[1:-1])) > 1:
         return text[0] + text[-1], items
-    if cells := re.fullmatch(r"\\begin\{[pbB]?(?:small)?matrix\}(.*?)(?:\\\\ ?)?\\end\{[pbB]?(?:small)?matrix\}", text):
+    if cells := _MATRIX.fullmatch(text):
         parts = _split(cells[1], r"&|\\\\")
         return "matrix" + "".join(parts[1::2]), parts[::2]
-    parts = _relation(text)
-    signs = parts[1::2]
-    return " ".join(signs if len(set(signs)) > 1 else signs[:1]) or "item", parts[::2]
-
-
-def _same_item(gold: str, prediction: str, ask: Ask) -> bool:
-    (g, g_unit), (p, p_unit) = _split_unit(gold), _split_unit(prediction)
-    a, b = _number(g), _number(p)
-    numbers = a is not None and b is not None
-    if g_unit != p_unit:
-        if (g_unit and p_unit) or p_unit.startswith("_"):  # cents for dollars; a base out of nowhere
-            return False
-        if "%" in (g_unit, p_unit):
-            return numbers and (b in (a, a / 100) if g_unit else b / 100 == a or (b == a and abs(a) > 1))
-    if numbers:
-        return a == b
-    return _key(g) == _key(p) or _symbolic_equal(g, p, ask)
+    parts = _split(text, r"[<>]=?|=|\\(?:neq?|cup)\b") or [text]
+    signs = parts[1::2] or ["item"]
+    return signs[0] if len(set(signs)) == 1 else " ".join(signs), parts[::2]
 
 
 # math-verify is asked only about plain expressions in these characters and commands. It reads 7"8 as 78 and \phantom{7} as 7,
 # of (8 = 7) it takes the last side, and sums, integrals and limits, which are no final answers, can take for ever.
 _PLAIN = re.compile(
-    r"(?:[A-Za-z0-9 +*/^_(){}\[\]!|.-]|\\(?:frac|sqrt|binom|cdot|times|div|pi|lfloor|rfloor|lceil|rceil|log|ln|exp|(?:arc)?sin"
-    r"|(?:arc)?cos|(?:arc)?tan|cot|sec|csc|sinh|cosh|tanh|alpha|beta|[gG]amma|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda"
-    r"|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
+    rf"(?:[A-Za-z0-9 +*/^_(){{}}\[\]!|.-]|\\(?:{_FUNCTION}|frac|binom|cdot|times|div|pi|[lr]floor|[lr]ceil|alpha|beta|[gG]amma"
+    r"|[dD]elta|epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda|mu|nu|xi|rho|[sS]igma|tau|[pP]hi|chi|[pP]si|[oO]mega)(?![A-Za-z]))*"
 )
 # Even of these it misreads !! and adds up or cuts off 2 3, 1.2.3, 7 .5, 52_8, 1e-5, 2\frac{3}{2}, {2}{3}, 2[3].
 _MISREAD = re.compile(
-    rf"{_WORDS.pattern}"
-    r"|!!|[0-9)}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}] ?_|[0-9]e[-+0-9]"
+    rf"{_WORDS.pattern}|!!|[0-9)}}\]] \.|[0-9] [0-9]|\.[0-9]*\.|[0-9)}}] ?_|[0-9]e[-+0-9]|(?<!\\sqrt)(?<!\\sqrt )\["
     r"|(?<![\^_0-9.])[0-9.]+ ?\\frac ?\{[0-9]+\} ?\{[0-9]+\}|\\frac ?\{[0-9]+\} ?\{[0-9]+\} ?(?:\\frac|\{)"
-    r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|(?<!\\sqrt)(?<!\\sqrt )\[|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
+    r"|(?:^|[-+*/({|!)]|(?<![\^_])[0-9]) ?\{|[0-9]{5} ?!|\^ ?\{?-?[0-9]{6}"
 )
 _EXACT = [
     # A number before "(", or ")" or a fraction before "(" or a digit: of 2(3), (2)(3) and \frac{2}{1}(3) it would make 5.
     (r"((?<![0-9.^_{A-Za-z])[0-9]+(?:\.[0-9]+)?(?= ?\()|(?:\)|\\frac ?\{[0-9]+\} ?\{[0-9]+\})(?= ?[(0-9])) ?", r"\1 \\cdot "),
-    # 2.5 becomes \frac{25}{10}: it would compute with 15 digits, and take 2.5 + 10^{-17} for 2.5.
+    # It would compute decimals with 15 digits, and take 2.5 + 10^{-17} for 2.5.
     (r"([0-9]+)\.([0-9]+)", lambda x: rf"\frac{{{x[1] + x[2]}}}{{1{'0' * len(x[2])}}}"),
 ]
 
 
-def _symbolic_equal(gold: str, prediction: str, ask: Ask) -> bool:
-    """math-verify's verdict on two expressions, False if it may misread one of them."""
-    for text in (gold, prediction):
-        if not _PLAIN.fullmatch(text) or _MISREAD.search(text):
+def _same_item(gold: str, prediction: str, ask: Callable) -> bool:
+    """Two values or expressions. math-verify is not asked if it may misread one of them."""
+    (gold, g_unit), (prediction, p_unit) = _split_unit(gold), _split_unit(prediction)
+    a, b = _number(gold), _number(prediction)
+    numbers = a is not None and b is not None
+    if g_unit != p_unit:
+        if (g_unit and p_unit) or p_unit.startswith("_"):  # cents for dollars; a base out of nowhere
             return False
-    g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
-    if len({symbol.lower() for symbol in g | p}) < len(g | p):  # N and n, \Delta and \delta would become one symbol
+        if g_unit == "%":
+            return numbers and b in (a, a / 100)
+        if p_unit == "%":
+            return numbers and (b / 100 == a or (b == a and abs(a) > 1))
+    if numbers:
+        return a == b
+    if _key(gold) == _key(prediction):
+        return True
+    if not all(_PLAIN.fullmatch(text) and not _MISREAD.search(text) for text in (gold, prediction)):
         return False
-    # A variable that the reference does not have can only cancel out, as in "n o t 0", which it multiplies out to 0.
-    strange = [symbol for symbol in p - g if len(symbol) == 1 and symbol not in "ei"]
-    return not strange and ask(_rewrite(gold, _EXACT), _rewrite(prediction, _EXACT))
+    # N and n, \Delta and \delta would become one symbol. A variable that the reference lacks can only cancel out: "n o t 0".
+    g, p = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (gold, prediction))
+    strange = {symbol for symbol in p - g if len(symbol) == 1} - {"e", "i"}
+    if strange or len({symbol.lower() for symbol in g | p}) < len(g | p):
+        return False
+    for pattern, replacement in _EXACT:
+        gold = re.sub(pattern, replacement, gold)
+        prediction = re.sub(pattern, replacement, prediction)
+    return ask(gold, prediction)
 
 
 # What data sets write if there is no answer to compare with, as _key leaves it.
 _PLACEHOLDER = re.compile(
-    r"[-?!*#]+|\\dots|[<#]?(?:n/?a|nan|none|null|nil)>?|(?:see|referto|asshown|asabove).*|(?:the)?(?:proof|prove|answer|solution)[a-z]*"
+    r"\W*|\\dots|\W?(?:n/?a|nan|none|null|nil)\W?|(?:see|referto|asshown|asabove).*|(?:the)?(?:proof|prove|answer|solution)[a-z]*"
     r"|not(?:found|available|applicable|given|provided|known)|no(?:answer|proof)[a-z]*|unknown|missing|omitted|tbd|todo", re.I
 )  # fmt: skip
 
@@ -529,7 +475,7 @@ def why_unusable(answer: str) -> str:
         "is empty": not text,
         "is a list of texts in quotes": re.match(r"""\[ ?["']""", text),
         f"has {len(answer)} characters, more than {MAX_ANSWER}": len(answer) > MAX_ANSWER,
-        "has unbalanced brackets": not _split(_choice(text)[1], ","),
+        "has unbalanced brackets": not _split(text, ","),
         "is prose": len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 5,
         "says that there is none": _PLACEHOLDER.fullmatch(_key(text).strip(".")),
         "cannot be read as numbers, an expression or a few words": re.search(torn, text),

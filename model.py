@@ -32,11 +32,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 MARK = "\ue000"  # takes a text's place while a chat template is rendered: a character for private use, in no template
 KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
 
@@ -88,6 +88,9 @@ class ModelConfig:
         if raw.get("quantization_config"):
             raise ValueError("quantised weights are not supported; take the checkpoint's bf16 or fp32 version")
         attention_bias = raw.get("attention_bias", False)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if name in raw and (type(raw[name]) is not int or raw[name] < 1):
+                raise ValueError(f"{name}={raw[name]!r} must be a positive whole number")
         try:
             return ModelConfig(
                 model_type=family,
@@ -117,12 +120,10 @@ class ModelConfig:
     @staticmethod
     def from_folder(folder: Path) -> "ModelConfig":
         """Read config.json and, if there is one, generation_config.json of a model folder."""
-        file = folder / "config.json"
-        generation_file = folder / "generation_config.json"
-        raw = _read_json(file)
-        generation = _read_json(generation_file) if generation_file.is_file() else {}
+        file, second = folder / "config.json", folder / "generation_config.json"
+        generation = _read_json(second) if second.is_file() else {}
         try:
-            return ModelConfig.from_dict(raw, generation)
+            return ModelConfig.from_dict(_read_json(file), generation)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -134,6 +135,10 @@ def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"unsupported rope_type={rope['rope_type']!r}; supported: default, llama3")
+    numbers = {"rope_theta"} | (LLAMA3_ROPE if rope["rope_type"] == "llama3" else set())
+    for name in numbers | {name for name, value in rope.items() if isinstance(value, dict)}:  # settings by the kind of layer
+        if not isinstance(rope.get(name), int | float):
+            raise ValueError(f"unsupported rope setting {name}={rope.get(name)!r}; supported: a number")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError("partial rotary embeddings are not supported")
     return rope
@@ -141,8 +146,11 @@ def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
     """The end-of-sequence ids of all sources, each once. Qwen2.5-Instruct needs both of its two."""
-    lists = ([source] if isinstance(source, int) else source or [] for source in sources)
-    return tuple(dict.fromkeys(itertools.chain(*lists)))
+    lists = (source if isinstance(source, list | tuple) else [source] for source in sources if source is not None)
+    ids = tuple(dict.fromkeys(itertools.chain(*lists)))
+    if wrong := [index for index in ids if type(index) is not int or index < 0]:
+        raise ValueError(f"the end-of-sequence id {wrong[0]!r} must be a whole number from 0")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,14 +170,9 @@ class Packing:
     """Sequences end to end in one row: sequence i is the next lengths[i] tokens and continues sequence prefixes[i], if any."""
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        prefixes: Sequence[int | None],
-        *,
-        kernel: Callable[..., Tensor] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+        self, lengths: Sequence[int], prefixes: Sequence[int | None], *, kernel: Callable[..., Tensor] | None,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
         self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
         # (tokens of its prefix, own tokens) of each sequence
         sizes = [(0 if prefix is None else lengths[prefix], own) for prefix, own in zip(prefixes, lengths, strict=True)]
@@ -184,8 +187,7 @@ class Packing:
         ends = [0, *itertools.accumulate(lengths)]
         both = [before + own for before, own in sizes]
         # (sequences + 1,) int32 each: the first query of each sequence, and its first key
-        starts = ends, [0, *itertools.accumulate(both)]
-        self.starts = [torch.tensor(first, dtype=torch.int32).to(device) for first in starts]
+        self.starts = [torch.tensor(s, dtype=torch.int32).to(device) for s in (ends, [0, *itertools.accumulate(both)])]
         self.longest = max(lengths), max(both)
         # (T_k,) the keys of each sequence, its prefix's and then its own. None: no prefixes, so they are those of the row
         self.keys = None
@@ -289,8 +291,7 @@ def packed_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Ten
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        warnings.warn(f"no variable-length attention on {name}: training is slower", stacklevel=1)
+        warnings.warn(f"no variable-length attention on {torch.cuda.get_device_name(device)}: training is slower", stacklevel=1)
         return None
     return varlen_kernel()
 
@@ -475,21 +476,20 @@ def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Pat
     Only the `wanted` files are fetched, by default JSON files, safetensors and tokenizer files, and never code. ValueError if
     there is no such model or the hub cannot be reached.
     """
-    path = Path(name_or_path).expanduser()
+    path, repo = Path(name_or_path).expanduser(), name_or_path
     if path.is_dir():
         return path
-    repo = name_or_path
     if "/" not in repo:
         org = next((org for prefix, org in KNOWN_FAMILIES if repo.lower().startswith(prefix)), None)
         if org is None:
-            raise ValueError(f"--model {repo}: no such folder, and no known family has such names; give org/name")
+            raise ValueError(f"model {repo}: no such folder, and no known family has such names; give org/name")
         repo = f"{org}/{repo}"
     from huggingface_hub import snapshot_download  # imported here: a folder does not need it
 
     try:
         return Path(snapshot_download(repo, allow_patterns=list(wanted), ignore_patterns=["*.py", "original/*"]))
     except Exception as error:  # the hub library raises a dozen kinds; each means "not there" to our caller
-        raise ValueError(f"--model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
+        raise ValueError(f"model {name_or_path}: no such folder, and {repo} could not be fetched: {error}") from error
 
 
 def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
@@ -525,17 +525,15 @@ def blank_model(folder: Path) -> tuple[CausalLM, Any]:
 
 def _check_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> None:
     """ValueError for a token or an end of sequence without a row in the embedding, and if there is no end of sequence."""
-    rows = f"but config.json's vocab_size, the rows of the embedding, is {config.vocab_size}"
-    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
-    # many fine-tunes have added a padding token and no row for it. Nothing is padded here, so it does no harm
-    used = {index: token for index, token in beyond.items() if token != tokenizer.pad_token}
-    if used:
-        raise ValueError(f"{folder}: its tokenizer's {used[min(used)]!r} has id {min(used)}, {rows}; resize the embedding")
     if not config.eos_ids:
         raise ValueError(f"{folder}: neither its configs nor its tokenizer name an end-of-sequence id")
-    for index in config.eos_ids:
-        if index >= config.vocab_size:
-            raise ValueError(f"{folder}: the end of sequence {beyond.get(index, 'without a token')!r} has id {index}, {rows}")
+    tokens = dict.fromkeys(config.eos_ids, "an end of sequence")
+    # many fine-tunes have added a padding token and no row for it. Nothing is padded here, so it does no harm
+    tokens |= {index: token for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token}
+    if max(tokens) >= config.vocab_size:
+        index = min(index for index in tokens if index >= config.vocab_size)
+        rows = f"but config.json's vocab_size, the rows of the embedding, is {config.vocab_size}; resize the embedding"
+        raise ValueError(f"{folder}: its tokenizer's {tokens[index]!r} has id {index}, {rows}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -569,6 +567,7 @@ def load_tokenizer(folder: Path) -> Any:
     for token in unmarked:
         token.special = True
     tokenizer.add_tokens(unmarked, special_tokens=True)  # they keep their ids
+    tokenizer.loaded_as = tokenizer.get_vocab(), tokenizer.chat_template  # see _save_tokenizer
     return tokenizer
 
 
@@ -601,9 +600,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued.
 
-    A special token's name in a message is text. The template is a program (Jinja) of the model folder. transformers runs it
-    in a sandbox without files, processes or Python's internals. ValueError if there is none (take an instruct model) or it
-    fails.
+    A special token's name in a message is text. The template is a program (Jinja) of the model folder, which transformers
+    runs in a sandbox. ValueError if there is none (take an instruct model) or it fails.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True)
@@ -611,12 +609,20 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     try:
         if all(encode(text) == encode_text(tokenizer, text) for text in texts):
             return render(messages, tokenize=True, return_dict=False)
-        # the texts are encoded by themselves, without the blanks around them: the template may trim those
+        # marks take the place of the texts, without the blanks around them: the template may trim those
         marked = [message | {"content": re.sub(r"(?s)\S(.*\S)?", MARK, message["content"])} for message in messages]
-        ids, *frame = map(encode, render(marked, tokenize=False).split(MARK))
-        for text, after in zip(filter(None, map(str.strip, texts)), frame, strict=True):
-            ids += encode_text(tokenizer, text) + after
-        return ids
+        frame = render(marked, tokenize=False).split(MARK)
+        special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        ids, text = [], ""  # the text since the last special token of the frame
+        for part, content in zip(frame, [*filter(None, map(str.strip, texts)), ""], strict=True):
+            for piece in re.split(f"({names})", part):
+                if piece in special:
+                    ids, text = [*ids, *encode_text(tokenizer, text), special[piece]], ""
+                else:
+                    text += piece
+            text += content
+        return ids + encode_text(tokenizer, text)
     except Exception as error:  # Jinja's own kinds, and whatever an expression in the template raises
         raise ValueError(f"the chat template of {tokenizer.name_or_path} failed: {error}") from error
 
@@ -682,37 +688,33 @@ def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import save_torch_state_dict
 
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    files = _files_of(tokenizer)
-    for file in files:
-        copy = folder / file.relative_to(tokenizer.name_or_path)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    if not files:
-        tokenizer.save_pretrained(folder)
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_bytes)
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
+    _save_tokenizer(tokenizer, folder)
 
 
-def _files_of(tokenizer: Any) -> list[Path]:
-    """The files that a tokenizer was loaded from; none if it was built, or is no longer as they are.
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Copy the files of a tokenizer that is as it was loaded; write one that was built or changed. transformers 4 reads both.
 
-    transformers 5 would write even an unchanged tokenizer in another form, which transformers 4 cannot read.
+    transformers 5 would write even an unchanged one in another form, with a class and a list that only it knows.
     """
     source = Path(tokenizer.name_or_path)
-    if not tokenizer.name_or_path:
-        return []
-    try:
-        there = load_tokenizer(source)
-    except ValueError:  # the folder has gone, or has changed since
-        return []
-    if there.get_vocab() != tokenizer.get_vocab() or there.chat_template != tokenizer.chat_template:
-        return []
-    return [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
+    if getattr(tokenizer, "loaded_as", None) == (tokenizer.get_vocab(), tokenizer.chat_template) and source.is_dir():
+        for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    else:
+        tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = _read_json(path) if path.is_file() else {}
+    before = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings != before:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -286,7 +286,7 @@ def model_on_host(model: CausalLM, dtype: torch.dtype) -> CausalLM | None:
     for name, parameter in model.named_parameters():
         whole = whole_tensor(parameter)
         if world()[0] == 0:
-            weights[name] = whole.to(dtype).cpu()
+            weights[name] = whole.to("cpu", dtype, copy=True)  # a gathered tensor may be a view of a larger, padded one
     if not weights:
         return None
     whole = _rebuilt(model, weights)

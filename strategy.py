@@ -14,10 +14,8 @@ As a module it needs the standard library only, so it can be copied into another
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',)))[0]['content'])"
 """
 
-import random
 import re
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -264,31 +262,6 @@ def quality(scores: Mapping[str, float]) -> str:
     """
     mean = mean_score(scores)
     return "high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low"
-
-
-# ------------------------------------------------------------------------------------------ a control
-
-
-def shuffled_strategies(strategies: Sequence[Strategy], seed: int) -> list[Strategy]:
-    """Each row's strategy replaced by one of another problem type [ours; the idea is arXiv 2608.09228's].
-
-    A control: does the content of a strategy matter, or would any second view of the problem do? strategies: one for
-    each row. Returns a permutation of them, drawn by the seed, in which no row has a strategy of its own type (types are
-    compared as text, whatever their case). ValueError if more than half of the rows have one type: then there is none.
-    """
-    types = [strategy.type.lower() for strategy in strategies]
-    for name, rows in Counter(types).most_common(1):
-        if 2 * rows > len(types):
-            raise ValueError(f"shuffled strategies: {rows} of {len(types)} rows have the type {name!r}, more than half")
-    rng, drawn = random.Random(seed), list(range(len(types)))
-    rng.shuffle(drawn)
-    for i, own in enumerate(types):
-        if types[drawn[i]] == own:
-            # Swap with a row of another type that holds another type's strategy: then both rows are right. There is such a
-            # row: at least as many rows have other types as there are strategies of this type, and row i has one of those.
-            j = rng.choice([j for j, other in enumerate(types) if own not in (other, types[drawn[j]])])
-            drawn[i], drawn[j] = drawn[j], drawn[i]
-    return [strategies[k] for k in drawn]
 
 
 # ------------------------------------------------------------------------------------------ the command

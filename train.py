@@ -29,17 +29,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
-from data.problems import Problem, load_problems
-from eval import (
-    accuracy_table,
-    check_lengths,
-    digests,
-    encode_prompts,
-    evaluate,
-    expected_length,
-    plus_minus,
-    show_responses,
-)
+from data.problems import Problem, check_lengths, digests, load_problems, shuffled_strategies
+from eval import accuracy_table, encode_prompts, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, is_correct
 from kv_cache import PAGE, least_pages
 from loss import chunked_head, sft_terms
@@ -65,7 +56,6 @@ from parallel import (
 )
 from rollout import micro_batches, pack, stream_seed
 from sgpo import Example, responses_of, sgpo_step, step_line
-from strategy import shuffled_strategies
 
 HERE = Path(__file__).resolve().parent
 
@@ -261,8 +251,11 @@ def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, en
     examples = encode_rows(problems, tokenizer, guided="strategy" in needs, file=cfg.data)
     if "solution" not in needs:
         return examples
+    texts = [row.solution for row in problems]
+    if tokenizer.decode(examples[0].auto_ids).rstrip().endswith("<think>"):  # R1-Distill's prompts open the thoughts themselves
+        texts = [text.removeprefix("<think>").lstrip() for text in texts]
     # the end token is a target too, or the model never learns to stop
-    solutions = [encode_text(tokenizer, row.solution) + [end_id] for row in problems]
+    solutions = [encode_text(tokenizer, text) + [end_id] for text in texts]
     return [dataclasses.replace(example, solution_ids=ids) for example, ids in zip(examples, solutions, strict=True)]
 
 
@@ -493,7 +486,7 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     ids = {"prompts": examples, "eval_prompts": held_out}
     for name, rows in ids.items():
         ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
-    origin["data"] |= digests(tokenizer, **ids)
+    origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
     model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)

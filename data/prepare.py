@@ -54,7 +54,7 @@ from tqdm import tqdm
 # Run as a script, Python looks for modules in data/ and not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.problems import Problem, load_problems
+from data.problems import Problem, load_problems, raise_all
 from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
 from strategy import Strategy, auto_messages, guided_messages
 
@@ -516,8 +516,7 @@ def read_source(path: Path, options: argparse.Namespace) -> tuple[list[Row], int
                 rows.append(Row(where, row_id, problem, answer, solution, strategy, extra))
     except ValueError as error:  # the file as a whole
         raise ValueError(f"{path}: {error}") from None
-    if errors:
-        raise ValueError("\n".join(errors[:20] + [f"... and {len(errors) - 20} more"] * (len(errors) > 20)))
+    raise_all(errors)
     if not rows:
         raise ValueError(f"{path}: no rows for {options.command} among {count}")
     for flag in ("solution_column", "strategy_column", "id_column"):

@@ -4,13 +4,17 @@ What it is not: a converter of other formats (`python data/prepare.py jsonl` is 
 """
 
 import codecs
+import hashlib
 import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grader import MathWorker, normalise_answer, same_answer, why_unusable
-from strategy import Strategy
+from strategy import Strategy, auto_messages
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,19 @@ def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Pr
             continue
         by_id[problem.id], by_text[text] = line, (line, problem.answer)
         problems.append(problem)
-    if errors:
-        if len(errors) > 20:
-            errors[20:] = [f"... and {len(errors) - 20} more"]
-        raise ValueError("\n".join([*errors, "`python data/prepare.py jsonl` makes rows of other files (data/README.md)"]))
+    raise_all(errors, "`python data/prepare.py jsonl` makes rows of other files (data/README.md)")
     if not problems:
         raise ValueError(f"{path}: no rows")
     if dropped:
         print(f"{path}: dropped {dropped} rows that repeat an earlier problem and its answer")
     return problems
+
+
+def raise_all(errors: Sequence[str], hint: str | None = None) -> None:
+    """One ValueError with up to 20 lines for all errors, if there are any, and what may help."""
+    if errors:
+        more = [f"... and {len(errors) - 20} more"] if len(errors) > 20 else []
+        raise ValueError("\n".join([*errors[:20], *more, *[hint] * (hint is not None)]))
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -107,3 +115,48 @@ def read_row(raw: bytes) -> Problem:
         raise ValueError(f"field 'answer' {reason}, {own['answer'][:200]!r}")
     strategy = None if strategy is None else Strategy.from_dict(strategy)
     return Problem(own["id"], own["problem"], answer, own["solution"], strategy, row)
+
+
+def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:
+    """ValueError with up to 20 lines for the rows (a name, and the tokens that it needs) that the context cannot hold."""
+    what = f"tokens (prompt, and solution if it is used), the context holds {context}"
+    long = [(row, tokens) for row, tokens in rows if tokens > context]
+    raise_all([f"{row} needs {tokens} {what}" for row, tokens in long])
+
+
+def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:
+    """SHA-256 of what makes a run's input: named rows of token ids, the vocabulary, and what the chat template writes around a
+    message today (some write the date)."""
+    found = {
+        **rows,
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)],
+        "template": [tokenizer.apply_chat_template(auto_messages("q"), add_generation_prompt=True, tokenize=False)],
+    }
+    for name, values in found.items():
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(json.dumps(value).encode() + b"\n")
+        found[name] = digest.hexdigest()
+    return found
+
+
+def shuffled_strategies(strategies: Sequence[Strategy], seed: int) -> list[Strategy]:
+    """Each row's strategy replaced by one of another problem type [ours; the idea is arXiv 2608.09228's].
+
+    A control: does the content of a strategy matter, or would any second view of the problem do? strategies: one for
+    each row. Returns a permutation of them, drawn by the seed, in which no row has a strategy of its own type (types are
+    compared as text, whatever their case). ValueError if more than half of the rows have one type: then there is none.
+    """
+    types = [strategy.type.lower() for strategy in strategies]
+    for name, rows in Counter(types).most_common(1):
+        if 2 * rows > len(types):
+            raise ValueError(f"shuffled strategies: {rows} of {len(types)} rows have the type {name!r}, more than half")
+    rng, drawn = random.Random(seed), list(range(len(types)))
+    rng.shuffle(drawn)
+    for i, own in enumerate(types):
+        if types[drawn[i]] == own:
+            # Swap with a row of another type that holds another type's strategy: then both rows are right. There is such a
+            # row: at least as many rows have other types as there are strategies of this type, and row i has one of those.
+            j = rng.choice([j for j, other in enumerate(types) if own not in (other, types[drawn[j]])])
+            drawn[i], drawn[j] = drawn[j], drawn[i]
+    return [strategies[k] for k in drawn]

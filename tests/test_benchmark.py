@@ -8,20 +8,21 @@ import pytest
 
 import eval as grading
 from data import prepare
-from tests.common import ROOT, _eval_file, _eval_row
-from tools import benchmark
-from tools.resumable import read_sets
+from model import load_tokenizer
+from tests.common import ROOT, TINY_BASE, _eval_file, _eval_row
+from tools import benchmark, resumable
 
 
 def test_benchmarks_have_the_papers_settings_and_other_files_small_ones(tmp_path, eval_worker):
-    folder, mine = tmp_path / "bench", _eval_file(tmp_path, _eval_row())
+    folder, mine, tokenizer = tmp_path / "bench", _eval_file(tmp_path, _eval_row()), load_tokenizer(TINY_BASE)
     folder.mkdir()
     for name in prepare.BENCHMARKS:
         (folder / f"{name}.jsonl").write_text(json.dumps(_eval_row(name)) + "\n")
 
     def settings(*flags):
-        args = grading.build_parser().parse_args(["--model", "m", *map(str, flags)])
-        return {Path(one.file).stem: (one.n, one.max_new_tokens) for one in read_sets(args, eval_worker)}
+        args = resumable.build_parser().parse_args(["--model", "m", *map(str, flags)])
+        sets = resumable.read_sets(args, eval_worker, tokenizer, context=512)
+        return {Path(one.file).stem: (one.n, one.max_new_tokens) for one in sets}
 
     often, seldom = (32, 32_768), (4, 32_768)
     papers = {"math500": seldom, "amc23": often, "olympiad": seldom, "aime24": often, "aime25": often, "minerva": seldom}

@@ -200,6 +200,7 @@ def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys):
         if content is not flipped:
             file.write_bytes(before)
     shutil.copytree(path, path.with_name("step-000009.part"))  # as a kill while writing would have left it
+    (path.with_name("step-000009.part") / checkpoint.WRITING).touch()
     train.main(["--out", str(stopped), "--resume"])
     said = capsys.readouterr().out
     assert "4 SFT and 2 RL steps" in said and f"a damaged checkpoint is skipped: rank 0: {tensors}" in said
@@ -261,23 +262,38 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     save(1)
     for place, name in itertools.product((folder, best), FOREIGN):
         shutil.copytree(folder / "step-000001", place / name)
+    shutil.copytree(folder / "step-000001", folder / "step-950000")  # a copy of ours, under a name of ours
     for name in ("step-000003", "step-900000", "step-000009.part"):  # of these the first is in the way, the second sorts last
         (folder / name).mkdir()
-    for name in ("step-000001", "step-000003", "step-900000"):
+    (folder / "step-900000/state.json").write_text('{"global_step": 900000}')  # another program's
+    (folder / "step-900001").mkdir()
+    (folder / "step-900001/state.json").write_text("[1]")
+    for name in ("step-000001", "step-000003", "step-900000", "step-000009.part"):
         (folder / name / "notes.txt").write_text(name)
+    (folder / "step-000004.part").write_text("a file, and in the way")
+    (folder / "step-800000").symlink_to("nowhere")
     save(2, 3, 4, 800_000)
-    (moved,) = folder.glob("step-000003-*")
-    kept = [moved.name, "step-000001", "step-000004", "step-800000", "step-900000"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + kept)
-    assert [(folder / name / "notes.txt").exists() for name in kept] == [True, True, False, False, True]
+    moved = [path.name for name in ("step-000003-*", "step-000004.part-*", "step-800000-*") for path in folder.glob(name)]
+    assert len(moved) == 3
+    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-900001", "step-950000", "step-000009.part"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + moved + kept)
+    noted = {moved[0], "step-000001", "step-900000", "step-000009.part"}
+    assert {path.parent.name for path in folder.glob("*/notes.txt")} == noted
     path, state, damaged = checkpoint.find_checkpoint(folder)
     assert (path.name, state["progress"]["rl_steps"]) == ("step-800000", 800_000)
-    assert len(damaged) == 1 and "step-900000/state.json" in damaged[0]
+    assert len(damaged) == 3
+    for reason, name in zip(damaged, ("step-950000", "step-900001", "step-900000"), strict=True):
+        assert f"{name}/state.json" in reason
     path.symlink_to(path.rename(tmp_path / "on a larger disk"))
     save(2)  # the checkpoints of later steps go, but not the one that is a link by now
     assert checkpoint.find_checkpoint(folder)[0] == path and not (folder / "step-000004").exists()
     run.folder.remove_best()
     assert sorted(path.name for path in best.iterdir()) == sorted(FOREIGN)
+    best.rename(tmp_path / "best on a larger disk")
+    best.symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    run.folder.remove_best()
+    assert best.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "model", "model.part", "checkpoints/step-000003", "best/step-000003"])
@@ -364,6 +380,10 @@ def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, wo
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"."', '"first"').replace('","', '"."').replace('"first"', '","'))
     assert changes() == ["prompts", "eval_prompts", "tokenizer"]
+    tokenizer.write_text(text)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert changes() == ["model"]
     run.folder.origin["data"] = {"data": read_metrics(run.folder.out)[0]["data"]["data"]}  # all that older versions kept
     run.folder.save(run.model, run.optimizer, run.progress)
     assert changes() is None

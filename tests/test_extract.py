@@ -226,6 +226,28 @@ def test_extraction_stops_when_the_money_is_gone_and_goes_on_later(tmp_path, sta
         assert len(server.requests) == 13 and len(paid) == 12  # each answer once
 
 
+def test_extraction_waits_or_gives_up_by_what_the_first_reply_says(monkeypatch, key):
+    waited, got, cases = [], [], CASES["first_replies"]
+
+    def script(handler, body, number):
+        if number == body["number"] + sum(isinstance(outcome, float) for *_, outcome in cases[: body["number"]]):
+            status, headers, value, _ = cases[body["number"]]
+            return reply_with(status, value.encode() if isinstance(value, str) else value, **headers)(handler, body, number)
+        return "fine"
+
+    with ChatServer(script) as chat:
+        server = extract.Server(extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "1"]), os.environ)
+        monkeypatch.setattr(server, "_wait", lambda seconds, reason: waited.append(seconds))
+        for number in range(len(cases)):
+            try:
+                answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}], "number": number})
+                got.append(waited.pop() if answer.text == "fine" else answer.text)
+            except (extract.Stop, extract.RowFailed) as error:
+                got.append(type(error).__name__)
+    wrong = [(case, g) for case, g in zip(cases, got, strict=True) if g != case[3]]
+    assert not wrong and not waited
+
+
 def test_extraction_that_stops_waits_no_longer(tmp_path):
     """One worker waits for ten minutes when another one is told that the key is wrong."""
     waits, start = threading.Event(), time.monotonic()
@@ -340,6 +362,38 @@ def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):
     assert journal_records(out, "answer")[0]["reasoning"] == "let me think"
     rejected = [c["rejected"] and c["rejected"][0] for c in journal_records(out, "row")[0]["candidates"]]
     assert rejected == ["not parsed", "not parsed", "not parsed", None, None]
+
+
+def test_extraction_reads_every_kind_of_content(key):
+    replies = [completion(content, finish, **message) for content, message, finish, *_ in CASES["contents"]]
+    replies.append((200, replies[0][1], b"[" * 5000))  # and a body that no reader takes
+    with ChatServer(lambda handler, body, number: replies[number]) as chat:
+        args, got = extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "0"]), []
+        server = extract.Server(args, os.environ)
+        for _ in CASES["contents"]:
+            answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
+            got.append([answer.text, answer.reasoning, answer.fault() and answer.fault()[0]])
+        with pytest.raises(extract.RowFailed, match="no answer"):
+            server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
+    assert got == [case[3:] for case in CASES["contents"]]
+
+
+def test_extraction_passes_over_foreign_lines_and_refuses_a_foreign_journal(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    foreign = [line + "\n" for line in (*CASES["foreign"], "[" * 5000)]
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out)
+        assert extract.main(flags) == 0 and len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign) + journal_of(out).read_text(), encoding="utf-8")
+        for arguments in (flags, ["--report", str(out)]):
+            assert extract.main(arguments) == 0
+            said = capsys.readouterr().err
+            assert all(f"out.jsonl.log.jsonl:{i}: cannot be read" in said for i in range(1, len(foreign) + 1))
+        assert len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign), encoding="utf-8")
+        with pytest.raises(ValueError, match="out.jsonl.log.jsonl: no journal of this program"):
+            extract.main(flags)
+        assert journal_of(out).read_text(encoding="utf-8") == "".join(foreign)
 
 
 @pytest.mark.parametrize("case", CASES["rows"], ids=lambda case: case["what"])

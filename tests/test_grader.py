@@ -79,10 +79,11 @@ def test_a_child_that_dies_or_falls_silent_is_replaced():
         assert os.getpgid(process.pid) != os.getpgid(0)  # signals to our group are not for it
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 0  # it died idle: nothing is lost
+        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1  # one question is lost, and counted
+        assert same_answer("\\sqrt{16}", "4", worker)
         os.kill(worker._process.pid, signal.SIGSTOP)
         worker.timeout_s = 0.3
-        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 1
+        assert not same_answer("\\sqrt{16}", "4", worker) and worker.timeouts == 2
 
 
 def test_all_questions_about_one_answer_share_one_limit():

@@ -116,6 +116,7 @@ def test_seven_thousand_hostile_answers_are_never_paid(name, eval_worker, tmp_pa
     (family, count), rng = FAMILIES[name], random.Random(name)
     pairs, timeouts = dict.fromkeys(family(rng) for _ in range(count)), eval_worker.timeouts
     assert len(pairs) > count / 2
+    eval_worker.start()  # many seconds on a busy machine, and no question's time
     for gold, response in pairs:
         start = time.perf_counter()
         assert not is_correct(response.replace("CANARY", f"{tmp_path}/canary"), gold, eval_worker), (gold, response[:200])
@@ -162,8 +163,8 @@ def test_code_in_answers_is_never_run(monkeypatch, tmp_path):
     monkeypatch.setattr(grader, "__file__", str(child))
     monkeypatch.chdir(tmp_path)
     child.write_text(source.replace(judge, "eval(json.loads(line)[1])"), encoding="utf-8")
-    with MathWorker() as worker, pytest.raises(TimeoutError):  # it sees what is run
-        worker.equal("7", "7")
+    with MathWorker() as worker:  # it sees what is run
+        assert not worker.equal("7", "7") and worker.timeouts == 1
     child.write_text(source, encoding="utf-8")
     with MathWorker() as worker:
         for text in HOSTILE["code"] + HOSTILE["formats"]:  # straight into the child, without the checks before it

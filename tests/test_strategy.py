@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 import strategy as strategy_module
+from data import problems
 from strategy import (
     CRITERIA,
     Strategy,
@@ -152,7 +153,7 @@ def test_choice_and_quality_by_hand():
 
 
 def test_shuffled_strategies_are_a_permutation_without_a_row_of_its_own_type():
-    rng, shuffled = random.Random(5), strategy_module.shuffled_strategies
+    rng, shuffled = random.Random(5), problems.shuffled_strategies
     for case in range(300):
         # Up to half of the rows have one type, which is the tightest that there is a permutation for.
         n = rng.randint(2, 14)

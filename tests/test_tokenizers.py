@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import model as model_module
 from data.problems import Problem
 from model import ModelConfig, blank_model, build_model, encode_chat, encode_text, load_model, load_tokenizer, save_model
 from tests.common import CPU, FAMILIES, ROOT
@@ -47,7 +48,10 @@ def make(tmp_path_factory):
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(TEMPLATES[kind][0], encoding="utf-8")
         names = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": "[PAD]"}  # [PAD] has no row
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "add_bos_token": True, **names}))
+        settings = {"tokenizer_class": name, "add_bos_token": True, **names}
+        if name == "TokenizersBackend":  # transformers 5's
+            settings["extra_special_tokens"] = ["<|im_end|>"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         return folder
 
     return make
@@ -98,10 +102,39 @@ def test_only_the_template_writes_control_tokens(make, kind, special):
         assert ours.decode(alone) == text and not control & {*alone}
 
 
+def test_around_a_spelled_control_token_nothing_else_changes(make, monkeypatch):
+    """encode_chat's other way, taken for plain texts, gives what the template gives, also if each text gets a blank first."""
+    folder = make("mistral")
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.normalizer = normalizers.Prepend(" ")
+    file.save(str(folder / "tokenizer.json"))
+    ours, real = load_tokenizer(folder), model_module.encode_text
+    for text in filter(str.strip, PLAIN):
+        chat, calls = [{"role": "user", "content": text}], []
+
+        def encode(*arguments, calls=calls):
+            calls.append(arguments)
+            return real(*arguments) if len(calls) > 1 else [-1]  # so the first text looks as if it spelled one
+
+        monkeypatch.setattr(model_module, "encode_text", encode)
+        ids = encode_chat(ours, chat)
+        assert len(calls) > 1 and ids == ours.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), text
+
+
+def test_a_thought_that_the_prompt_opens_is_not_opened_again(make):
+    folder = make()
+    (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"][0].replace("assistant\n", "assistant\n<think>\n"))
+    tokenizer = load_tokenizer(folder)
+    problem = Problem("p", "What is 1 + 2?", "3", "<think>\n1 + 2 = 3\n</think>\nIt is 3.", None)
+    (example,) = encode_examples([problem], tokenizer, Config(model="", data="", out="", method="grpo"), 0)
+    text = tokenizer.decode(example.auto_ids + example.solution_ids)
+    assert text.count("<think>") == 1 and "<think>\n1 + 2 = 3\n</think>\nIt is 3." in text
+
+
 def test_ids_without_a_row_in_the_embedding_are_refused(make):
     with pytest.raises(ValueError, match=r"model: its tokenizer's '<\|new\|>' has id (\d+), .* vocab_size.* is \1"):
         blank_model(make(more=["<|new|>", "<|newer|>"]))
-    with pytest.raises(ValueError, match="model: the end of sequence 'without a token' has id 5000, but"):
+    with pytest.raises(ValueError, match="model: its tokenizer's 'an end of sequence' has id 5000, but"):
         blank_model(make(eos_token_id=[0, 5000]))
 
 
@@ -121,17 +154,19 @@ def test_others_read_what_is_saved(make, tmp_path, python):
     if python is None:
         pytest.skip("SGPO_TRANSFORMERS4 names no interpreter that has transformers 4")
     wanted = []
-    for family, name in (("llama3-rope", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer")):  # its rope_theta is 1e6
+    families = ("llama3-rope", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer"), ("qwen3", "TokenizersBackend")
+    for family, name in families:  # qwen2's rope_theta is 1e6
         source, saved = make(family=family, name=name), tmp_path / family
         model, tokenizer = load_model(str(source), dtype=torch.bfloat16, device="cpu")
         save_model(model, tokenizer, saved)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            assert (saved / file).read_bytes() == (source / file).read_bytes()
+            if name != "TokenizersBackend" or file != "tokenizer_config.json":
+                assert (saved / file).read_bytes() == (source / file).read_bytes()
         assert len({file.stat().st_mode for file in saved.iterdir()}) == 1  # of the weights too
         assert json.loads((saved / "config.json").read_text())["rope_parameters"] == model.config.rope
         logits = model.float()(torch.tensor([[0, 40, 41, 42]]))[0, -1].tolist()
         wanted.append([list(model.config.eos_ids), tokenizer.chat_template, "torch.bfloat16", pytest.approx(logits, abs=1e-4)])
-    command = [python, "-c", READ, *(str(tmp_path / family) for family in ("llama3-rope", "qwen2"))]
+    command = [python, "-c", READ, *(str(tmp_path / family) for family, _ in families)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == wanted

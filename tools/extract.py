@@ -21,9 +21,9 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from email.utils import mktime_tz, parsedate_tz
 from functools import partial
@@ -54,21 +54,32 @@ from tools.leaks import leaks
 EXCERPT = 300  # characters of what a message or a record quotes
 GIVE_UP_AFTER = 20  # requests in a row that failed for good: the server is down, for the other rows too
 LONGEST_WAIT = 900.0  # seconds; a limit that lasts longer stops the command
-# What a 429 says when the money is gone. A quota may also be one for each minute: then the reply says when it is free again.
-NO_MONEY = re.compile(r"insufficient.(?:quota|fund|credit)|balance|arrears|billing_|current_quota_|credits", re.I)
-FREE_SOON = re.compile(r"per.?(?:second|minute)|(?:retry|try again) (?:in|after)", re.I)
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason, in lower case, of a text that is not cut off
+PASSING = (None, 408, 409, 424, 425, 429, 498)  # statuses that the next try may not meet, beside 5xx; None: nothing to read
+# What a 429 says when the money is gone: a code, or words without a hint that it is free soon.
+NO_MONEY_CODE = re.compile(r"insufficient.(?:quota|balance|fund|credit)|billing.hard.limit|arrears|out of credit", re.I)
+NO_MONEY = re.compile(
+    r"(?:current|monthly).quota|(?:credit|balance(?!r)|budget|spend)[^.]{0,30}(?:limit|exceed|exhaust|spent|used up)", re.I
+)
+FREE_SOON = re.compile(r"(?:per.?|/)(?:sec|min)", re.I)
+WAIT_HINT = re.compile(r"(?:retry|try again) (?:in|after) ((?:[0-9]+(?:\.[0-9]+)? ?(?:ms|[dhms])[a-z]* ?)+)", re.I)
+UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # (open, close) of the thoughts before an answer, which begins after the last close: some chat templates put the open into the
-# prompt. FRAMES: what may be around the answer itself.
+# prompt. FRAME: what may be around the answer itself, and the control tokens after it. All in any case.
 THOUGHTS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
-    ("[THINK]", "[/THINK]"),
-    ("<|channel|>", "<|channel|>final<|message|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    (r"\[THINK]", r"\[/THINK]"),
+    (r"<\|channel\|>", r"<\|channel\|>final<\|message\|>|\A\s*analysis(?s:.*)assistantfinal"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
 )
-FRAMES = (("<|begin_of_solution|>", "<|end_of_solution|>"), ("<answer>", "</answer>"), ("", "<|return|>"), ("", "<|end|>"))
+FRAME = re.compile(r"\A(?:<\|begin_of_solution\|>|<answer>)|(?:<(?:[|｜][^<>\s]+[|｜]|/s|/answer|end_of_turn)>\s*)+\Z", re.I)
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something stopped the command, 2 that a flag is wrong
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
+
+# What is read again of each kind of line in a journal.
+_ANSWER = {"key": str, "text": str, "finish": str | None, "usage": dict, "reasoning": str}
+JOURNAL_FIELDS = {"run": {"settings": dict}, "answer": _ANSWER, "row": {"row": str, "kept": int | None, "candidates": list}}
 
 Record = dict[str, Any]  # a JSON object
 Messages = list[dict[str, str]]
@@ -86,11 +97,19 @@ class Refused(RowFailed):
     """The server will not answer this request. Before it has answered any, the reason is not the row."""
 
 
+class NoAnswer(ValueError):
+    """A reply of HTTP 200 without an answer. status_code: that of the error in it, None if it names none."""
+
+    def __init__(self, text: str, status_code: int | None = None) -> None:
+        super().__init__(text)
+        self.status_code = status_code
+
+
 @dataclass(frozen=True)
 class Answer:
     """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart.
 
-    finish: why the text ended. "stop" ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
+    finish: why the text ended. One of WHOLE ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
     """
 
     text: str
@@ -100,7 +119,9 @@ class Answer:
 
     def fault(self) -> list[str] | None:
         """[kind, detail] of why there is nothing to read in it, or None."""
-        if self.finish != "stop":  # what is there may be readable, with only half of its last step
+        if self.finish == "refusal":
+            return ["refused", self.text[:EXCERPT]]
+        if str(self.finish).lower() not in WHOLE:  # what is there may be readable, with only half of its last step
             return ["cut off", f"finish_reason {self.finish}"]
         if (self.text + self.reasoning).strip() and not without_thoughts(self.text):
             return ["thoughts without content", (self.reasoning or self.text)[:EXCERPT]]
@@ -141,8 +162,8 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 class Server:
     """A chat server, asked through the openai package.
 
-    A request is repeated after a failed connection, a timeout, HTTP 408, 409, 429 and 5xx, up to --retries times. Not by the
-    package: that waits without a word, and asks again when the money is gone.
+    A request is repeated after a failed connection, a timeout, a reply that cannot be read, and a status that may pass
+    [PASSING], up to --retries times. Not by the package: that waits without a word, and asks again when the money is gone.
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
@@ -178,24 +199,14 @@ class Server:
                 reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
                 answer = read_reply(reply)
                 break
-            except (self.openai.APIError, ValueError) as error:  # ValueError: a reply that is no JSON, or no answer
-                seconds = self._pause(error, number)
-                if seconds is None or number == self.retries:
-                    raise self._failure(error) from None
-                self._wait(seconds, self._reason(error))
+            except (self.openai.APIError, ValueError, RecursionError) as error:  # the last two: no JSON, or no answer in it
+                status, said, reason = self._read(error)
+                seconds = said if 0 < (said or 0) < float("inf") else min(2**number, 16) / 2
+                if number == self.retries or seconds > LONGEST_WAIT or not (status in PASSING or status >= 500):
+                    raise self._failure(status, reason) from None
+                self._wait(seconds, reason)
         self.failures = 0
         return answer
-
-    def _pause(self, error: Exception, number: int) -> float | None:
-        """Seconds to wait after try `number`: what the server says, or more each time. None if no wait would help."""
-        status, said = getattr(error, "status_code", None), retry_after(error)
-        busy = isinstance(error, self.openai.APIConnectionError) or status in (408, 409, 429) or (status or 0) >= 500
-        if status == 429:
-            text = error.response.text  # all of it: the exception's own may leave out the code
-            soon = said is not None or FREE_SOON.search(text) or "quota" not in text.lower()
-            busy = soon and not NO_MONEY.search(text)
-        seconds = said if (said or 0) > 0 else min(2**number, 16) / 2
-        return seconds if busy and seconds <= LONGEST_WAIT else None
 
     def _wait(self, seconds: float, reason: str) -> None:
         """Wait; say so, unless it is short or another worker just did. Raises Stop if the run ends before."""
@@ -206,58 +217,81 @@ class Server:
         if self.stop.wait(seconds):
             raise Stop("stopped")
 
-    def _reason(self, error: Exception) -> str:
-        status, cause = getattr(error, "status_code", None), error.__cause__
-        # what the server wrote: the package may leave out all but one field of it
-        reason = f"HTTP {status}: {error.response.text or error}" if status else f"{error} ({cause!r})" if cause else str(error)
-        if self.key:
-            reason = reason.replace(self.key, "***")  # some servers quote the key when they refuse it
-        wait = f"; Retry-After: {error.response.headers.get('retry-after')}" if status == 429 else ""
-        return " ".join(reason.split())[:EXCERPT] + wait
+    def _read(self, error: Exception) -> tuple[int | None, float | None, str]:
+        """(status, seconds to wait, reason) of a failed try; None for what the server does not say.
 
-    def _failure(self, error: Exception) -> Exception:
+        An error inside a reply has a status too. It is 402 for all that say that the money is gone.
+        """
+        status, response, cause = getattr(error, "status_code", None), getattr(error, "response", None), error.__cause__
+        text, headers = f"{error} ({cause!r})" if cause else str(error), {}
+        if response is not None:  # what the server wrote: the package may leave out all but one field of it
+            text, headers = f"HTTP {status}: {response.text or error}", response.headers
+        said = retry_after(headers, text)
+        gone = NO_MONEY.search(text) and said is None and not FREE_SOON.search(text)
+        if status in (None, 429) and (gone or NO_MONEY_CODE.search(text)):
+            status = 402
+        if self.key:
+            text = text.replace(self.key, "***")  # some servers quote the key when they refuse it
+        wait = f"; Retry-After: {headers['retry-after']}" if "retry-after" in headers else ""
+        return status, said, " ".join(text.split())[:EXCERPT] + wait
+
+    def _failure(self, status: int | None, reason: str) -> Exception:
         """The exception for a request that failed for good."""
-        status, reason = getattr(error, "status_code", None), self._reason(error)
         if status in (401, 402, 429):  # the key, the money and the limit are the same for all rows
             return Stop(reason)
         self.failures += 1
         if self.failures >= GIVE_UP_AFTER:
             return Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
         # A wrong model or path is as wrong for the next row; but 403, 404 and 451 may also be about one text.
-        kind = RowFailed if status is None or status >= 500 or status in (400, 408, 409, 413, 422) else Refused
+        kind = RowFailed if status in (*PASSING, 400, 413, 422) or status >= 500 else Refused
         return kind(f"no answer: {reason}")
 
 
-def retry_after(error: Exception) -> float | None:
-    """The seconds until the moment in a reply's Retry-After, a number or a date [RFC 9110]; None if there is none."""
-    text = error.response.headers.get("retry-after", "") if hasattr(error, "status_code") else ""
+def retry_after(headers: Mapping[str, str], text: str) -> float | None:
+    """The seconds to wait by a reply's headers (a number or a date [RFC 9110]) or by its text; None if neither says."""
+    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms")
     try:
-        return float(text)
-    except ValueError:
-        date = parsedate_tz(text)
-        return mktime_tz(date) - time.time() if date else None
+        date = parsedate_tz(after)
+        return mktime_tz(date) - time.time() if date else float(milliseconds) / 1000 if milliseconds else float(after)
+    except (ValueError, OverflowError):  # OverflowError: a date that no calendar has
+        hint = WAIT_HINT.search(text)
+    parts = re.findall("([0-9.]+) ?(ms|[dhms])", hint[1].lower()) if hint else []
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts) if parts else None
 
 
 def read_reply(reply: Any) -> Answer:
-    """The Answer in a reply, an openai ChatCompletion. ValueError if there is none in it.
+    """The Answer in a reply, an openai ChatCompletion. NoAnswer if there is none in it.
 
     The package checks no field, so any may be missing. An empty text is an answer too: it is paid, and cannot be read.
     """
-    try:
-        choice, message = reply.choices[0], reply.choices[0].message
-        text, finish = text_of(message.content), choice.finish_reason
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"no message in the reply: {getattr(reply, 'error', None) or reply}") from None
-    if error := getattr(choice, "error", None) or getattr(reply, "error", None):  # beside it, half a text
-        raise ValueError(f"an error in the reply: {error}")
-    counts = {name: getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    choice = message = None
+    with suppress(AttributeError, LookupError, TypeError):
+        choice = reply.choices[0]
+        content, message = choice.message.content, choice.message
+    if error := getattr(choice, "error", None) or getattr(reply, "error", None):  # half a text may be beside it
+        code = str(error.get("code") if isinstance(error, dict) else None)
+        raise NoAnswer(f"an error in the reply: {error}", int(code) if re.fullmatch("[45][0-9]{2}", code) else None)
+    if message is None:
+        raise NoAnswer(f"no message in the reply: {reply}")
+    counts = {name: getattr(getattr(reply, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
-    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Answer(text, finish, usage, text_of(reasoning))
+    details, parts = getattr(message, "reasoning_details", None), content if isinstance(content, list) else None
+    thoughts = getattr(message, "reasoning_content", None), getattr(message, "reasoning", None), details, parts
+    reasoning = next(filter(None, (text_of(value, "thinking|reasoning.*") for value in thoughts)), str(details or ""))
+    text, finish = text_of(content), text_of(getattr(choice, "finish_reason", None)) or None
+    if not text and (refusal := text_of(getattr(message, "refusal", None)) or text_of(content, "refusal")):
+        text, finish = refusal, "refusal"
+    return Answer(text, finish, usage, reasoning)
 
 
-def text_of(value: Any) -> str:
-    """A field's text; "" if it is none. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?"."""
+def text_of(value: Any, kinds: str = "text|output_text") -> str:
+    """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}.
+
+    The end of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?".
+    """
+    if isinstance(value, list):
+        parts = [(str(part.get("type", "text")), part) for part in value if isinstance(part, dict)]
+        value = "".join(text_of(part.get(re.split("[._]", kind)[-1])) for kind, part in parts if re.fullmatch(kinds, kind))
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
@@ -344,11 +378,6 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
     """
     with path.open("a+b") as stream:
         lock(stream, f"{path}: another run is writing it, and both would pay for the same answers", tqdm.write)
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")  # a kill left half a line; the next one must not be glued to it
-                stream.flush()
         journal = Journal(stream)
         for record in read_journal(path):
             if record["kind"] == "answer":
@@ -357,18 +386,30 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
             elif record["kind"] == "run" and record["settings"] != start["settings"]:
                 made = f"made with {record['settings']}, now {start['settings']}"
                 raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")  # a kill left half a line; the next one must not be glued to it
         journal.write(start)
         yield journal
 
 
 def read_journal(path: Path) -> Iterator[Record]:
-    """The lines of a journal. One that cannot be read, such as half a line that a kill left, is reported and passed over."""
+    """The lines of a journal, ValueError if it has none. Others, such as half of one that a kill left, are reported."""
+    number = passed_over = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
+                record = json.loads(line)
+                if not all(isinstance(record[name], kind) for name, kind in JOURNAL_FIELDS[record["kind"]].items()):
+                    raise ValueError
+            except (ValueError, LookupError, TypeError, RecursionError):
+                passed_over += 1
                 print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
+            else:
+                yield record
+    if number and number == passed_over:
+        raise ValueError(f"{path}: no journal of this program; move it away, or name another --out")
 
 
 def to_line(record: Record) -> bytes:
@@ -450,12 +491,10 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
 
 def without_thoughts(text: str) -> str:
     """What a model wrote after its thoughts [THOUGHTS]; "" if they never end."""
-    if any(text.rfind(opening) > text.rfind(close) for opening, close in THOUGHTS):
+    rests = [re.split(close, text, flags=re.I)[-1] for _, close in THOUGHTS]
+    if any(re.search(opening, rest, re.I) for (opening, _), rest in zip(THOUGHTS, rests, strict=True)):
         return ""
-    text = min((text.rpartition(close)[2] for _, close in THOUGHTS), key=len).strip()
-    for opening, close in FRAMES:
-        text = text.removeprefix(opening).removesuffix(close).strip()
-    return text
+    return FRAME.sub("", min(rests, key=len).strip()).strip()
 
 
 def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Record]) -> Record:

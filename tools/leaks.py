@@ -56,7 +56,7 @@ _FULL_WIDTH = str.maketrans("０１２３４５６７８９．，％＝＋－／
 
 
 def _plain(text):
-    """The text in lower case and one notation: x² as x^{2}, ½ and \\frac12 as 1/2, no dollar signs, no \\text."""
+    """The text in one notation: x² as x^{2}, ½ and \\frac12 as 1/2, no dollar signs, no \\text. Its case stays."""
     text = text.translate(_FULL_WIDTH)
     for digits, mark in ((_RAISED, "^"), (_LOWERED, "_")):
         table = str.maketrans(digits, _ASCII_DIGITS)
@@ -64,11 +64,11 @@ def _plain(text):
     text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
     for pattern, replacement in _NOTATION:
         text = pattern.sub(replacement, text)
-    return text.strip().lower()
+    return text.strip()
 
 
 def _numbers(plain):
-    """Every number in a plain text: (match, values). A percentage has two values, 50 % is 50 and 1/2.
+    """Every number in a plain text in lower case: (match, values). A percentage has two values, 50 % is 50 and 1/2.
 
     Signs are ignored: a text that says 299 gives -299 away too. Ordinals are no numbers.
     """
@@ -106,7 +106,7 @@ def _spelled_value(words):
 def _values(text):
     """The set of all numbers in a text, with the numerators and denominators of its fractions."""
     values = set()
-    for match, own in _numbers(_plain(text)):
+    for match, own in _numbers(_plain(text).lower()):
         values |= own | {Fraction(match[part].replace(",", "")) for part in ("top", "bottom") if match[part]}
     return values
 
@@ -139,9 +139,9 @@ _UNITS = {  # these numbers are harmless before these words: an hour has 60 minu
 _KNOWN = (10, 90, 100, 180, 360)  # the base of our numerals, per cent, degrees
 _COEFFICIENTS = (Fraction(1, 3), Fraction(1, 4), Fraction(4, 3), 3, 4, 6)  # of well-known formulas: 4ac, n(n-1)/6
 # A final answer, of whatever problem. Before its number: "the answer is", or, if nothing comes after it, "report".
-_NOUN = r"(?:answer|result|solution|(?:final|required|wanted|desired|requested)\s(?:[a-z]+\s)?[a-z]+)s?\b"
+_NOUN = r"(?:answer|ans|result|solution|(?:final|required|wanted|desired|requested)\s(?:[a-z]+\s)?[a-z]+)s?\b"
 _OPEN = r"\b(?:if|whether|when|whenever|until|unless|suppose|set)\b[^.;,]{0,25}"  # nothing is said yet: "if the answer is 7"
-_FILL = r"\W{0,3}(?:(?:just|only|exactly|about|approximately|therefore|thus|then|simply|the|number|value|[a-z]\s?=)\s?){0,3}"
+_FILL = r"\W{0,3}(?:(?:just|only|exactly|about|approx\w*|indeed|therefore|thus|then|simply|the|number|value|[a-z]\s?=)\s?){0,3}"
 _ANSWER_IS = re.compile(
     rf"(?P<open>{_OPEN})?\b(?P<noun>{_NOUN})[^.;]{{0,25}}?(?:[=≈:]|\b(?:is|are|be|becomes?|equals?|equal to"
     rf"|(?:comes?|works?|turns?)(?: out)?(?: to be| to| as)?)\b){_FILL}\W{{0,2}}$"
@@ -162,10 +162,20 @@ _OPERAND = re.compile(r"\b(?:by|from|to|with|after|plus|minus|than|at|in|for|eve
 # Beside a number these are part of its value, unlike a symbol: 2\sqrt{3}, 1+\sqrt{2}, \pi/4, 2^{10}, 40°, **12**.
 _ROOT_OR_PI = re.compile(r"(?:\\sqrt\{|\\pi\s?/\s?|\\frac\{\\pi\}\{)$")
 _CLOSED = re.compile(r"(?:\s?[-+*/]?\s?(?:\\sqrt\{[0-9]+\}|\\pi\b)|\^\{?(?:[0-9]+|\\circ)\}?|°|[*_}\]\"']+)*")
-_SAID = re.compile(  # without a number: in a box, as a word, an option
+_SAID = re.compile(  # without a number: in a box, as a word, as an option; a bare option's letter and a name are in capitals
     r"\\f?box(?:ed)?(?![a-z])\s?(?:\{\s?(?!\}|\.\.|\\[lc]?dots|(?:(?:your|the|final) )*(?:answer|result)\b)|[0-9a-z])|####\s?\S"
-    rf"|(?P<open>{_OPEN})?\b(?:answer|correct (?:option|choice))\b[^.;,]{{0,15}}?(?:\b(?:is|be)|[=:]){_FILL}\W{{0,2}}"
-    r"(?:(?:yes|no|true|false|even|odd|none|impossible)\s?(?:[.,;:!)]|$|\bsince|\bbecause)|\([a-e]\))"
+    rf"|(?P<open>{_OPEN})?\b(?:(?:answer|ans|correct (?:option|choice|one))\b[^.;,]{{0,15}}?(?:\b(?:is|be)|[=:])"
+    rf"{_FILL}\W{{0,2}}(?:(?:yes|no|true|false|even|odd|none|impossible|\\infty|infinity|(?-i:[A-E]|[A-Z][a-z]+))"
+    r"\s?(?:[.,;:!)]|$|\bsince|\bbecause)|\([a-e]\))|(?:option|choice)\s\(?(?-i:[A-E])\)?\sis\s(?:the )?(?:correct|right)\b"
+    r"|(?:choose|pick|select)\s(?:(?:option|choice|answer)\s\(?(?-i:[A-E])\b|\((?-i:[A-E])\)))",
+    re.I,
+)
+# A result, before its number: after a word that concludes, or in a sentence of its own.
+_RESULT = r"the (?:[a-z]+ )?(?:sum|product|difference|probability|number|value|total|count|area|minimum|maximum)(?: value)?"
+_CONCLUDED = re.compile(
+    rf"(?P<open>{_OPEN})?(?:\b(?:so|thus|hence|therefore|(?:conclude|follows|find|get|gives|yields|obtain)(?: that)?)\W{{1,3}}"
+    rf"(?:(?P<some>there are)|(?:[a-z]|{_RESULT}(?: of [^.;,]{{0,25}})?)\s?(?:=|\b(?:is|equals)))"
+    rf"|(?P<alone>(?:^|[.;]\s)(?:[a-z]\s?(?:=|equals)|{_RESULT}\s?(?:=|is|equals)))){_FILL}\W{{0,2}}$"
 )
 _COMMON_ANSWERS = {"yes", "no", "true", "false", "even", "odd", "none", "never", "always"}
 
@@ -185,12 +195,13 @@ def leaks(strategy, problem: str, solution: str, answer: str) -> list[str]:
     """
     given, wanted = _values(problem), _values(answer)
     computed = _values(solution) - given - wanted
-    problem, answer = _plain(problem), _plain(answer)
+    problem, answer = _plain(problem).lower(), _plain(answer).lower()
     found = []
     texts = {"type": strategy.type, "strategy": strategy.strategy}
     texts |= {f"step {i}": step for i, step in enumerate(strategy.steps, start=1)}
     for name, text in texts.items():
-        text = _plain(text)
+        said = next((said for said in _SAID.finditer(_plain(text)) if not said["open"]), None)
+        text = _plain(text).lower()
         for match, values in _numbers(text):
             # The patterns need no more than 80 characters; over a whole long text they would take quadratic time.
             before, after = text[max(0, match.start() - 80) : match.start()], text[match.end() : match.end() + 80]
@@ -204,7 +215,7 @@ def leaks(strategy, problem: str, solution: str, answer: str) -> list[str]:
                 found.append(f"the computed value {match[0].strip()} {place}")
             elif _states_answer(match, max(values), before, after):
                 found.append(f"a final answer, {match[0].strip()}, {place}")
-        if (said := _SAID.search(text)) and not said["open"]:
+        if said:
             found.append(f"a final answer in {name}: {said[0]!r}")
         if not _NUMBER.fullmatch(answer.lstrip("+-")) and _holds_answer(text, answer, problem):
             found.append(f"the answer {answer} in {name}: {text[:60]!r}")
@@ -238,8 +249,11 @@ def _states_answer(match, value, before, after):
         return False
     if said := _ANSWER_IS.search(before):
         # "until the result is 0" is a step, and "the third side" is no number.
-        general = said["open"] or (value in (0, 1) and said["noun"] != "answer")
+        general = said["open"] or (value in (0, 1) and not said["noun"].startswith(("ans", "final result")))
         return not general and (re.match(r"\s?[.,;:)]|$", after) if match["bare_share"] else _ENDS.match(after))
+    if (said := _CONCLUDED.search(before)) and not said["open"] and _ENDS.match(after):
+        known = value in (0, 1, 90, 100, 180, 360) or (said["some"] and (value == 2 or match["words"]))  # "so there are two"
+        return not known and not (said["alone"] and value in (2, 10, Fraction(1, 2)))
     if _IS_ANSWER.match(after):
         return not any(re.search(pattern, before) for pattern in (_OPERAND, _OPERATION, rf"{_OPEN}$"))
     return _ANSWER_AS.search(before) and re.match(r"\s?[.,;:!)]|$", after)

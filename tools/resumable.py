@@ -10,12 +10,13 @@ What it leaves:
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,17 +24,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import lock, to_json
-from data.problems import Problem, load_problems
-from eval import (
-    MAX_NEW_TOKENS,
-    check_lengths,
-    digests,
-    encode_prompts,
-    expected_length,
-    figures,
-    sample_records,
-)
+from data.problems import Problem, check_lengths, digests, load_problems
+from eval import MAX_NEW_TOKENS, TEMPERATURE, TOP_P, encode_prompts, expected_length, figures, sample_records
 from grader import MathWorker, same_answer
+from methods import Method
 from model import blank_model, load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
 from tools.benchmark import benchmark_files, paired_bootstrap
@@ -83,8 +77,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
     counts = args.n or [n for _, n, _ in files]
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
-    sets, seen = [], {}
-    lengths = []
+    sets, seen, lengths = [], {}, []
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -145,7 +138,10 @@ def begin(folder: Path, settings: dict) -> None:
         if found := [file.name for file in folder.iterdir() if file.name != "settings.json.tmp"]:
             raise ValueError(f"{folder}: holds {found[0]} but no settings.json of an evaluation; name another --out")
         write_json(path, settings)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an evaluation ({error}); name another --out") from error
     changes = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
     if changes:
         raise ValueError(f"{folder}: of another evaluation ({'; '.join(changes)}); name another --out, or remove it")
@@ -161,9 +157,9 @@ def read_records(folder: Path) -> Records:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-            except ValueError:  # empty, or torn by a crash: its problem is sampled again
+                records[record["file"], record["guided"], record["id"]] = record
+            except (ValueError, KeyError, TypeError):  # empty, or torn by a crash: its problem is sampled again
                 continue
-            records[record["file"], record["guided"], record["id"]] = record
     return records
 
 
@@ -300,3 +296,47 @@ def figures_line(result: dict) -> str:
         f"avg@{n} {accuracy:.1f}{spread}  {passed}  maj@{n} {voted:.1f}  truncated {cut:.1f} %  "
         f"tokens {result['tokens']:.0f}  problems {result['problems']}{lost}"
     )
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse: a finite number that is not below `least`."""
+
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not least <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, got {text}")
+        return number
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # no abbreviations: --temp must not be read as --temperature, and a typo must fail
+    parser = argparse.ArgumentParser(description="Accuracy of a model on jsonl files of problems.", allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model folder or hub name")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
+    what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
+    add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
+    add("--n", type=at_least(1), nargs="+", help="samples a problem, one number for all files or one for each (default: 1)")
+    add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
+    add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
+    add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
+    add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
+    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
+    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
+    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
+    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
+    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
+    add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
+    add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
+    return parser
