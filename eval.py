@@ -23,12 +23,12 @@ import torch
 from tqdm import tqdm
 
 from data.problems import Problem, load_problems  # noqa: F401  (load_problems: users import it from here)
-from grader import MathWorker, extract_answer, is_correct
+from grader import MathWorker, RewardError, UserReward, extract_answer
 from methods import Method
 from model import encode_chat
 from parallel import RankLost, all_gather, leave, my_share, ranks_of
 from rollout import Trajectory, sample_and_grade, stream_seed
-from strategy import auto_messages, guided_messages
+from strategy import DEFAULT, Template, auto_messages, guided_messages
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # [§4.2]
 # [ours] holds nearly every answer of a small instruct model. The paper's 32,768 need a far larger KV cache, and hours if the
@@ -78,7 +78,8 @@ def sample_records(
     temperature: float,
     top_p: float,
     seed: int,
-    worker: MathWorker,
+    worker: MathWorker | UserReward,
+    correct_at: float = Method.correct_at,
     max_rows: int = Method.max_rows,
     cache_tokens: int | None = None,
     on_problem: Callable[[dict], None] | None = None,
@@ -86,11 +87,12 @@ def sample_records(
 ) -> list[dict]:
     """Sample and grade n responses to each problem, on this rank alone: one record per problem, in their order.
 
-    A record has the problem's "id" and its "samples", each with text, answer, correct, truncated, timed_out (the grader ran out
-    of time) and length (in tokens, the end token included).
+    A record has the problem's "id" and its "samples", each with text, answer, reward, correct, truncated, timed_out (the grader
+    ran out of time) and length (in tokens, the end token included).
 
     prompts     the token ids of each problem's prompt, see encode_prompts
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
+    worker      its reward grades a response, which is correct from correct_at on
     seed        each problem gets a random stream of its own, from this and its id
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
     progress    the name of a progress bar; None: there is none
@@ -104,10 +106,10 @@ def sample_records(
 
     def grade(row: Trajectory, member: int, text: str) -> None:
         record, timeouts = records[row.group], worker.timeouts
-        correct = is_correct(text, problems[row.group].answer, worker)
+        reward = worker.reward(text, problems[row.group])
         record["samples"][member] = {
-            "text": text, "answer": extract_answer(text), "correct": correct, "truncated": not row.finished,
-            "timed_out": worker.timeouts > timeouts, "length": len(row.response_ids),
+            "text": text, "answer": extract_answer(text), "reward": reward, "correct": reward >= correct_at,
+            "truncated": not row.finished, "timed_out": worker.timeouts > timeouts, "length": len(row.response_ids),
         }  # fmt: skip
         left[row.group] -= 1
         if not left[row.group] and on_problem is not None:
@@ -120,14 +122,16 @@ def sample_records(
     return records
 
 
-def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool, file: str) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: object, problems: Sequence[Problem], guided: bool, file: str, template: Template = DEFAULT
+) -> list[list[int]]:
     """The token ids of each prompt, with the strategy in it if guided. ValueError if rows of the file have none."""
     missing = [problem.id for problem in problems if guided and problem.strategy is None]
     if missing:
         raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
     prompts = []
-    for problem in problems:
-        messages = guided_messages(problem.problem, problem.strategy) if guided else auto_messages(problem.problem)
+    for row in problems:
+        messages = guided_messages(row.problem, row.strategy, template) if guided else auto_messages(row.problem, template)
         prompts.append(encode_chat(tokenizer, messages))
     return prompts
 
@@ -138,7 +142,8 @@ def encode_prompts(tokenizer: object, problems: Sequence[Problem], guided: bool,
 def figures(records: Sequence[dict]) -> dict:
     """The figures of P problems, at least one, with n samples each, from sample_records' records.
 
-    accuracy         avg@n: mean over all samples, in [0, 1]
+    accuracy         avg@n: the share of correct samples, in [0, 1]
+    reward           mean over all samples; of a reward of 0 or 1 it is the accuracy
     standard_error   of the accuracy: unbiased standard deviation of the problems' means / sqrt(P), None for P = 1. It says how
                      far other problems of the kind would move the figure, not how far another seed would
     pass_at          pass@k for the powers of two below n, and for n: {"1": ..., "2": ..., "4": ...}; pass_at_n is the last
@@ -155,6 +160,7 @@ def figures(records: Sequence[dict]) -> dict:
     pass_at = {str(k): statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in ks}
     return {
         "accuracy": statistics.fmean(means),
+        "reward": statistics.fmean(sample["reward"] for sample in samples),
         "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         "pass_at": pass_at,
         "pass_at_n": pass_at[str(n)],
@@ -179,21 +185,20 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def show_responses(
-    model: torch.nn.Module, tokenizer: object, problem: Problem, when: str, *, worker: MathWorker, seed: int, **settings: object
-) -> None:
-    """Print one response alone and one guided, to the same problem."""
-    prompts = {"alone": auto_messages(problem.problem)}
-    if problem.strategy is not None:
-        prompts["guided"] = guided_messages(problem.problem, problem.strategy)
-    ids = [encode_chat(tokenizer, messages) for messages in prompts.values()]
+    model: torch.nn.Module, tokenizer: object, problem: Problem, prompts: dict[str, list[int]], when: str, *,
+    worker: MathWorker | UserReward, seed: int, **settings: object,
+) -> None:  # fmt: skip
+    """Print a response to each prompt of a problem. prompts: {name: token ids}."""
 
-    def grade(row: Trajectory, member: int, text: str) -> tuple[str, bool]:
-        return text, is_correct(text, problem.answer, worker)
+    def grade(row: Trajectory, member: int, text: str) -> tuple[str, float]:
+        return text, worker.reward(text, problem)
 
-    _, graded = sample_and_grade(model, tokenizer, ids, grade, n=1, seed=[seed] * len(ids), **settings)
+    _, graded = sample_and_grade(
+        model, tokenizer, [*prompts.values()], grade, n=1, seed=[seed] * len(prompts), **settings
+    )  # fmt: skip
     tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
-    for kind, ((text, correct),) in zip(prompts, graded, strict=True):
-        tqdm.write(f"  {kind:>6} ({'right' if correct else 'wrong'}): {text}")
+    for kind, ((text, reward),) in zip(prompts, graded, strict=True):
+        tqdm.write(f"  {kind:>6} (reward {reward:g}): {text}")
 
 
 def plus_minus(figures: dict) -> str:
@@ -232,5 +237,5 @@ if __name__ == "__main__":
         leave()
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped by Ctrl-C; the same command goes on after the last response")
-    except (ValueError, OSError, RankLost) as problem_with_input:
+    except (ValueError, OSError, RankLost, RewardError) as problem_with_input:
         sys.exit(f"eval.py: {problem_with_input}")

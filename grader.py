@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from fractions import Fraction
 from functools import reduce
 from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
+from threading import Thread
 
 MAX_ANSWER = 1000  # characters; no benchmark's answer is longer, and parsing time grows with the length
 
@@ -53,58 +55,135 @@ def _undress(text: str) -> str:
     return wrapped[2].strip() if wrapped else text
 
 
-class MathWorker(AbstractContextManager):
-    """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
+class Child(AbstractContextManager):
+    """A process that answers questions, a line of JSON for each, started at the first one. For one thread.
 
-    timeout_s limits a question: then the child is killed, and the next question starts a new one (RuntimeError if it cannot).
-    memory_bytes is its address space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it,
-    each was graded wrong.
+    timeout_s limits a question: then the child and all that it has started are killed, and the next question starts a new one
+    (RuntimeError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
     """
 
-    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
-        self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
+    def __init__(self, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
+        self.command, self.timeout_s, self.environment = [sys.executable, "-P", __file__, *command], timeout_s, environment
         self.timeouts, self._process = 0, None
 
     def close(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()  # waits for its end and closes both pipes
             self._process = None
 
     __exit__ = close
 
     def start(self) -> None:
-        """Start the child unless it runs; equal does it too."""
+        """Start the child unless it runs; ask does it too."""
         if self._process is not None:
             return
+        # A session of its own: signals to our group are for us. When we end, so does its input.
+        self._process = Popen(
+            self.command, bufsize=0, stdin=PIPE, stdout=PIPE, env=self.environment, start_new_session=True
+        )
+        if self._process.stdout.readline() != b"ready\n":
+            self.close()
+            raise RuntimeError("the grader's process did not start, its error is above")
+
+    def ask(self, question: object, limit_s: float | None = None) -> object:
+        """Its answer to something JSON can hold. None if there is none in time, and counted."""
+        self.start()
+        answer = b""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            if wait([self._process.stdout], self.timeout_s if limit_s is None else limit_s):
+                answer = self._process.stdout.readline()
+        if not answer:
+            self.timeouts += 1
+            self.close()
+        return json.loads(answer or b"null")
+
+
+class MathWorker(Child):
+    """math-verify in a child process; it takes about 1 s to start. memory_bytes is its address space (sympy takes 150 MB)."""
+
+    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
         # Not in this process: math-verify's signal.alarm fails off the main thread, and a power tower never ends.
-        command = [sys.executable, "-P", __file__, str(self.memory_bytes), str(int(self.timeout_s) + 3)]
         # What it needs to find its packages, and no tokens or keys: it reads what a model wrote.
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        # A session of its own: signals to our group are for us. When we end, so does its input.
-        self._process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, env=environment, start_new_session=True)
-        if self._process.stdout.read(1) != b"!":
-            self.close()
-            raise RuntimeError("the grader's process did not start (no math-verify?), its error is above")
+        super().__init__(["math", str(memory_bytes), str(int(timeout_s) + 3)], timeout_s, environment)
 
     def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
         """math-verify's verdict on two LaTeX expressions without delimiters. False if there is none in time, and counted."""
-        self.start()
-        verdict = b""
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-            if wait([self._process.stdout], self.timeout_s if limit_s is None else limit_s):
-                verdict = self._process.stdout.read(1)
-        if not verdict:
-            self.timeouts += 1
-            self.close()
-        return verdict == b"="
+        return self.ask([gold, prediction], limit_s) is True
+
+    def reward(self, response: str, problem: object) -> float:
+        """1 if the response's final answer is the problem's, else 0."""
+        return float(is_correct(response, problem.answer, self))
 
 
-def _child(memory_bytes: int, alarm_s: int) -> None:
-    """Read [gold, prediction], a line of JSON each, and answer "=" or "/", until standard input ends."""
+class RewardError(RuntimeError):
+    """There is no such reward function, or it raised, or returned no number in [0, 1]. Names the row."""
+
+
+class UserReward(Child):
+    """A function of yours as the reward, named FILE:FUNCTION, in a child process. What it prints goes to standard error.
+
+    It is called with (response, row) and returns a number in [0, 1]. row is the problem's line of the data as a dict, fields of
+    its own included. RewardError if there is no such function. A call that takes longer than timeout_s pays 0.
+    """
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        file, _, function = name.rpartition(":")
+        if not os.path.isfile(file) or not function.isidentifier():
+            raise RewardError(f"--reward {name}: expected FILE.py:FUNCTION, with a file that exists")
+        super().__init__(["reward", file, function], timeout_s)
+        self.name = name
+        try:
+            self.start()
+        except RuntimeError as error:
+            raise RewardError(f"--reward {name}: {error}") from error
+
+    def reward(self, response: str, problem: object) -> float:
+        """What the function pays. RewardError if it does not return a number in [0, 1]."""
+        answer = self.ask([response, problem.to_row()])
+        if answer is None:
+            return 0.0
+        if isinstance(answer, str) or not 0 <= answer <= 1:
+            what = answer if isinstance(answer, str) else f"returned {answer}, which is not in [0, 1]"
+            raise RewardError(f"--reward {self.name}: row {problem.id!r}: {what}")
+        return answer
+
+
+def grader_of(reward: str, timeout_s: float) -> MathWorker | UserReward:
+    """What --reward names, or math-verify for "". Both have `reward(response, problem)` and `timeouts`."""
+    return UserReward(reward, timeout_s) if reward else MathWorker(timeout_s)
+
+
+def _serve_reward(file: str, function: str) -> None:
+    """Answer each [response, row] with the function's number, or with a text: what it raised."""
+    questions, answers, parent = os.fdopen(os.dup(0)), os.dup(1), os.getppid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever the function starts must not read our questions
+    os.dup2(2, 1)
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)  # and whatever the function has started
+
+    Thread(target=end_with_parent, daemon=True).start()
+    sys.path[:0], sys.path[len(sys.path) :] = [os.path.dirname(os.path.abspath(file))], [os.path.dirname(__file__)]
+    reward = runpy.run_path(file, run_name="reward")[function]
+    os.write(answers, b"ready\n")
+    for line in questions:
+        try:
+            answer = float(reward(*json.loads(line)))
+        except BaseException as error:  # sys.exit too
+            answer = f"{type(error).__name__}: {error}"[:1000]
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def _serve_math(memory_bytes: int, alarm_s: int) -> None:
+    """Answer each [gold, prediction] with true or false, until standard input ends."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -124,7 +203,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
     for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
-    os.write(1, b"!")
+    os.write(1, b"ready\n")
     for line in sys.stdin.buffer:
         signal.alarm(alarm_s)  # its default action is death: if the parent is gone, no power tower outlives it for long
         try:
@@ -134,7 +213,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
         except Exception:  # whatever sympy raises on text that a model made up, it is not the answer
             verdict = False
         signal.alarm(0)
-        os.write(1, b"=" if verdict else b"/")
+        os.write(1, b"true\n" if verdict else b"false\n")
 
 
 _SYMBOLS = str.maketrans({
@@ -483,5 +562,8 @@ def why_unusable(answer: str) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-if __name__ == "__main__":  # in the child process of MathWorker
-    _child(int(sys.argv[1]), int(sys.argv[2]))
+if __name__ == "__main__":  # in a child process
+    if sys.argv[1] == "math":
+        _serve_math(*map(int, sys.argv[2:]))
+    else:
+        _serve_reward(*sys.argv[2:])

@@ -55,6 +55,8 @@ class Method:
     clip_low: float = knob(0.2, "the ratio is clipped below 1 minus this [app E]", high=1)
     clip_high: float = knob(0.28, "the ratio is clipped above 1 plus this [app E]")
     mask_truncated: bool = knob(False, "leave truncated responses out of the policy loss, but not out of their group [ours]")
+    # what counts as correct: in C, p_auto and p_guide, and for the gates of hinted and hpt. Advantages use the reward itself
+    correct_at: float = knob(1.0, "a reward of at least this makes a response correct, see --reward", low=1e-6, high=1)
     # distillation
     delta: float = knob(1.0, "KL clip: tokens with d_t above this many nats are dropped [eq 5, app E]; inf: none")
     alpha_0: float = knob(0.5, "scale of the adaptive weight [eq 6, §4.4]")
@@ -106,14 +108,15 @@ def grpo_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: Te
 
 def sgpo_advantages(m: Method, auto: Tensor, guided: Tensor, solution: Tensor | None) -> dict[str, Tensor]:
     if m.weight == "adaptive":
-        alpha = instance_weight(auto.mean(1), guided.mean(1), m.alpha_0, m.gamma, m.alpha_max)  # p_auto, p_guide [eq 6]
+        p_auto, p_guide = ((rewards >= m.correct_at).float().mean(1) for rewards in (auto, guided))  # [eq 6]
+        alpha = instance_weight(p_auto, p_guide, m.alpha_0, m.gamma, m.alpha_max)
     elif m.weight == "fixed":
         alpha = torch.ones(len(auto))  # [app G]
     elif m.weight == "group_advantage":
         alpha = group_advantage_weight(auto, guided.amax(1), m.alpha_max)  # of R(o+) = the largest R(õ_j) [eq 8]
     else:
         alpha = guided_advantage_weight(auto, guided, m.alpha_0, m.alpha_max)  # [ours]
-    solved = (guided > 0).any(1)  # (P,) C is not empty; else alpha = 0 [alg 1, lines 14-15]
+    solved = (guided >= m.correct_at).any(1)  # (P,) C is not empty; else alpha = 0 [alg 1, lines 14-15]
     # without autonomous GRPO the group's pass stays, for the diagnostics; with advantages of 0 it has no gradient
     advantages = group_advantages(auto) if m.autonomous else torch.zeros_like(auto)  # A_i [eq 1]
     return {"advantages": advantages, "alpha": alpha * solved}
@@ -122,7 +125,7 @@ def sgpo_advantages(m: Method, auto: Tensor, guided: Tensor, solution: Tensor | 
 def hinted_advantages(m: Method, auto: Tensor, guided: Tensor, solution: Tensor | None) -> dict[str, Tensor]:
     """If the policy fails alone, the guided group replaces the autonomous one, on its own prompt (as in SAGE, arXiv 2602.03143,
     and Scaf-GRPO). It asks whether hints alone bring the reward's signal back."""
-    fails = (auto <= 0).all(1)  # (P,)
+    fails = (auto < m.correct_at).all(1)  # (P,)
     advantages = {"advantages": group_advantages(auto), "guided_advantages": group_advantages(guided)}
     return advantages | {"use_auto": ~fails, "use_guided": fails}
 
@@ -136,7 +139,7 @@ def luffy_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: T
 
 def hpt_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: Tensor | None) -> dict[str, Tensor]:
     """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code]."""
-    gated = hpt_gate(auto, m.hpt_gate)  # (P,)
+    gated = hpt_gate((auto >= m.correct_at).float(), m.hpt_gate)  # (P,)
     return {"advantages": group_advantages(auto, scale_by_std=False), "use_auto": ~gated, "use_solution": gated}
 
 

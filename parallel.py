@@ -121,7 +121,8 @@ def all_gather(value: Any) -> list[Any]:
 
 
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C came: the work at hand is dropped, and the run ends with a checkpoint."""
+    """SIGTERM or Ctrl-C came, or a rank's work failed (then that is its cause there): the work at hand is dropped, and the run
+    ends with a checkpoint."""
 
 
 class Control:
@@ -149,8 +150,9 @@ class Control:
 
     def preemptible(self, work: Callable[[], Any]) -> Any:
         """Do work that differs from rank to rank, communicates nothing and changes nothing that is kept; then a barrier.
-        Returns the work's result. After a signal to any rank, which cuts its own work short, all ranks raise Preempted."""
-        result = None
+        Returns the work's result. After a signal to any rank, which cuts its own work short, or an error in its work, all ranks
+        raise Preempted."""
+        result = failure = None
         try:
             try:
                 self.may_cut_short = True
@@ -160,8 +162,10 @@ class Control:
                 self.may_cut_short = False  # the signal may arrive at this very line, so the `except` is around it too
         except Preempted:
             pass
-        if self.barrier(int(self.stop_asked)):
-            raise Preempted
+        except Exception as error:
+            failure = error
+        if self.barrier(int(self.stop_asked or failure is not None)):
+            raise Preempted from failure
         return result
 
     @contextmanager

@@ -62,6 +62,7 @@ class ProblemSamples:
     # set by methods.METHODS[...].advantages
     advantages: list[float] = field(default_factory=list)  # A_i, one for each of `auto`
     guided_advantages: list[float] = field(default_factory=list)  # hinted: one for each of `guided`
+    solution_reward: float = 0.0  # luffy
     solution_advantage: float = 1.0  # luffy; hpt's loss does not use one
     use_auto: bool = True  # the policy loss is over the autonomous group,
     use_guided: bool = False  # over the guided group (hinted),
@@ -116,8 +117,8 @@ def sgpo_step(
 
     model    its weights change, and the optimizer's moments; on several ranks it is sharded by parallel.shard
     batch    this rank's share of the step's problems, each with its place in the whole batch, below settings.problems_per_step
-    reward   (response, problem) -> 1 or 0; above 0 is correct. Called in one thread while other responses are still sampled;
-             LUFFY asks it about problem.solution too
+    reward   (response, problem) -> a number in [0, 1]; from settings.correct_at on it is correct. Called in one thread while
+             other responses are still sampled; LUFFY asks it about problem.solution too
     step     with the place it seeds the sampling, so the result depends neither on earlier steps nor on the number of ranks
     ragged   calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
     """
@@ -125,13 +126,13 @@ def sgpo_step(
     with whole_model(model) as policy:
         samples = ragged(lambda: sample_and_reward(policy, tokenizer, settings, batch, reward, step))
         sampled = time.perf_counter()
-        set_advantages(settings, samples, reward)
+        set_advantages(settings, samples)
         choose(settings, policy, samples, step)
     minibatches = [[] for _ in range(settings.minibatches)]
     for sample in samples:  # split by the place in the whole batch, which is the same on any number of ranks
         minibatches[sample.place * settings.minibatches // settings.problems_per_step].append(sample)
     metrics = over_updates([update(model, optimizer, settings, part, learning_rate) for part in minibatches])
-    return metrics | describe(samples, model.device) | {"sampling_s": sampled - start}, samples
+    return metrics | describe(settings, samples, model.device) | {"sampling_s": sampled - start}, samples
 
 
 def sample_and_reward(
@@ -157,25 +158,26 @@ def sample_and_reward(
         temperature=settings.temperature, top_p=settings.top_p,
     )  # fmt: skip
     guided, guided_rewards = (rows[len(examples) :] or [[] for _ in examples] for rows in (groups, rewards))
-    return [
+    samples = [
         ProblemSamples(place, example, groups[p], guided[p], rewards[p], guided_rewards[p])
         for p, (place, example) in enumerate(batch)
     ]
+    for sample in samples if variant.solution_in_group else ():
+        sample.solution_reward = float(reward(sample.example.problem.solution, sample.example.problem))
+    return samples
 
 
 # ------------------------------------------------------------------------------------- advantages, weight and target
 
 
-def set_advantages(settings: Method, samples: list[ProblemSamples], reward: Reward) -> None:
+def set_advantages(settings: Method, samples: list[ProblemSamples]) -> None:
     """Set each problem's advantages, its alpha(q), and what its policy loss is over, by the method's function in METHODS."""
     if not samples:
         return  # this rank has no problem in this step
-    variant, problems = METHODS[settings.method], [sample.example.problem for sample in samples]
+    variant = METHODS[settings.method]
     auto = torch.tensor([sample.auto_rewards for sample in samples])  # (P, G)
     guided = torch.tensor([sample.guided_rewards for sample in samples]) if variant.guided else None  # (P, J)
-    solution = None
-    if variant.solution_in_group:
-        solution = torch.tensor([float(reward(problem.solution, problem)) for problem in problems])  # (P,)
+    solution = torch.tensor([sample.solution_reward for sample in samples])  # (P,)
     for name, column in variant.advantages(settings, auto, guided, solution).items():
         for sample, value in zip(samples, column.tolist(), strict=True):
             setattr(sample, name, value)
@@ -187,7 +189,7 @@ def choose(settings: Method, policy: CausalLM, samples: list[ProblemSamples], st
         return
     for sample, logprobs in zip(samples, unguided_logprobs(settings, policy, samples), strict=True):
         sample.unguided_logprobs = logprobs
-        correct = torch.tensor(sample.guided_rewards) > 0  # C = { j : R(õ_j) = 1 }
+        correct = torch.tensor(sample.guided_rewards) >= settings.correct_at  # C = { j : R(õ_j) = 1 }
         if settings.target == "all":
             sample.targets = correct.nonzero()[:, 0].tolist()  # [eq 2]
             continue
@@ -380,8 +382,9 @@ def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics | {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
 
 
-def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, float]:
+def describe(settings: Method, samples: list[ProblemSamples], device: torch.device) -> dict[str, float]:
     """Metrics of what was sampled and decided in a step, over all ranks."""
+    least = settings.correct_at
     auto = [row for sample in samples for row in sample.auto]
     guided = [row for sample in samples for row in sample.guided]
     local = {
@@ -390,9 +393,9 @@ def describe(samples: list[ProblemSamples], device: torch.device) -> dict[str, f
         "reward_guided": sum(sum(sample.guided_rewards) for sample in samples),
         "alpha": sum(sample.alpha for sample in samples),
         "with_target": sum(bool(sample.targets) for sample in samples),
-        "reach_gap": sum(reach_gap(s.unguided_logprobs, s.guided_rewards, s.targets) for s in samples),
-        "all_right": sum(min(sample.auto_rewards) > 0 for sample in samples),
-        "all_wrong": sum(max(sample.auto_rewards) == 0 for sample in samples),
+        "reach_gap": sum(reach_gap(s.unguided_logprobs, [r >= least for r in s.guided_rewards], s.targets) for s in samples),
+        "all_right": sum(min(sample.auto_rewards) >= least for sample in samples),
+        "all_wrong": sum(max(sample.auto_rewards) < least for sample in samples),
         "truncated": sum(not row.finished for row in auto),
         "length_auto": sum(len(row.response_ids) for row in auto),
         "length_guided": sum(len(row.response_ids) for row in guided),

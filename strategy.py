@@ -24,6 +24,7 @@ GUIDE = "Follow this strategy."  # few and plain words: the tiny world's vocabul
 CRITERIA = ("type", "strategy", "steps", "no_leak")  # [tab 5]; each is scored from 0.0 to 1.0
 # [ours] With this score on no_leak, or a lower one, a candidate is out: scoring_prompt says what such a score means.
 LEAK_SCORE = 0.2
+SLOT = r"\{(problem|strategy)\}"  # in a Template
 
 
 # ------------------------------------------------------------------------------------ the record and its text form
@@ -103,19 +104,54 @@ def parse_strategy(text: str) -> Strategy:
 # endings, the first tokens of a response would differ because of the template, and d_t there would measure the template.
 
 
-def auto_messages(problem: str) -> list[dict[str, str]]:
-    """The chat messages of the unguided prompt, pi(.|q): one user message.
+@dataclass(frozen=True)
+class Template:
+    """The wording of the policy's prompts. {problem} and {strategy} are replaced, the latter by format_strategy's text.
 
-    There is no system message on either side: if the chat template has a default of its own, that one applies. Raises
-    ValueError for an empty problem.
+    ValueError unless `prompt` has {problem} once, `guided` has both once, and both are the same from {problem} to the end.
     """
-    return _user(_check_text("problem", problem) + "\n\n" + INSTRUCTION)
+
+    prompt: str = "{problem}\n\n" + INSTRUCTION
+    guided: str = GUIDE + "\n{strategy}\n\n{problem}\n\n" + INSTRUCTION
+    system: str = ""  # no system message: if the chat template has a default of its own, that one applies
+
+    def __post_init__(self):
+        fields = {"prompt": ["problem"], "guided": ["strategy", "problem"], "system": []}
+        for name, expected in fields.items():
+            if re.findall(SLOT, getattr(self, name)) != expected:
+                places = " and then ".join(f"{{{field}}}" for field in expected) or "neither {problem} nor {strategy}"
+                raise ValueError(f"template field {name!r}: expected {places}, each once, got {getattr(self, name)!r}")
+        ends = [text[text.index("{problem}") :] for text in (self.prompt, self.guided)]
+        if ends[0] != ends[1]:
+            raise ValueError(f"template: both prompts must be the same from {{problem}} on, got {ends[0]!r} and {ends[1]!r}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "Template":
+        """From {"prompt": str, "guided": str, "system": str}, each of them optional; ValueError for anything else."""
+        if not isinstance(data, Mapping) or not all(isinstance(text, str) for text in data.values()):
+            raise ValueError(f"template: expected an object of texts, got {data!r}")
+        if unknown := data.keys() - {"prompt", "guided", "system"}:
+            raise ValueError(f"template: unknown field {min(unknown)!r}; there are prompt, guided and system")
+        return cls(**data)
+
+    def messages(self, text: str, **values: str) -> list[dict[str, str]]:
+        # in one pass: a problem may have "{strategy}" in it
+        user = _user(re.sub(SLOT, lambda slot: values[slot[1]], text))
+        return [{"role": "system", "content": self.system}, *user] if self.system else user
 
 
-def guided_messages(problem: str, strategy: Strategy) -> list[dict[str, str]]:
-    """The chat messages of the guided prompt, pi(.|q, s): the strategy, then the text of auto_messages [§3.1]."""
-    block = GUIDE + "\n" + format_strategy(strategy)
-    return _user(block + "\n\n" + _check_text("problem", problem) + "\n\n" + INSTRUCTION)
+DEFAULT = Template()
+
+
+def auto_messages(problem: str, template: Template = DEFAULT) -> list[dict[str, str]]:
+    """The chat messages of the unguided prompt, pi(.|q). ValueError for an empty problem."""
+    return template.messages(template.prompt, problem=_check_text("problem", problem))
+
+
+def guided_messages(problem: str, strategy: Strategy, template: Template = DEFAULT) -> list[dict[str, str]]:
+    """The chat messages of the guided prompt, pi(.|q, s): with the strategy before the problem [§3.1]."""
+    texts = {"problem": _check_text("problem", problem), "strategy": format_strategy(strategy)}
+    return template.messages(template.guided, **texts)
 
 
 # ------------------------------------------------------------------------------------ prompts for the strong model

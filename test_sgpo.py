@@ -795,12 +795,12 @@ def test_random_target_is_uniform_over_the_correct_ones():
 
 def draw_samples(run, batch, step=1):
     with parallel.whole_model(run.model) as policy:
-        return sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, batch, run.reward, step)
+        return sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, batch, run.worker.reward, step)
 
 
 def decide(run, samples, step=1):
     """Advantages, weight and target, as a step sets them."""
-    sgpo.set_advantages(run.cfg, samples, run.reward)
+    sgpo.set_advantages(run.cfg, samples)
     with parallel.whole_model(run.model) as policy:
         sgpo.choose(run.cfg, policy, samples, step)
 
@@ -1244,7 +1244,7 @@ def test_what_a_step_says_of_its_samples_by_hand():
         "sampled_tokens": 21 + 18,
         "reach_gap": (0 + 2) / 2,  # of those with a target: -2 against a mean of -2, and -4 against one of -6
     }
-    assert sgpo.describe(samples, CPU) == pytest.approx(want)
+    assert sgpo.describe(methods.Method(), samples, CPU) == pytest.approx(want)
 
 
 def test_data_order_covers_every_epoch_and_depends_on_the_seed():

@@ -29,13 +29,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
-from data.problems import Problem, check_lengths, digests, load_problems, shuffled_strategies
-from eval import accuracy_table, encode_prompts, evaluate, expected_length, plus_minus, show_responses
-from grader import MathWorker, is_correct
-from kv_cache import PAGE, least_pages
+from data.examples import check_rows, data_order, encode_examples, encode_rows, most_sampled, split_examples
+from data.problems import digests, load_problems, load_template
+from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
+from grader import MathWorker, RewardError, UserReward, grader_of
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
-from model import CausalLM, blank_model, encode_text, resolve_model, save_model
+from model import CausalLM, blank_model, resolve_model, save_model
 from parallel import (
     Control,
     Preempted,
@@ -70,6 +70,9 @@ class Config(Method):
     model: str = knob("", "model folder, org/name, or the bare name of a known family; empty: the tiny world's base model")
     data: str = knob("", "training problems (jsonl, see data/README.md); empty: the tiny world or the starter set")
     eval_data: str = knob("", "held-out problems; empty: the default data's own test split, else no evaluation")
+    reward: str = knob("", "FILE.py:FUNCTION(response, row) -> a number in [0, 1], instead of comparing final answers")
+    reward_timeout: float = knob(5.0, "seconds to grade one response: a call of --reward, or a comparison", low=0.01)
+    template: str = knob("", "JSON file with the wording of both prompts (data/README.md); eval.py takes it too")
     out: str = knob("", "folder to write to; empty: runs/<method>-<time>")
     seed: int = knob(0, "seed of everything random; --data_seed and --sampling_seed replace it for their parts")
     data_seed: int = knob(-1, "seed of the split and the order of the problems; -1: the same as --seed", low=-1)
@@ -210,14 +213,10 @@ class Run:
     model: CausalLM
     tokenizer: Any
     optimizer: torch.optim.Optimizer
-    worker: MathWorker
+    worker: MathWorker | UserReward
     folder: RunFolder
     control: Control
     progress: Progress = field(default_factory=Progress)
-
-    def reward(self, response: str, problem: Problem) -> float:
-        """1 if the response's final answer is the problem's, else 0."""
-        return float(is_correct(response, problem.answer, self.worker))
 
 
 def say(text: str) -> None:
@@ -229,78 +228,6 @@ def say(text: str) -> None:
 def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     """The steps from `done` on, with a progress bar on rank 0."""
     return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0 or None)  # None: without a terminal
-
-
-def encode_examples(problems: Sequence[Problem], tokenizer: Any, cfg: Config, end_id: int) -> list[Example]:
-    """Encode every prompt before any work is done. ValueError for a row that the method cannot use."""
-    needs = set(METHODS[cfg.method].needs)
-    if cfg.sft_fraction > 0:
-        needs.add("solution")
-    if cfg.sft_guided > 0 and "solution" in needs:
-        needs.add("strategy")
-    for name in sorted(needs):
-        missing = [problem.id for problem in problems if getattr(problem, name) is None]
-        if missing:
-            hint = f"`python strategy.py --data {cfg.data} --endpoint URL --model NAME --out FILE` asks a strong model for them"
-            if name == "solution" and cfg.method != "sft":
-                hint = "--sft_fraction 0 leaves out the warm-up; " + hint
-            raise ValueError(f"{cfg.data}: {len(missing)} rows have no {name}, the first is {missing[0]!r}; {hint}")
-    if cfg.shuffle_strategies:
-        others = shuffled_strategies([problem.strategy for problem in problems], seed=0)
-        problems = [dataclasses.replace(problem, strategy=s) for problem, s in zip(problems, others, strict=True)]
-    examples = encode_rows(problems, tokenizer, guided="strategy" in needs, file=cfg.data)
-    if "solution" not in needs:
-        return examples
-    texts = [row.solution for row in problems]
-    if tokenizer.decode(examples[0].auto_ids).rstrip().endswith("<think>"):  # R1-Distill's prompts open the thoughts themselves
-        texts = [text.removeprefix("<think>").lstrip() for text in texts]
-    # the end token is a target too, or the model never learns to stop
-    solutions = [encode_text(tokenizer, text) + [end_id] for text in texts]
-    return [dataclasses.replace(example, solution_ids=ids) for example, ids in zip(examples, solutions, strict=True)]
-
-
-def encode_rows(problems: Sequence[Problem], tokenizer: Any, *, guided: bool, file: str) -> list[Example]:
-    """The problems with their prompts, with the strategy too if guided, and without solutions."""
-    alone = encode_prompts(tokenizer, problems, False, file)
-    helped = [None] * len(problems)
-    if guided:
-        helped = encode_prompts(tokenizer, problems, True, file)
-    return [Example(*row, solution_ids=None) for row in zip(problems, alone, helped, strict=True)]
-
-
-def check_rows(examples: Sequence[Example], held_out: Sequence[Example], cfg: Config, context: int) -> None:
-    """ValueError that names all rows too long for the context, or the one that needs the largest cache: rollout.generate's own
-    checks, before any work is done. SFT leaves out what is too long, see split_examples."""
-    rows = [(cfg.eval_data, example, cfg.eval_max_new_tokens) for example in held_out]
-    if cfg.method != "sft":
-        rows = [(cfg.data, example, cfg.max_new_tokens) for example in examples] + rows
-    lengths, caches = [], []
-    for file, example, longest in rows:
-        name = f"{file}: {example.problem.id!r}"
-        prompt = max(len(example.auto_ids), len(example.guided_ids or []))
-        learned = example.solution_ids if "solution" in METHODS[cfg.method].needs else None
-        lengths.append((name, prompt + len(learned or [0])))
-        caches.append((PAGE * least_pages(prompt, min(longest, context - prompt)), name))
-    check_lengths(lengths, context)
-    tokens, name = max(caches, default=(0, ""))
-    if 0 < cfg.cache_tokens < tokens:
-        raise ValueError(f"{name}, its prompt with its longest response, needs --cache_tokens {tokens}")
-
-
-def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    return [examples[i] for i in order.tolist()]
-
-
-def data_order(examples: Sequence[Example], step: int, batch: int, seed: int, stage: str) -> list[tuple[int, Example]]:
-    """The batch of a step as (place in the batch, example): cut from an endless stream of shuffled epochs. No state."""
-    chosen, order = [], []
-    for place in range(batch):
-        epoch, index = divmod(step * batch + place, len(examples))
-        if not chosen or index == 0:
-            order = shuffled(examples, stream_seed(seed, "order", stage, epoch))
-        chosen.append((place, order[index]))
-    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------- supervised stage
@@ -412,7 +339,7 @@ def rl_step(run: Run, batch: Sequence[tuple[int, Example]], step: int, learning_
     """sgpo_step and what a run adds to it: signals, more metrics, and samples.jsonl. Returns the metrics."""
     start, timeouts = time.perf_counter(), run.worker.timeouts
     metrics, samples = sgpo_step(
-        run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.reward,
+        run.model, run.tokenizer, run.optimizer, run.cfg, batch, run.worker.reward,
         step=step, learning_rate=learning_rate, ragged=run.control.preemptible,
     )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -454,34 +381,41 @@ def measure(run: Run, held_out: Sequence[Example], *, guided: bool) -> dict[str,
         figures = evaluate(
             policy, run.tokenizer, problems, prompts, ragged=run.control.preemptible, n=cfg.eval_n, seed=seed,
             max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
-            worker=run.worker, max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None,
+            worker=run.worker, correct_at=cfg.correct_at, max_rows=cfg.max_rows, cache_tokens=cfg.cache_tokens or None,
             progress=("guided" if guided else "auto") if world()[0] == 0 else None,
         )  # fmt: skip
     return {"guided": guided} | {name: value for name, value in figures.items() if name != "correct"}  # a number per problem
 
 
-def show(run: Run, problem: Problem, when: str) -> None:
-    """Rank 0 prints one response alone and one guided, at the evaluation's settings."""
-    cfg, seed = run.cfg, stream_seed(run.cfg.seed, "show")
+def show(run: Run, example: Example, when: str) -> None:
+    """Rank 0 prints one response alone and, if the run has guided prompts, one guided, at the evaluation's settings."""
+    cfg, prompts = run.cfg, {"alone": example.auto_ids, "guided": example.guided_ids}
     settings = dict(max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
-    with whole_model(run.model) as policy:
+    settings |= dict(worker=run.worker, seed=stream_seed(cfg.seed, "show"))
+    prompts = {name: ids for name, ids in prompts.items() if ids}
+
+    def work() -> None:
         if world()[0] == 0:
-            show_responses(policy, run.tokenizer, problem, when, worker=run.worker, seed=seed, **settings)
+            show_responses(policy, run.tokenizer, example.problem, prompts, when, **settings)
+
+    with whole_model(run.model) as policy:
+        run.control.preemptible(work)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole run
 
 
-def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run, list[Example], list[Example]]:
+def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) -> tuple[Run, list[Example], list[Example]]:
     """(run, training examples, held-out ones): load and check everything that a run needs. ValueError, before any training,
     for whatever is wrong with it."""
     problems = load_problems(cfg.data, worker)
     unseen = load_problems(cfg.eval_data, worker)[: cfg.eval_limit or None] if cfg.eval_data else []
     origin = origin_of({"data": cfg.data, "eval_data": cfg.eval_data})
+    template = load_template(cfg.template)
     model_folder = resolve_model(cfg.model)
     model, tokenizer = blank_model(model_folder)
-    examples = encode_examples(problems, tokenizer, cfg, model.config.eos_ids[0])
-    held_out = encode_rows(unseen, tokenizer, guided=cfg.eval_guided, file=cfg.eval_data)
+    examples = encode_examples(problems, tokenizer, cfg, model.config.eos_ids[0], template)
+    held_out = encode_rows(unseen, tokenizer, guided=cfg.eval_guided, file=cfg.eval_data, template=template)
     check_rows(examples, held_out, cfg, model.config.max_position_embeddings)
     ids = {"prompts": examples, "eval_prompts": held_out}
     for name, rows in ids.items():
@@ -495,59 +429,11 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker) -> tuple[Run,
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
 
 
-def split_examples(
-    examples: list[Example], cfg: Config, context: int
-) -> tuple[list[Example], list[Example], list[Example], list[str]]:
-    """(for SFT, for its validation, for RL, notes to print): a seeded split without overlap. --method sft takes all for SFT.
-
-    SFT leaves out the rows that are too long for it. ValueError if that leaves it none, or if none are left for RL.
-    """
-    for_sft, for_rl, notes = examples, [], []
-    if cfg.method != "sft":
-        order = shuffled(examples, stream_seed(cfg.data_seed, "split"))
-        cut = round(cfg.sft_fraction * len(examples))
-        for_sft, for_rl = order[:cut], order[cut:]
-        if not for_rl:
-            raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
-
-        if len(for_rl) < cfg.problems_per_step:
-            notes.append(f"{len(for_rl)} problems for RL, fewer than --problems_per_step: some are in a step more than once")
-
-    def length(example: Example) -> int:
-        prompts = [example.auto_ids, example.guided_ids] if cfg.sft_guided > 0 else [example.auto_ids]
-        return max(map(len, prompts)) + len(example.solution_ids)
-
-    longest = min(cfg.sft_max_tokens, context)
-    too_long = [example.problem.id for example in for_sft if length(example) > longest]
-    if too_long:
-        rows = f"{len(too_long):,} of {len(for_sft):,} rows longer than {longest:,} tokens, the first {too_long[0]!r}"
-        notes.append(f"left out of the SFT (--sft_max_tokens, or the context): {rows}")
-        for_sft = [example for example in for_sft if length(example) <= longest]
-        if not for_sft:
-            raise ValueError(f"{cfg.data}: {notes[-1]}")
-    count = round(cfg.sft_validation * len(for_sft)) if len(for_sft) >= 10 else 0
-    if count:
-        for_sft = shuffled(for_sft, stream_seed(cfg.data_seed, "sft validation"))
-    elif for_sft:
-        rows = f"--sft_validation {cfg.sft_validation:g} of {len(for_sft)} rows, of which it needs ten"
-        notes.append(f"no SFT validation, so its last weights are used: {rows}")
-    return for_sft[count:], for_sft[:count], for_rl, notes
-
-
-def most_sampled(cfg: Config, context: int, held_out: int) -> str:
-    """How many tokens a step and an evaluation can sample at most, for whoever pays for them."""
-    variant = METHODS[cfg.method]
-    responses = cfg.group_auto - variant.solution_in_group + cfg.group_guided * variant.guided if variant.advantages else 0
-    step = cfg.problems_per_step * responses * min(cfg.max_new_tokens, context)
-    evaluation = held_out * cfg.eval_n * min(cfg.eval_max_new_tokens, context)
-    return f"at most {step:,} tokens sampled a step ({responses} responses a problem) and {evaluation:,} an evaluation"
-
-
 def train(cfg: Config, device: torch.device) -> None:
     """Check everything, then run. SIGTERM and Ctrl-C end the run with a checkpoint."""
     if cfg.resume and (Path(cfg.out) / "model").exists() and not any(Path(cfg.out).glob("checkpoints/step-*")):
         return say(f"--resume: the run in {cfg.out} is finished, and has no checkpoints to go on from")
-    with MathWorker() as worker:
+    with grader_of(cfg.reward, cfg.reward_timeout) as worker:
         try:
             run, examples, held_out = prepare(cfg, device, worker)
             context = run.model.config.max_position_embeddings
@@ -568,9 +454,11 @@ def train(cfg: Config, device: torch.device) -> None:
         with run.control.catch_signals():
             try:
                 stages(run, for_sft, validation, for_rl, held_out)
-            except Preempted:
+            except Preempted as stop:
                 run.folder.save(run.model, run.optimizer, run.progress)
                 say(f"stopped: a checkpoint is in {run.folder.out / 'checkpoints'}; the same command with --resume goes on")
+                if stop.__cause__ is not None:
+                    raise stop.__cause__ from None
             finally:
                 run.folder.close()
 
@@ -601,7 +489,7 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
                 progress.table.setdefault(when, {})[kind] = accuracy
                 run.folder.log({"stage": "eval", "when": when, "step": step, **accuracy})
 
-    shown = (held_out or for_rl or for_sft)[0].problem
+    shown = (held_out or for_rl or for_sft)[0]
     if progress == Progress():
         show(run, shown, "before")
     evaluate_as("base", 0)
@@ -639,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(cfg, device)
     except KeyboardInterrupt:  # before training, or while a checkpoint was written
         sys.exit("stopped by Ctrl-C")
-    except (CheckpointError, NotFinite, RankLost) as error:
+    except (CheckpointError, NotFinite, RankLost, RewardError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -54,12 +54,12 @@ def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
     return int(logprobs.masked_fill(~correct, float("-inf")).argmax())  # o+ [eq 4]
 
 
-def reach_gap(logprobs: Sequence[float], rewards: Sequence[float], targets: Sequence[int]) -> float:
+def reach_gap(logprobs: Sequence[float], correct: Sequence[bool], targets: Sequence[int]) -> float:
     """By how many nats the targets' mean log-probability is above that of all correct ones, a diagnostic; 0 without targets."""
     if not targets:
         return 0.0
-    correct = [logprob for logprob, reward in zip(logprobs, rewards, strict=True) if reward > 0]
-    return sum(logprobs[j] for j in targets) / len(targets) - sum(correct) / len(correct)
+    reachable = [logprob for logprob, right in zip(logprobs, correct, strict=True) if right]
+    return sum(logprobs[j] for j in targets) / len(targets) - sum(reachable) / len(reachable)
 
 
 # ---------------------------------------------------------------------------------------------------- ablations

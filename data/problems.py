@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grader import MathWorker, normalise_answer, same_answer, why_unusable
-from strategy import Strategy, auto_messages
+from grader import MathWorker, UserReward, normalise_answer, same_answer, why_unusable
+from strategy import Strategy, Template, auto_messages
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None. `extra` has the
-    fields that the format does not know."""
+    """One row. `solution` is a strong model's worked solution, `strategy` its strategy; either may be None. `answer` may be ""
+    for a reward of one's own. `extra` has the fields that the format does not know."""
 
     id: str
     problem: str
@@ -31,35 +31,36 @@ class Problem:
 
     def to_row(self) -> dict[str, Any]:
         """The inverse of read_row, ready for json."""
-        row = {"id": self.id, "problem": self.problem, "answer": self.answer, "solution": self.solution}
+        row = {"id": self.id, "problem": self.problem, "answer": self.answer or None, "solution": self.solution}
         row["strategy"] = self.strategy and self.strategy.to_dict()
         return {name: value for name, value in row.items() if value is not None} | self.extra
 
 
-def load_problems(path: str | Path, worker: MathWorker | None = None) -> list[Problem]:
+def load_problems(path: str | Path, worker: MathWorker | UserReward | None = None) -> list[Problem]:
     """The rows of a jsonl file: {"id", "problem", "answer"}, and "solution", "strategy" and other fields if there are any.
 
     Answers are normalised (delimiters and a box around the whole are dropped). A row that repeats an earlier problem with the
     same answer is dropped, and a line printed; empty lines are passed over. An answer that no response could match is an error.
-    Raises one ValueError with up to 20 lines "path:line: what, value", and one that says what may help. worker: None starts
-    one for this call.
+    Raises one ValueError with up to 20 lines "path:line: what, value", and one that says what may help.
+
+    worker: None starts one for this call. For a UserReward an answer may be missing, or be anything.
     """
     if worker is None:
         with MathWorker() as worker:
             return load_problems(path, worker)
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    problems, errors, dropped = [], [], 0
+    problems, errors, dropped, math = [], [], 0, isinstance(worker, MathWorker)
     by_id, by_text = {}, {}  # id -> line; problem text -> (line, answer)
     for line, raw in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not raw.strip():
             continue
         try:
-            problem = read_row(raw)
+            problem = read_row(raw, math=math)
             text = " ".join(problem.problem.split())
             if text in by_text:
                 first, answer = by_text[text]
-                if not same_answer(problem.answer, answer, worker):
+                if problem.answer != answer and not (math and same_answer(problem.answer, answer, worker)):
                     raise ValueError(f"same problem as line {first} but answer {problem.answer!r}, not {answer!r}")
                 dropped += 1
                 continue
@@ -92,8 +93,9 @@ def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return row
 
 
-def read_row(raw: bytes) -> Problem:
-    """One row, from its line of JSON. ValueError "what, value" if it has another format."""
+def read_row(raw: bytes, *, math: bool = True) -> Problem:
+    """One row, from its line of JSON. ValueError "what, value" if it has another format; with `math` also if no response could
+    match its answer."""
     try:
         row = json.loads(raw.decode(), object_pairs_hook=_no_key_twice)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair would be an error when the results are written
@@ -101,20 +103,33 @@ def read_row(raw: bytes) -> Problem:
         raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, {row!r}")
-    if missing := [name for name in ("id", "problem", "answer") if name not in row]:
+    names = ["id", "problem", "answer", "solution", "strategy"]
+    if not math and not isinstance(row.get("answer"), str):
+        names.remove("answer")  # one that is no text is a field like any other
+    if missing := [name for name in names[:-2] if name not in row]:
         raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
-    own = {name: row.pop(name, None) for name in ("id", "problem", "answer", "solution", "strategy")}
+    own = {name: row.pop(name, None) for name in names}
     strategy = own.pop("strategy")
     for name, value in own.items():
         if name in ("id", "answer") and type(value) in (int, float):
             own[name] = value = json.dumps(value)
         if not (name == "solution" and value is None) and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"field {name!r} must be a non-empty string, {value!r}")
-    answer = normalise_answer(own["answer"])
-    if reason := why_unusable(answer):
-        raise ValueError(f"field 'answer' {reason}, {own['answer'][:200]!r}")
+    answer = own.get("answer", "")
+    if math:
+        answer = normalise_answer(answer)
+        if reason := why_unusable(answer):
+            raise ValueError(f"field 'answer' {reason}, {own['answer'][:200]!r}")
     strategy = None if strategy is None else Strategy.from_dict(strategy)
     return Problem(own["id"], own["problem"], answer, own["solution"], strategy, row)
+
+
+def load_template(path: str) -> Template:
+    """The wording of the policy's prompts, from a JSON file; "" for the usual one. ValueError naming the file."""
+    try:
+        return Template.from_dict(json.loads(Path(path).read_text("utf-8"))) if path else Template()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--template {path}: {error}") from error
 
 
 def check_lengths(rows: Iterable[tuple[str, int]], context: int) -> None:

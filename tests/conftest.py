@@ -12,6 +12,7 @@ import parallel
 import rollout
 import train
 from data import hard_world, prepare
+from data.examples import shuffled
 from grader import MathWorker
 from model import ModelConfig, build_model
 from tests.common import CPU, FAMILIES, REAL_DATA, ROOT, read_metrics, tiny_rows, write_rows
@@ -87,8 +88,8 @@ def resumed(tmp_path_factory):
     """Flags of the run that is stopped and goes on: the loss on the held-out rows of SFT rises, so RL starts from the second
     update's weights. The other rows teach something else."""
     rows = tiny_rows(40)
-    for_sft = train.shuffled(range(40), rollout.stream_seed(0, "split"))[:19]
-    for i in train.shuffled(for_sft, rollout.stream_seed(0, "sft validation"))[6:]:
+    for_sft = shuffled(range(40), rollout.stream_seed(0, "split"))[:19]
+    for i in shuffled(for_sft, rollout.stream_seed(0, "sft validation"))[6:]:
         rows[i]["solution"] = "9 " * 20
     data = write_rows(tmp_path_factory.mktemp("resumed") / "rows.jsonl", rows)
     return [*RESUMED.split(), "--data", str(data), "--eval_data", str(ROOT / "data/tiny/test.jsonl")]

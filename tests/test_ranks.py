@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import parallel
 import rollout
-import train
+from data.examples import shuffled
 from model import ModelConfig, blank_model, build_model, load_model
 from tests.common import (
     CPU,
@@ -82,7 +82,7 @@ dist.destroy_process_group()
 def start_runs(folder):
     """Make all RUNS, each in folder/ranks/name."""
     rows = tiny_rows(12)
-    for i in train.shuffled(range(12), rollout.stream_seed(0, "sft validation"))[3:]:
+    for i in shuffled(range(12), rollout.stream_seed(0, "sft validation"))[3:]:
         rows[i]["solution"] = "9 " * 20  # learning that makes the loss of the other three rise: the first epoch's weights count
     few = str(write_rows(folder / "few.jsonl", rows))
     for ranks, runs in RUNS.items():

@@ -221,7 +221,7 @@ def our_update(samples: list[ProblemSamples], **changed) -> tuple[float, Tensor]
     net, _ = networks()
     method = Method(**{**PAPER, **HOW, **changed})
     recorder = Recorder(parameters(net), lr=1.0)
-    set_advantages(method, samples, reward=None)
+    set_advantages(method, samples)
     choose(method, net, samples, step=1)
     metrics = update(net, recorder, method, samples, learning_rate=1.0)
     gradient = torch.cat([g.flatten() for g in recorder.gradients])
@@ -291,6 +291,6 @@ def test_switch_equals_the_paper(name, how):
 def test_alpha_equals_the_paper(weight):
     """Also where the loss cannot show it: if C is empty."""
     samples = problems()
-    set_advantages(Method(**{**PAPER, **HOW, "weight": weight}), samples, reward=None)
+    set_advantages(Method(**{**PAPER, **HOW, "weight": weight}), samples)
     want = [alpha(SimpleNamespace(**{**PAPER, "weight": weight}), sample) for sample in samples]
     assert [sample.alpha for sample in samples] == pytest.approx(want, abs=1e-6)

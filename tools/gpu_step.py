@@ -137,7 +137,7 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) ->
     def sampling() -> list[ProblemSamples]:
         with whole_model(model) as policy:
             samples = sample_and_reward(policy, tokenizer, settings, list(enumerate(examples)), bench.even_is_right, step=1)
-            set_advantages(settings, samples, bench.even_is_right)
+            set_advantages(settings, samples)
             choose(settings, policy, samples, step=1)
         return samples
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import lock, to_json
-from data.problems import Problem, check_lengths, digests, load_problems
+from data.problems import Problem, check_lengths, digests, load_problems, load_template
 from eval import MAX_NEW_TOKENS, TEMPERATURE, TOP_P, encode_prompts, expected_length, figures, sample_records
-from grader import MathWorker, same_answer
+from grader import MathWorker, UserReward, grader_of, same_answer
 from methods import Method
 from model import blank_model, load_model, resolve_model
 from parallel import Control, compute_dtype, my_share, world
@@ -64,7 +64,9 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, context: int) -> list[EvalSet]:
+def read_sets(
+    args: argparse.Namespace, worker: MathWorker | UserReward, tokenizer: object, context: int
+) -> list[EvalSet]:
     """Read and check all files first: a bad line in the last one, or a prompt that fills the context, must not cost an
     evaluation.
 
@@ -77,7 +79,7 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
     counts = args.n or [n for _, n, _ in files]
     if len(counts) not in (1, len(files)):
         raise ValueError(f"--n has {len(counts)} numbers for {len(files)} files: give one for all or one for each")
-    sets, seen, lengths = [], {}, []
+    sets, seen, lengths, template = [], {}, [], load_template(args.template)
     for index, (file, _, longest) in enumerate(files):
         problems = load_problems(file, worker)[: args.limit]
         sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -85,7 +87,8 @@ def read_sets(args: argparse.Namespace, worker: MathWorker, tokenizer: object, c
             raise ValueError(f"{file}: is given twice, {seen[sha256]} holds the same")
         seen[sha256] = file
         for guided in (False, True) if args.both else (args.guided,):
-            prompts = dict(zip([p.id for p in problems], encode_prompts(tokenizer, problems, guided, file), strict=True))
+            ids = encode_prompts(tokenizer, problems, guided, file, template)
+            prompts = dict(zip([problem.id for problem in problems], ids, strict=True))
             n = counts[index % len(counts)]
             sets.append(EvalSet(file, sha256, guided, n, args.max_new_tokens or longest, problems, prompts))
             lengths += [(f"{file}{' guided' * guided}: {name!r}", len(ids) + 1) for name, ids in prompts.items()]
@@ -105,6 +108,8 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
+        "reward": args.reward and hashlib.sha256(Path(args.reward.rpartition(":")[0]).read_bytes()).hexdigest(),
+        "correct_at": args.correct_at,
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
     prompts = {}
@@ -199,7 +204,7 @@ def majority(answers: Sequence[str | None], worker: MathWorker) -> int | None:
 
 
 def sample_share(
-    args: argparse.Namespace, share: list[tuple[EvalSet, list[Problem]]], device: torch.device, worker: MathWorker, path: Path
+    args: argparse.Namespace, share: list, device: torch.device, worker: MathWorker | UserReward, path: Path
 ) -> None:
     """Sample and grade this rank's share, and add a line to its file for each problem."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
@@ -210,15 +215,17 @@ def sample_share(
 
             def write(record: dict, one: EvalSet = one) -> None:
                 line = {"file": one.file, "guided": one.guided, **record}
-                line["majority"] = majority([sample["answer"] for sample in record["samples"]], worker)
+                if not args.reward:  # what two answers have in common, only grader.py can say
+                    line["majority"] = majority([sample["answer"] for sample in record["samples"]], worker)
                 stream.write(to_json(line, ensure_ascii=False) + "\n")
                 stream.flush()  # a killed process cannot take it back; only a loss of power can
 
             prompts = [one.prompts[problem.id] for problem in problems]
             sample_records(
                 model, tokenizer, problems, prompts, n=one.n, max_new_tokens=one.max_new_tokens, temperature=args.temperature,
-                top_p=args.top_p, seed=args.seed, worker=worker, max_rows=args.max_rows, cache_tokens=args.cache_tokens,
-                on_problem=write, progress=("guided" if one.guided else "auto") if world()[0] == 0 else None,
+                top_p=args.top_p, seed=args.seed, worker=worker, correct_at=args.correct_at, max_rows=args.max_rows,
+                cache_tokens=args.cache_tokens, on_problem=write,
+                progress=("guided" if one.guided else "auto") if world()[0] == 0 else None,
             )  # fmt: skip
 
 
@@ -231,7 +238,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     folder = out.with_name(f"{out.stem}-responses")
     control, (rank, ranks) = Control(args.timeout_minutes), world()
     blank, tokenizer = blank_model(resolve_model(args.model))
-    with MathWorker(timeout_s=args.timeout) as worker:
+    with grader_of(args.reward, args.timeout) as worker:
         sets = read_sets(args, worker, tokenizer, blank.config.max_position_embeddings)
         if rank == 0:
             settings = settings_of(args, sets, tokenizer, compute_dtype(args.dtype, device))
@@ -254,21 +261,23 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         "config": vars(args) | {"device": device.type, "dtype": settings["dtype"], "ranks": ranks},
         "identity": {name: settings[name] for name in ("model", "model_sha256")},
         "versions": settings["versions"],
-        "files": collect(sets, records, args.seed),
+        "files": collect(sets, records, args),
     }
     write_json(out, results)
     print(f"results in {out}, responses in {folder}")
     return results
 
 
-def collect(sets: Sequence[EvalSet], records: Records, seed: int) -> dict[str, dict]:
+def collect(sets: Sequence[EvalSet], records: Records, args: argparse.Namespace) -> dict[str, dict]:
     """{file: its figures}, and a line printed for each set. --both adds the keys "guided", its figures, and "guidance": what
     a strategy in the prompt changes, with a 95 % interval over problems, and the mean alpha(q) [eq 6]."""
     files: dict[str, dict] = {}
     for one in sets:
         chosen = [records[one.file, one.guided, problem.id] for problem in one.problems]
-        won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in chosen]
-        result = figures(chosen) | {"maj_at_n": statistics.fmean(won)}
+        result = figures(chosen)
+        if not args.reward:
+            won = [row["majority"] is not None and row["samples"][row["majority"]]["correct"] for row in chosen]
+            result["maj_at_n"] = statistics.fmean(won)
         second = one.file in files
         print(f"{one.file}{' guided' * second}: {figures_line(result)}")
         if not second:
@@ -277,7 +286,7 @@ def collect(sets: Sequence[EvalSet], records: Records, seed: int) -> dict[str, d
         counts = [list(side["correct"].values()) for side in (files[one.file], result)]
         p_auto, p_guide = (torch.tensor(values) / one.n for values in counts)
         effect = {"p_auto": p_auto.mean().item(), "p_guide": p_guide.mean().item()}
-        effect |= paired_bootstrap(*counts, one.n, seed=seed)[0]
+        effect |= paired_bootstrap(*counts, one.n, seed=args.seed)[0]
         effect["alpha"] = instance_weight(p_auto, p_guide).mean().item()
         files[one.file] |= {"guided": result, "guidance": effect}
         text = f"p_auto {100 * effect['p_auto']:.1f}  p_guide {100 * effect['p_guide']:.1f}"
@@ -288,12 +297,13 @@ def collect(sets: Sequence[EvalSet], records: Records, seed: int) -> dict[str, d
 
 def figures_line(result: dict) -> str:
     n, error = result["n"], result["standard_error"]
-    accuracy, voted, cut = (100 * result[key] for key in ("accuracy", "maj_at_n", "truncation"))
+    accuracy, cut = (100 * result[key] for key in ("accuracy", "truncation"))
+    second = f"maj@{n} {100 * result['maj_at_n']:.1f}" if "maj_at_n" in result else f"reward {result['reward']:.3f}"
     passed = "  ".join(f"pass@{k} {100 * value:.1f}" for k, value in result["pass_at"].items() if k != "1" or n == 1)
     spread = "" if error is None else f" ± {100 * error:.1f}"
     lost = f"  graded wrong for want of time {result['grader_timeouts']}" if result["grader_timeouts"] else ""
     return (
-        f"avg@{n} {accuracy:.1f}{spread}  {passed}  maj@{n} {voted:.1f}  truncated {cut:.1f} %  "
+        f"avg@{n} {accuracy:.1f}{spread}  {passed}  {second}  truncated {cut:.1f} %  "
         f"tokens {result['tokens']:.0f}  problems {result['problems']}{lost}"
     )
 
@@ -336,7 +346,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
     add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
     add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
-    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds for one symbolic comparison (default: 5)")
+    add("--reward", default="", help="FILE.py:FUNCTION(response, row) -> a number in [0, 1], instead of comparing answers")
+    add("--correct_at", type=at_least(1e-6, float), default=1.0, help="least reward of a correct response (default: 1)")
+    add("--template", default="", help="JSON file with the wording of both prompts, as in the training (data/README.md)")
+    add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds to grade one response (default: 5)")
     add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
     add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
     return parser
