@@ -59,7 +59,7 @@ def test_paired_interval_against_the_normal_approximation():
 
 def _results(correct, file="x/math500.jsonl", *, n=4, sha256="d", longest=32_768, problems=None, **config):
     """A result file with one problem file, as eval.py writes it: `correct` right samples of n per problem."""
-    sample = {"truncated": False, "timed_out": False, "length": 9}
+    sample = {"reward": 1.0, "truncated": False, "timed_out": False, "length": 9}
     records = [
         {"id": problem, "samples": [sample | {"correct": i < count} for i in range(n)]}
         for problem, count in correct.items()

@@ -28,11 +28,14 @@ def test_figures_by_hand():
     truncated = [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
     records = []
     for i, columns in enumerate(zip(correct, length, truncated, strict=True)):
-        samples = [dict(correct=c, length=t, truncated=cut, timed_out=c) for c, t, cut in zip(*columns, strict=True)]
+        samples = [
+            dict(correct=c, reward=c / 2, length=t, truncated=cut, timed_out=c) for c, t, cut in zip(*columns, strict=True)
+        ]
         records.append({"id": f"r{i}", "samples": samples})
     result = figures(records)
     # means 1/4, 1, 0, 3/4 around 1/2: their variance is (1/16 + 1/4 + 1/4 + 1/16) / 3 = 5/24
-    assert result["accuracy"] == 0.5 and result["standard_error"] == pytest.approx((5 / 24 / 4) ** 0.5)
+    assert (result["accuracy"], result["reward"]) == (0.5, 0.25)
+    assert result["standard_error"] == pytest.approx((5 / 24 / 4) ** 0.5)
     # pass@2: 1 - C(3,2)/C(4,2) = 1/2, then 1, 0, 1
     assert result["pass_at"] == pytest.approx({"1": 0.5, "2": 2.5 / 4, "4": 3 / 4})
     assert (result["pass_at_n"], result["truncation"], result["grader_timeouts"]) == (3 / 4, 3 / 16, 8)
@@ -116,7 +119,8 @@ def test_records_and_their_figures(monkeypatch, eval_worker):
     responses, calls = [["\\boxed{0}", "\\boxed{0} an~"], ["\\boxed{1}", "\\boxed{2}"], ["no", "\\boxed{2~"]], []
     model = _scripted(monkeypatch, lambda prompt: responses[int(prompt[8])], calls)
     records = _sampled(model, _problems(3), eval_worker, max_rows=4)
-    sample = {"text": "\\boxed{1}", "answer": "1", "correct": True, "truncated": False, "timed_out": False, "length": 10}
+    sample = {"text": "\\boxed{1}", "answer": "1", "reward": 1.0, "correct": True, "truncated": False}
+    sample |= {"timed_out": False, "length": 10}
     assert records[1]["samples"][0] == sample
     result = grading.figures(records)
     assert result["accuracy"] == pytest.approx(0.5) and result["pass_at_n"] == pytest.approx(2 / 3)

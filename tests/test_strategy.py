@@ -12,6 +12,7 @@ from data import problems
 from strategy import (
     CRITERIA,
     Strategy,
+    Template,
     auto_messages,
     extraction_prompt,
     format_strategy,
@@ -90,6 +91,19 @@ def test_strategy_messages_differ_by_the_strategy_block_only(problem):
     assert auto[0]["content"] == problem + "\n\nReason step by step and put the final answer in \\boxed{}."
     # The trap: one ending for both. The block before the problem is the whole difference, so that response tokens line up.
     assert guided[0]["content"] == "Follow this strategy.\n" + EXAMPLE_TEXT + "\n\n" + auto[0]["content"]
+
+
+def test_a_template_of_ones_own():
+    own = Template(prompt="Q: {problem} A:", guided="Hint: {strategy} Q: {problem} A:", system="Be brief.")
+    auto, guided = auto_messages("{strategy} \\1?", own), guided_messages("{strategy} \\1?", strategy_example(), own)
+    assert auto == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q: {strategy} \\1? A:"}]
+    assert guided[0] == auto[0] and guided[1]["content"] == f"Hint: {EXAMPLE_TEXT} Q: {{strategy}} \\1? A:"
+
+
+@pytest.mark.parametrize("fields", CASES["bad_templates"])
+def test_a_template_whose_prompts_would_end_differently_or_lack_something_is_refused(fields):
+    with pytest.raises(ValueError, match="template"):
+        Template.from_dict(fields)
 
 
 @pytest.mark.parametrize("problem", CASES["problems"])

@@ -250,7 +250,8 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capsys):
     head, *records = read_metrics(out)
     assert head["config"]["delta"] == 1.0 and head["config"]["steps"] == 2 and head["commit"]
     assert [r["stage"] for r in records] == ["eval", "eval", "sgpo", "eval", "sgpo", "eval", "eval"]
-    names = figures([{"id": "", "samples": [dict.fromkeys(("correct", "length", "truncated", "timed_out"), 1)]}]).keys()
+    sample = dict.fromkeys(("correct", "reward", "length", "truncated", "timed_out"), 1)
+    names = figures([{"id": "", "samples": [sample]}]).keys()
     assert records[0].keys() == names - {"correct"} | {"stage", "when", "step", "guided"}  # the names of eval.py's results
     assert set(TIMES) < records[2].keys()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
