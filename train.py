@@ -182,24 +182,28 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         parser.error(f"--{error}")
     except TypeError as error:  # a stored setting that this version does not have
         parser.error(f"--resume: {given['out']} holds a run of another version of this code: {error}")
-    variant = METHODS[cfg.method]
-    idle = [] if variant.distills else ["distill", "target", "weight", "autonomous"]
-    idle += [] if variant.guided else ["shuffle_strategies"]
-    idle += [] if cfg.weight == "adaptive" else ["gamma"]
-    idle += ["alpha_0"] if cfg.weight in ("fixed", "group_advantage") else []
-    idle += ["alpha_max"] if cfg.weight == "fixed" else []
-    idle += ["aggregate"] if variant.demonstrates or variant.advantages is None else []
-    for name in given.keys() & idle:
+    for name in given.keys() & idle_flags(cfg):
         parser.error(f"--{name} does nothing to {cfg.method} with --weight {cfg.weight}")
     derived: dict[str, Any] = {}
     for name in ("data_seed", "sampling_seed"):
         if getattr(cfg, name) == -1:
             derived[name] = cfg.seed
-    if variant.demonstrates:
+    if METHODS[cfg.method].demonstrates:
         derived["aggregate"] = "token"
     if not cfg.out:
         derived["out"] = f"runs/{cfg.method}-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(cfg, **derived)
+
+
+def idle_flags(cfg: Config) -> set[str]:
+    """The settings that do nothing to this method with this weight."""
+    variant, idle = METHODS[cfg.method], set()
+    idle |= set() if variant.distills else {"distill", "target", "weight", "autonomous"}
+    idle |= set() if variant.guided else {"shuffle_strategies"}
+    idle |= set() if cfg.weight == "adaptive" else {"gamma"}
+    idle |= {"alpha_0"} if cfg.weight in ("fixed", "group_advantage") else set()
+    idle |= {"alpha_max"} if cfg.weight == "fixed" else set()
+    return idle | ({"aggregate"} if variant.demonstrates or variant.advantages is None else set())
 
 
 # ---------------------------------------------------------------------------------------------------- the run
