@@ -1,6 +1,8 @@
 """The examples run, and their figures are right."""
 
+import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -32,3 +34,17 @@ def test_sampling_and_scoring(tmp_path):
     done = run_script(tmp_path / "examples/sample.py", TINY_BASE, "A teka machine gets 5 and 4. What comes out?")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" nats ") == 4 and float(done.stdout.split()[-1]) < 1e-4
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    monkeypatch.chdir(ROOT / "examples")  # where Jupyter starts
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {}
+    for cell in json.loads((ROOT / "examples/tiny_world.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            names |= {"STEPS": 2, "OUT": tmp_path / "run"}
+    assert [step["step"] for step in names["steps"]] == [1, 2] and plt.gca().lines
+    assert "&lt;span" in names["Shown"]()._repr_html_() and "after" in names["page"].read_text()
