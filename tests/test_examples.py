@@ -44,7 +44,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     names = {}
     for cell in json.loads((ROOT / "examples/tiny_world.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
+            exec("".join(cell["source"]), names)  # noqa: S102 (our own cells)
             names |= {"STEPS": 2, "OUT": tmp_path / "run"}
     assert [step["step"] for step in names["steps"]] == [1, 2] and plt.gca().lines
     assert "&lt;span" in names["Shown"]()._repr_html_() and "after" in names["page"].read_text()

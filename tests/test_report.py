@@ -148,12 +148,6 @@ def test_rows_show_every_seed_and_the_mean(tmp_path):
         report.read_rows(path)
 
 
-def test_knobs_get_a_panel_each():
-    knobs = report.draw_rows({"delta=0.1": [0.5, 0.6], "delta=inf": [0.7, 0.8], "gamma=1.0": [0.9, 0.9]}).axes
-    assert [one.get_xlabel() for one in knobs] == ["delta", "gamma"]
-    assert [label.get_text() for label in knobs[0].get_xticklabels()] == ["0.1", "inf"]
-
-
 def arguments(command, out, **changes):
     flags = {"data": ROOT / "data/tiny/test.jsonl", "model": TINY_BASE, "out": out, "max_new_tokens": 32} | changes
     words = [command]

@@ -5,7 +5,7 @@
     python tools/report.py tokens ...                                           (or divergence) the token map: token_map.py
 
 `curves` reads metrics.jsonl files, those of unfinished runs too, and draws the paper's training dynamics (arXiv 2606.24064).
-`rows` draws every row of a csv that sweep.py wrote with its seeds, or the effect of a knob. Both write PNG and SVG, over what
+`rows` draws every row of a csv that sweep.py wrote with its seeds. Both write PNG and SVG, over what
 an earlier call left there.
 """
 
@@ -277,45 +277,21 @@ def read_rows(path: Path) -> dict[str, list[float]]:
 
 
 def draw_rows(rows: Mapping[str, Sequence[float]]) -> Any:
-    """A Figure: each row with its seeds, mean and standard error. Rows named knob=value get a panel for each knob."""
+    """A Figure: each row with its seeds, mean and standard error."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, dict[str, Sequence[float]]] = {}
-    for row, values in rows.items():
-        knob, _, value = row.partition("=")
-        panels.setdefault(knob if value else "", {})[value or row] = values
-    upright = "" not in panels
-    size = (4.4 * len(panels), 3.6) if upright else (7.5, 0.32 * len(rows) + 1.2)
-    figure = Figure(figsize=size, layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=upright, squeeze=False)[0]
-    for axes, (knob, points) in zip(all_axes, panels.items(), strict=True):
-        _draw_points(axes, points, upright)
-        axes.set_xlabel(knob if upright else "accuracy")
-    if upright:
-        all_axes[0].set_ylabel("accuracy")
-    else:
-        axes.invert_yaxis()
-    figure.supxlabel("small: one seed; large: the mean with ± 1 standard error over seeds", fontsize="small")
-    return figure
-
-
-def _draw_points(axes: Any, points: Mapping[str, Sequence[float]], upright: bool) -> None:
-    """Each name at its place along one axis, its seeds and their mean along the other."""
-    one_seed = {"color": COLOURS[5], "markersize": 3.5, "alpha": 0.8, "zorder": 1}
-    all_seeds = {"fmt": "o", "color": COLOURS[0], "capsize": 3, "zorder": 2}
-    for place, values in enumerate(points.values()):
-        places = [place] * len(values)
+    figure = Figure(figsize=(7.5, 0.32 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for place, values in enumerate(rows.values()):
         mean, error = mean_and_stderr(values)
-        if upright:
-            axes.plot(places, values, "o", **one_seed)
-            axes.errorbar(place, mean, yerr=error, **all_seeds)
-        else:
-            axes.plot(values, places, "o", **one_seed)
-            axes.errorbar(mean, place, xerr=error, **all_seeds)
-    set_ticks = axes.set_xticks if upright else axes.set_yticks
-    set_ticks(range(len(points)), list(points))
+        axes.plot(values, [place] * len(values), "o", color=COLOURS[5], markersize=3.5, alpha=0.8, zorder=1)
+        axes.errorbar(mean, place, xerr=error, fmt="o", color=COLOURS[0], capsize=3, zorder=2)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("accuracy; small: one seed, large: the mean with ± 1 standard error over seeds")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -330,7 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     curves.add_argument("groups", nargs="+", metavar="FOLDER", help="the runs of one method, which the folder is named after")
     curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none")
     rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", **options)
-    rows.add_argument("csv", type=Path, help="table.csv, knobs.csv or hard.csv of sweep.py")
+    rows.add_argument("csv", type=Path, help="table.csv of sweep.py")
     for command in (curves, rows):
         command.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
     return parser

@@ -2,7 +2,6 @@
 
     python tools/sweep.py rates --results results/tiny    the learning rate of each method, on other problems and seeds
     python tools/sweep.py table --results results/tiny    every method and ablation, 5 seeds, at the rates found above
-    python tools/sweep.py knobs --results results/tiny    the effect of delta, alpha_0 and gamma, 3 seeds
     python tools/sweep.py rates --world hard --results results/hard     the same in data/hard, and strategies of low quality
     python tools/sweep.py table --world hard --results results/hard
     python tools/sweep.py model --results results/x --steps 12 --base "--model DIR --data rl.jsonl --eval_data test.jsonl ..."
@@ -74,12 +73,6 @@ ABLATIONS = {
     "shuffled-strategies": "--shuffle_strategies",
     "token-mean": "--aggregate token",
 }
-KNOBS = {
-    "delta": ("0.1", "0.3", "0.7", "1.0", "2.0", "inf"),
-    "alpha_0": ("0.05", "0.1", "0.25", "0.5", "1.0", "2.0"),
-    "gamma": ("0.01", "0.03", "0.1", "0.3", "1.0"),
-}
-DEFAULTS = {"delta": "1.0", "alpha_0": "0.5", "gamma": "0.1"}  # the paper's
 BUDGET_ROWS = ("grpo", "luffy", "hpt")
 COLD_ROWS = ("sgpo", "grpo", "luffy", "hpt", "hinted")
 LOW_QUALITY_ROWS = ("sgpo", "fixed-weight", "no-proximal-constraints")
@@ -151,13 +144,6 @@ def table_rows(args: argparse.Namespace) -> dict[str, str]:
     return rows
 
 
-def knobs_rows(args: argparse.Namespace) -> dict[str, str]:
-    """SGPO at its rate with every value of delta, alpha_0 and gamma, the others at the paper's."""
-    rate = best_rates(args.results / "rates.csv")["sgpo"]
-    values = [(name, value) for name, values in KNOBS.items() for value in values]
-    return {f"{name}={value}": flags_of(args.world, "sgpo", rate, f"--{name} {value}") for name, value in values}
-
-
 def model_rows(args: argparse.Namespace) -> dict[str, str]:
     """Every sampling method from the model of --base, with equal numbers of sampled responses; sft reads each solution once."""
     base = args.base.split()
@@ -174,7 +160,7 @@ def model_rows(args: argparse.Namespace) -> dict[str, str]:
     return rows
 
 
-SUITES = {"rates": rates_rows, "table": table_rows, "knobs": knobs_rows, "model": model_rows}  # -> {name: train.py flags}
+SUITES = {"rates": rates_rows, "table": table_rows, "model": model_rows}  # -> {name: train.py flags}
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
@@ -426,7 +412,6 @@ def with_error(lines: Lines, row: str, name: str, digits: int = 3) -> str:
 
 TITLES = {
     "table": "Methods and ablations on the {} world",
-    "knobs": "The effect of delta, alpha_0 and gamma on the {} world",
     "model": "The methods on a model of your own",
 }
 HOW_TO_READ = (
@@ -446,10 +431,9 @@ HOW_TO_JUDGE = (
 
 
 def reference_of(row: str) -> str:
-    """The row that a row is compared with: SGPO on the same data from the same start, with a knob at the paper's value."""
-    knob, is_knob, _ = row.partition("=")
+    """The row that a row is compared with: SGPO on the same data from the same start."""
     suffix = "".join(row.partition("@")[1:])
-    return f"{knob}={DEFAULTS[knob]}" if is_knob else "sgpo" + ("" if suffix in BUDGETS else suffix)
+    return "sgpo" + ("" if suffix in BUDGETS else suffix)
 
 
 def minus_reference(lines: Lines, row: str) -> str:
@@ -589,7 +573,7 @@ def token_claim(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("suite", choices=tuple(SUITES))
-    parser.add_argument("--world", choices=tuple(WORLDS), default="tiny", help="the toy world of rates, table and knobs")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="tiny", help="the toy world of rates and table")
     parser.add_argument("--results", type=Path, required=True, help="folder for the csv files and the page, e.g. results/tiny")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs themselves")
     parser.add_argument("--seeds", type=int, default=0, help="seeds for each row; 0: rates 2, the tiny world's table 5, else 3")
