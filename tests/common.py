@@ -54,7 +54,6 @@ LLAMA3_ROPE = {
 
 FAMILIES = {
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False, rope_theta=1e6),
-    "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
     "llama3-rope": LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -96,10 +95,6 @@ def gathered_attention(q, kv, page_table, prompt_length, response_length):
 
 def prompt_seeds(seed, prompts=PROMPTS):
     return [seed * 1_000_003 + p for p in range(len(prompts))]
-
-
-def bisection_in_place_of_sorting(logits, log_total, top_p):
-    return rollout.threshold_by_bisection(logits, torch.exp(logits - log_total), top_p)
 
 
 def make_run(tmp_path, worker, *flags):

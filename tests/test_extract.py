@@ -191,39 +191,18 @@ def test_extraction_waits_as_long_as_the_server_says(tmp_path, capsys):
 
     def busy(handler, body, number):
         times.append(time.monotonic())
-        if number == 1:
-            return 503, {"Retry-After": formatdate(time.time() + 3.5, usegmt=True)}, b"<html>down"
         return fake_model(handler, body, number) if number else (429, {"Retry-After": "1.2"}, b"quota of the minute")
 
     with ChatServer(busy) as server:
-        flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "2")
+        flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "1")
         assert extract.main(flags) == 0
-    assert len(times) == 4 and 1.2 <= times[1] - times[0] and 2 <= times[2] - times[1]  # else half a second, then one
-    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute.*\nwaiting [23].* s .*HTTP 503", capsys.readouterr().err)
+    assert len(times) == 3 and 1.2 <= times[1] - times[0]  # else half a second
+    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute", capsys.readouterr().err)
+    assert 50 < extract.retry_after({"retry-after": formatdate(time.time() + 99, usegmt=True)}, "") <= 99  # on a busy machine
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
         with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))
         assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("status, headers, error, stops", CASES["limits"])
-def test_extraction_stops_when_the_money_is_gone_and_goes_on_later(tmp_path, status, headers, error, stops):
-    data, out, paid = extraction_data(tmp_path, 2), tmp_path / "out.jsonl", []
-
-    def script(handler, body, number):
-        if len(paid) == 3 and number == 3:
-            return status, headers, json.dumps(error).encode()
-        paid.append(body["seed"])
-        return fake_model(handler, body, number)
-
-    with ChatServer(script) as server:
-        flags = extraction_flags(server.url, data, out, "--retries", "2")
-        if stops:
-            with pytest.raises(ValueError, match=f"HTTP {status}.*\n.*goes on from there"):
-                extract.main(flags)
-            assert len(server.requests) == 4
-        assert extract.main(flags) == 0
-        assert len(server.requests) == 13 and len(paid) == 12  # each answer once
 
 
 def test_extraction_waits_or_gives_up_by_what_the_first_reply_says(monkeypatch, key):
@@ -270,14 +249,6 @@ def vanish(handler, body, number):
     handler.connection.close()
 
 
-def test_extraction_tries_again_if_that_may_help(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)  # a server on the same machine may want none
-    data, out, bad = extraction_data(tmp_path, 1), tmp_path / "out.jsonl", (vanish, reply_with(503, b"<html>busy</html>"))
-    with ChatServer(lambda h, b, i: (bad[i] if i < 2 else fake_model)(h, b, i)) as server:
-        assert extract.main(extraction_flags(server.url, data, out, "--candidates", "1", "--retries", "2")) == 0
-        assert len(server.requests) == 2 + 2 and len(load_problems(out)) == 1
-
-
 @pytest.mark.parametrize(
     "misbehave, words",
     [
@@ -285,7 +256,8 @@ def test_extraction_tries_again_if_that_may_help(tmp_path, monkeypatch):
         (vanish, "Server disconnected"),
         (reply_with(500, {"error": {"message": "overloaded"}}), "HTTP 500: .*overloaded"),
         (reply_with(200, b"<html>busy</html>"), "Expecting value"),
-        *((reply_with(200, reply), words) for reply, words in CASES["no_answer"]),
+        (reply_with(200, {"choices": [], "error": "overloaded"}), "an error in the reply: overloaded"),
+        (reply_with(200, [1, 2]), "no message in the reply: .1, 2"),
     ],
 )
 def test_extraction_fails_the_row_without_an_answer(tmp_path, capsys, misbehave, words):
@@ -297,7 +269,7 @@ def test_extraction_fails_the_row_without_an_answer(tmp_path, capsys, misbehave,
     assert not journal_records(out, "answer") and not out.exists()
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404, 451])
+@pytest.mark.parametrize("status", [401, 404])
 def test_extraction_stops_at_once_if_trying_again_is_useless(tmp_path, capsys, key, status):
     data, out = extraction_data(tmp_path, 5), tmp_path / "out.jsonl"
     with ChatServer(reply_with(status, {"error": {"message": f"no such thing, {key} is wrong"}})) as server:
@@ -310,7 +282,7 @@ def test_extraction_stops_at_once_if_trying_again_is_useless(tmp_path, capsys, k
 
 def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
     """A content filter, or a problem that is too long: also if the refusal is the first reply of a run."""
-    for status in (400, 403, 404, 424, 451):
+    for status in (400, 403):
         refuse = reply_with(status, {"error": {"message": "content filter"}})
 
         def script(handler, body, number, refuse=refuse):
@@ -348,9 +320,10 @@ def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
 def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):
     """What breaks lines and encodings, and contents that are no text."""
     odd = "Half a pair: \ud83d, a line\u2028separator, a\x00nul, \u4e2d.\nSo \\boxed{60}."
+    thoughts = "Let me see. " * 100
 
     def script(handler, body, number):
-        replies = (completion(odd, reasoning_content="let me think"), completion(None), completion(7), completion(" \n"))
+        replies = (completion(odd, reasoning_content=thoughts), completion(None), completion(7), completion(" \n"))
         return replies[number] if number < 4 else fake_model(handler, body, number)
 
     data, out = extraction_data(tmp_path, 1, solutions=False), tmp_path / "out.jsonl"
@@ -359,7 +332,7 @@ def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):
             assert extract.main(extraction_flags(server.url, data, out)) == 0
         assert len(server.requests) == 7
     assert load_problems(out)[0].solution == odd.replace("\ud83d", "?")
-    assert journal_records(out, "answer")[0]["reasoning"] == "let me think"
+    assert journal_records(out, "answer")[0]["reasoning"] == thoughts
     rejected = [c["rejected"] and c["rejected"][0] for c in journal_records(out, "row")[0]["candidates"]]
     assert rejected == ["not parsed", "not parsed", "not parsed", None, None]
 
@@ -420,21 +393,10 @@ def test_extraction_takes_thoughts_off():
     assert [extract.without_thoughts(text) for text, _ in CASES["thoughts"]] == [said for _, said in CASES["thoughts"]]
 
 
-def test_extraction_says_where_the_text_went_and_does_not_ask_again(tmp_path, capsys):
-    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
-    with ChatServer(lambda *_: completion(None, reasoning="Let me see. " * 100)) as server:
-        for _ in range(2):  # the second time from the journal, in which the thoughts are whole
-            assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
-            assert "failed: row-0: no candidate is left of 5: 5 thoughts without content" in capsys.readouterr().err
-        assert len(server.requests) == 5
-    assert {len(answer["reasoning"]) for answer in journal_records(out, "answer")} == {1200}
-
-
 def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     data = extraction_data(tmp_path, 3)
-    flags = ["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]
-    assert extract.main([*flags, "--price", "1", "100"]) == 0
+    assert extract.main(["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and "nothing was sent" in printed
     prompt = extraction_prompt("What is 20 + 40?", "The sum is \\boxed{60}.")[0]["content"]
@@ -444,7 +406,6 @@ def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys,
     assert "3,600 out" in printed and "up to 18,000 tokens out" in printed
     tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
     assert tokens > 15 * (len(prompt) // 4 + 220)  # the scorer reads all five candidates
-    assert f"out, cost {tokens / 1e6 + 0.36:.2f}" in printed and f"out, cost {tokens / 1e6 + 1.8:.2f}" in printed
     with pytest.raises(ValueError, match="pip install openai"):
         extract.main(extraction_flags("https://example.com/v1", extraction_data(tmp_path), tmp_path / "out.jsonl"))
 

@@ -12,17 +12,7 @@ import parallel
 import rollout
 from data.examples import shuffled
 from model import ModelConfig, blank_model, build_model, load_model
-from tests.common import (
-    CPU,
-    ROOT,
-    TIMES,
-    TINY_BASE,
-    on_ranks,
-    read_metrics,
-    run_script,
-    tiny_rows,
-    write_rows,
-)
+from tests.common import CPU, ROOT, TIMES, TINY_BASE, on_ranks, read_metrics, run_script, tiny_rows, write_rows
 
 
 def test_balance_gives_every_rank_a_fair_share():
@@ -49,7 +39,6 @@ COMMON = "--steps 1 --problems_per_step 3 --minibatches 2 --eval_limit 3 --eval_
 COMMON += " --sft_fraction 0.01 --sft_batch 3 --sft_epochs 1"
 METHOD_FLAGS = {
     "sgpo": "",
-    "grpo": "",
     "hinted": "",
     "luffy": "",
     "hpt": "--hpt_gate 4",  # half of the group, so that some problems have responses in the loss and others solutions

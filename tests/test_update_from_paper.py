@@ -256,7 +256,6 @@ def test_update_equals_the_paper(aggregate, temperature, micro_tokens, chunk_tok
 SWITCHES = {
     "mean over C": dict(target="all"),
     "no KL clip": dict(delta=math.inf),
-    "no proximal constraint": dict(target="all", delta=math.inf),
     "random target": dict(target="random"),
     "reach by the mean": dict(reach="mean"),
     "reverse KL": dict(distill="reverse_kl"),
@@ -264,7 +263,7 @@ SWITCHES = {
     "no distillation": dict(distill="none"),
     "no autonomous group": dict(autonomous=False),
     "fixed weight": dict(weight="fixed"),
-    "group-advantage weight": dict(weight="group_advantage"),
+    "group-advantage weight": dict(weight="group_advantage", alpha_max=0.6),
     "other adaptive weight": dict(alpha_0=0.4, gamma=0.2, alpha_max=0.6),
     "other clip bounds": dict(clip_low=0.1, clip_high=0.5),
     "truncated responses masked": dict(mask_truncated=True),

@@ -5,11 +5,9 @@ import json
 import random
 import re
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from data import hard_world, tiny_world
@@ -18,7 +16,7 @@ from grader import is_correct
 from model import CausalLM, encode_chat, load_model
 from rollout import generate, pack
 from strategy import Strategy, auto_messages, guided_messages
-from tests.common import CPU, ROOT
+from tests.common import ROOT
 
 
 @pytest.mark.parametrize(("world", "folder"), [(tiny_world, "tiny"), (hard_world, "hard")])
@@ -61,17 +59,13 @@ def test_tokenizer_knows_every_word_and_keeps_digits_apart(world, folder):
 
 def test_the_base_learns_no_response_without_its_context(monkeypatch):
     """Equal contexts next to each other are packed once: without `prefixes` the responses after the first would have none."""
-    passed = []
-
-    def spy(self, *arguments, **settings):
-        passed.append((settings["lengths"], settings["prefixes"]))
-        raise StopIteration
+    def spy(self, *arguments, prefixes, **settings):
+        raise StopIteration(prefixes)
 
     monkeypatch.setattr(tiny_world, "pack", lambda *_, **settings: pack([[5, 6]] * 2, [[7, 8], [9, 7]], **settings))
     monkeypatch.setattr(CausalLM, "forward", spy)
-    with pytest.raises(StopIteration):
+    with pytest.raises(StopIteration, match=r"\[None, 0, 0\]"):
         tiny_world.train_base(seed=3, steps=2, batch=2, learning_rate=1e-3)
-    assert passed == [([2, 1, 1], [None, 0, 0])]
 
 
 @pytest.mark.parametrize("world", [tiny_world, hard_world])
@@ -154,31 +148,6 @@ def test_hard_world_words_decide_and_all_ways_give_the_answer(hard):
     assert len(decides) == 24 and len(openers) == 8 and min(openers.values()) > len(hard["train"]) / 16
 
 
-def test_hard_world_base_examples_have_the_stated_ways_and_first_words():
-    rng, truth, ways, slips = random.Random(1), hard_world.word_choices(0), {}, []
-    for _ in range(4000):
-        messages, text = hard_world.base_example(rng, truth)
-        guided = "Strategy" in messages[0]["content"]
-        way = "detour" if text.startswith("by the strategy ") else "plain" if "=" in text else "short"
-        ways.setdefault((guided, way), []).append(text.split()[0])
-        x, y = (int(digit) for digit in re.findall(r"\d", messages[0]["content"].split("What comes out")[0])[-2:])
-        if way != "short":
-            work_out(text, x, y)  # every step is right
-            continue
-        name, picks = (
-            " ".join(re.findall(r"(\w+) (?:add|sub|double|inc|max|min)", text)),
-            re.findall(r"add|sub|double|inc|max|min", text),
-        )
-        choices = tuple(pair.index(pick) for pair, pick in zip(PAIRS, picks, strict=True))
-        slips.append(not text.endswith(f"{{{hard_world.respond(name, choices, x, y, 'plain', 'so')[1]}}}"))
-    assert 0.38 < sum(slips) / len(slips) < 0.52  # half are random digits, and one in ten of these is right
-    total = {kind: sum(len(words) for key, words in ways.items() if key[0] == kind) for kind in (False, True)}
-    for (guided, way), words in ways.items():
-        stated = hard_world.SHARES["guided" if guided else "alone"][hard_world.WAYS.index(way)]
-        assert abs(len(words) / total[guided] - stated) < 0.05
-        assert set(words) == ({"by"} if way == "detour" else {"so"} if guided else set(hard_world.OPENERS))
-
-
 def test_hard_world_low_quality_strategies(hard):
     changed = {}
     for name, count in (("train-low06", 38), ("train-low30", 192)):
@@ -197,26 +166,21 @@ def test_hard_world_low_quality_strategies(hard):
 
 @torch.no_grad()
 def test_hard_base_model_is_as_stated(hard, worker):
-    """Exact probabilities of the first token, and the marks of sampled responses: right when guided, and not alone."""
+    """Sampled responses: right when guided, and not alone. The detour, half of the guided ones, is rare alone: at the token
+    where the ways part, the divergence is above delta."""
     model, tokenizer = load_model(str(ROOT / "data/hard/base"), dtype=torch.float32, device="cpu")
     settings = {"n": 4, "max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "eos_ids": model.config.eos_ids}
-    rows, seeds, logprobs, marks = hard["mixes"][:64], list(range(64)), [], {}
+    rows, seeds, marks = hard["mixes"][:64], list(range(64)), {}
     for guided in (False, True):
         asks = [(row["problem"], Strategy.from_dict(row["strategy"])) for row in rows]
         prompts = [encode_chat(tokenizer, guided_messages(*ask) if guided else auto_messages(ask[0])) for ask in asks]
-        packed = pack(prompts, [[0]] * len(rows), device=CPU)
-        head = partial(lambda packed, hidden, weight: F.linear(hidden[0, packed.predict], weight), packed)
-        logprobs.append(torch.log_softmax(model(packed.input_ids, lengths=packed.lengths, head=head), dim=-1))
         for row, group in zip(rows, generate(model, prompts, **settings, seed=seeds, max_rows=256), strict=True):
             for text in (tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in group):
                 way = "detour" if text.startswith("by the strategy") else "plain" if "=" in text else "short"
                 marks.setdefault((guided, way), []).append(is_correct(text, row["answer"], worker))
-    alone, guided = logprobs
-    by = tokenizer.convert_tokens_to_ids("by")
-    assert 0.01 < alone[:, by].exp().mean() < 0.04 and 0.4 < guided[:, by].exp().mean() < 0.6  # the detour's share
-    assert (guided.exp() * (guided - alone)).sum(-1).mean() > 1.0  # above delta: the clip drops the token where the ways part
     share = {kind: len(right) / 256 for kind, right in marks.items()}
     right = {kind: sum(right) / len(right) for kind, right in marks.items()}
-    assert 0.3 < share[False, "short"] < 0.5 and 0.05 < share[True, "short"] < 0.15 and share.get((False, "detour"), 0) < 0.06
+    assert 0.3 < share[False, "short"] < 0.5 and 0.05 < share[True, "short"] < 0.15
+    assert 0 < share[False, "detour"] < 0.06 and 0.4 < share[True, "detour"] < 0.6
     assert right[True, "plain"] > 0.9 and right[True, "detour"] > 0.9 and 0.3 < right[False, "plain"] < 0.55
     assert right[False, "short"] < 0.3 and right[True, "short"] < 0.5  # half of what it learnt there is a slip
