@@ -23,8 +23,8 @@ from tests.common import CPU, live_bytes, prompt_seeds, run_script, update
 from tools import gpu_step, plan
 
 # "published": parameters, blocks, width, MLP width, heads, key/value heads, vocabulary, context, tied head, of the model pages.
-# "methods": method, (prompt, responses) of each group, tokens of the largest pass. "grid": values of settings. "too large": model,
-# GPUs, GB of one, settings, the ways to fit. "bad": flags, the error
+# "methods": method, prompt and responses of each group, tokens of the largest pass. "grid": values of settings.
+# "too large": model, GPUs, GB of one, settings, the ways to fit. "bad": flags, the error
 CASES = json.loads(Path(__file__).with_name("plan_cases.json").read_text(encoding="utf-8"))
 
 
