@@ -1,14 +1,13 @@
 """What a run will need, before anyone rents the node: the memory of each GPU, what fits, the time of a step, the whole recipe.
 
-    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8 --gpu_memory 80      with any other flag of train.py
-    python train.py --model config.json --plan --gpus 32 --no-recompute              a config.json is enough
-    python train.py --plan --help                                                    the flags that only a plan has
+    python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8 --gpu H100     with any other flag of train.py
+    python train.py --model config.json --plan --gpus 1 --gpu 4090             a config.json is enough; --plan --help: the flags
 
-No weights are read and no GPU is needed. Memory is counted tensor by tensor in the phases of a step where it can be largest
-(`sampling_phases`, `update_phases`), as the files of the method and FSDP2 of PyTorch 2.13 allocate it. On a CPU the same
-functions are within 2 % of the measured peak (results/plan.md). On a GPU nothing here was measured: the memory is reasoning,
-and the seconds are bytes and operations divided by stated speeds. Every assumption is a flag and is printed with the result.
-Evaluation, grading and checkpoints are not counted.
+If the run does not fit, the plan names flags with which it does and computes the same. No weights are read; no GPU is needed.
+Memory is counted tensor by tensor in the phases of a step where it can be largest, as the files of the method and FSDP2 of
+PyTorch 2.13 allocate it. On a CPU the same functions are within 2 % of the measured peak (results/plan.md). On a GPU nothing
+was measured: the memory is reasoning, and the seconds are bytes and operations divided by the speeds of a data sheet. Every
+assumption is a flag, and is printed. Evaluation, grading and checkpoints are not counted.
 
 Letters: D width, W width of the MLP, V vocabulary, L blocks; Q query heads and KV key/value heads, both times the width of a
 head; S parameters of a block, R parameters outside the blocks (embedding, final norm, head); T tokens of a micro-batch; e
@@ -17,7 +16,7 @@ bytes of a number in activations and gathered weights. GB are 10^9 bytes.
 
 import argparse
 import dataclasses
-import heapq
+import itertools
 import json
 import math
 import sys
@@ -37,18 +36,13 @@ from rollout import PREFILL_TOKENS
 
 GB = 1e9
 
-
-# ---------------------------------------------------------------------------------------------------- which model
-
 # the fields of config.json that give the shape, of the models of the paper and two small ones
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 
 def model_config(name: str) -> tuple[ModelConfig, str]:
-    """(the configuration, where it is from) of a name in SHAPES, a config.json, or anything that train.py's --model takes.
-
-    Of a model on the hub only config.json is fetched. Raises ValueError that names the file, or says why there is none.
-    """
+    """(the configuration, where it is from) of a name in SHAPES, a config.json, or anything that train.py's --model takes: of a
+    model on the hub only config.json is fetched. ValueError that names the file, or says why there is none."""
     path = Path(name).expanduser()
     if name in SHAPES and not path.exists():
         return ModelConfig.from_dict(SHAPES[name]), "tools/shapes.json"
@@ -85,32 +79,39 @@ class Shape:
 
 # ---------------------------------------------------------------------------------------------------- what is planned
 
+# GB of memory, dense bf16 operations/s with fp32 sums, bytes/s of memory: from NVIDIA's data sheets (SXM modules but for the
+# L40S), and for RTX cards from the white papers of their architectures
+CARDS = {
+    "B200": (180, 2250e12, 8.0e12),
+    "H200": (141, 989e12, 4.8e12),
+    "H100": (80, 989e12, 3.35e12),
+    "A100": (80, 312e12, 2.039e12),
+    "L40S": (48, 362e12, 0.864e12),
+    "5090": (32, 209.5e12, 1.792e12),
+    "4090": (24, 165.2e12, 1.008e12),
+    "3090": (24, 71e12, 0.936e12),
+}
+
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What nobody knows before a run: how long the texts are, in tokens; how many problems there are; the speeds, as the vendor
-    states them for one H100 SXM 80 GB, and the share of them that a run reaches."""
+    """What nobody knows before a run: how long the texts are, in tokens; how many problems there are; the speeds of a GPU, and
+    the share of them that a run reaches. The first three are --gpu's, here those of an H100."""
 
-    prompt_tokens: int = knob(200, "length of a problem's prompt")
-    guided_prompt_tokens: int = knob(500, "length of a prompt with its strategy")
-    mean_response: float = knob(4096.0, "mean length of a response; lengths spread with the largest entropy")
-    solution_tokens: int = knob(4096, "length of a strong model's solution, for the SFT warm-up")
-    problems: int = knob(8500, "problems in the training set [§4.1]")
-    memory_bandwidth: float = knob(3.35e12, "bytes/s of a GPU's memory")
-    decode_share: float = knob(0.6, "share of this, and of --flops, that decoding reaches")
+    gpu_memory: float = knob(80.0, "GB of one GPU")
     flops: float = knob(989e12, "dense bf16 operations/s of a GPU")
+    memory_bandwidth: float = knob(3.35e12, "bytes/s of a GPU's memory")
+    host_bandwidth: float = knob(25e9, "bytes/s between a GPU and host memory, for --offload")
+    reserve_gb: float = knob(4.0, "GB of a GPU for the CUDA context, NCCL, workspaces, and fragments in its allocator")
+    decode_share: float = knob(0.6, "share of --memory_bandwidth and --flops that decoding reaches")
     prefill_share: float = knob(0.5, "share of --flops that passes without gradient reach")
     update_share: float = knob(0.4, "share of --flops that forward and backward passes reach")
     decode_overhead: float = knob(1e-3, "seconds that each decode step takes besides (drawing, launches, the host)")
-    reserve_gb: float = knob(4.0, "GB of a GPU for the CUDA context, NCCL, workspaces, and fragments in its allocator")
-
-
-# the settings of train.py that memory or time depend on
-SETTINGS = (
-    "method group_auto group_guided temperature top_p max_new_tokens max_rows cache_tokens problems_per_step "
-    "epochs steps micro_tokens chunk_tokens sft_fraction sft_epochs sft_batch sft_validation sft_max_tokens recompute dtype "
-    "shard_ranks offload"
-).split()
+    prompt_tokens: int = knob(200, "length of a problem's prompt")
+    guided_prompt_tokens: int = knob(500, "length of a prompt with its strategy")
+    mean_response: float = knob(4096.0, "mean length of a response, when those that reach --max_new_tokens are cut")
+    solution_tokens: int = knob(4096, "length of a strong model's solution, for the SFT warm-up")
+    problems: int = knob(8500, "problems in the training set [§4.1]")
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,13 @@ class Job:
     shape: Shape
     settings: Any  # train.Config; train.py imports this file, so this file does not import train.py
     gpus: int
-    gpu_memory: float = 80.0  # GB of one
     assumed: Assumptions = Assumptions()
     cuda: bool = True
 
     @property
     def budget(self) -> float:
         """Bytes of a GPU that tensors may take."""
-        return (self.gpu_memory - self.assumed.reserve_gb) * GB
+        return (self.assumed.gpu_memory - self.assumed.reserve_gb) * GB
 
     @property
     def itemsize(self) -> int:
@@ -145,19 +145,14 @@ class Job:
 
 def check(job: Job) -> None:
     """ValueError naming the first value that cannot be planned with. train.py has checked its own settings."""
-    settings, assumed = job.settings, job.assumed
-    values = {"gpus": job.gpus, "gpu_memory": job.gpu_memory} | vars(assumed)
-    for name, value in values.items():
+    for name, value in {"gpus": job.gpus, **vars(job.assumed)}.items():
         if not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")
-    if METHODS[settings.method].advantages is None:
-        raise ValueError(f"--method {settings.method}: only methods that sample are planned")
-    if job.budget <= 0:
-        raise ValueError(f"--reserve_gb {assumed.reserve_gb}: leaves nothing of the {job.gpu_memory} GB of a GPU")
-    prompt = max(assumed.prompt_tokens, assumed.guided_prompt_tokens)
-    context = job.shape.config.max_position_embeddings
-    if prompt >= context:
-        raise ValueError(f"a prompt of {prompt} tokens leaves no room in a context of {context}")
+    if METHODS[job.settings.method].advantages is None:
+        raise ValueError(f"--method {job.settings.method}: only methods that sample are planned")
+    prompt = max(prompt for prompt, _ in groups_of(job))
+    if longest_response(job, prompt) < 1:
+        raise ValueError(f"a prompt of {prompt} tokens leaves no room in the context of the model")
     if job.gpus % job.shard_ranks:
         raise ValueError(f"--shard_ranks {job.shard_ranks} does not divide the {job.gpus} GPUs")
 
@@ -248,11 +243,10 @@ def update_phases(job: Job, batch: MicroBatch) -> dict[str, Phase]:
     for i in reversed(range(shape.L)):
         phases[f"backward pass of block {i + 1} of {shape.L}, in its MLP"] = block_phase(job, batch, i)
     blocks_done = update_phase(job, batch, 0, shape.S * shape.L)
-    embedding = shape.R if shape.config.tie_word_embeddings else shape.R - shape.head
     phases["gradient of the embedding"] = blocks_done | {
         "gradient of the hidden states": batch.tokens * shape.D * e,
         "gradients of the block": 4 * shape.S,
-        "gradient of the embedding": embedding * e,
+        "gradient of the embedding": (shape.R - (0 if shape.config.tie_word_embeddings else shape.head)) * e,
     }
     # when those are freed: the root's gradients and their fp32 buffer; with one rank a copy, the copy divided by 1, the result
     freed = dict.fromkeys(("embedding and head, gathered", "gradient of the head", "positions"), 0)
@@ -292,11 +286,9 @@ def block_phase(job: Job, batch: MicroBatch, i: int) -> Phase:
 
 
 def sampling_phases(job: Job, *, pages: int, rows: int, prefill_tokens: int, scored_tokens: int) -> dict[str, Phase]:
-    """What is in memory in the phases of sampling that can be the largest.
-
-    pages of the KV cache; rows decoded at once; tokens of the prompts that are read together; tokens of the pass that scores
-    the guided trajectories afterwards, when the cache is free again.
-    """
+    """What is in memory in the phases of sampling that can be the largest: with these pages of the KV cache, rows decoded at
+    once, tokens of the prompts that are read together, and tokens of the pass that scores the guided trajectories afterwards,
+    when the cache is free again."""
     shape, e = job.shape, job.itemsize
     # the block's input, the residual stream and the norm's result, with silu(gate), up and their product; or the first two with
     # queries, keys, values and the attention's results
@@ -323,24 +315,10 @@ def page_bytes(job: Job) -> int:
 # ---------------------------------------------------------------------------------------------------- what fits
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each GPU in the phases that can be the largest, and pages of its KV cache."""
-
-    parts: dict[str, dict[str, Phase]]  # sampling and update
-    fits: bool
-    given: int  # pages that rollout.generate gets
-    room: int  # pages that there is room for: --cache_tokens, or 90 % of the free memory
-    enough: int  # with this many pages no row ever waits or is preempted
-    least: int  # with fewer, generate refuses the longest prompt
-
-
 def largest_batches(job: Job) -> list[MicroBatch]:
     """The largest micro-batches of an update: --micro_tokens, or one trajectory that is longer than that."""
     settings, assumed, variant = job.settings, job.assumed, METHODS[job.settings.method]
-    prompt, guided = assumed.prompt_tokens, assumed.guided_prompt_tokens
-    if variant.guided and not variant.distills:
-        prompt = guided  # hinted: the guided group may be in the policy loss
+    prompt = max(prompt for prompt, _ in groups_of(job))
     longest = longest_response(job, prompt)
     solution = assumed.solution_tokens if variant.demonstrates else 0
     warm_up = min(settings.sft_max_tokens, job.shape.config.max_position_embeddings) if settings.sft_fraction else 0
@@ -349,145 +327,125 @@ def largest_batches(job: Job) -> list[MicroBatch]:
     sequences = math.ceil(T / min(assumed.mean_response, longest))
     batches = [MicroBatch(T, continued=T + sequences * prompt, distillation=False)]
     if variant.distills:  # a target counts with both its contexts, and with its response after each
-        T = max(settings.micro_tokens // 2, max(prompt, guided) + longest)
+        T = max(settings.micro_tokens // 2, prompt + longest)
         batches.append(MicroBatch(T, continued=0, distillation=True))
     return batches
 
 
-def memory_of(job: Job) -> Memory:
-    groups, settings = groups_of(job), job.settings
+def cache_pages(job: Job) -> tuple[int, int]:
+    """(pages of the KV cache that rollout.generate gets, the fewest with which it does not refuse the longest prompt)."""
+    prompts = [prompt for prompt, _ in groups_of(job)]
+    longest = longest_response(job, max(prompts))
+    needed = [least_pages(prompt, longest) for prompt in prompts]
+    if job.settings.cache_tokens:  # it is taken whole, needed or not
+        return job.settings.cache_tokens // PAGE, max(needed)
+    free = job.budget - sum(resident(job).values()) - job.shape.parameters * job.itemsize
+    room = max(int(0.9 * free / page_bytes(job)), 0)
+    return min(room, sum(needed) + pages_for(longest) * most_rows(job)), max(needed)
+
+
+def most_rows(job: Job) -> int:
+    """Rows that are decoded at once if the cache has room for them."""
+    return min(job.settings.max_rows, sum(n for _, n in groups_of(job)))
+
+
+def rows_at_once(job: Job) -> int:
+    """Rows of the mean length that are decoded at once: as many as the cache holds, each with its share of its prompt."""
+    groups = groups_of(job)
+    prompts = sum(pages_for(prompt) for prompt, _ in groups) / sum(n for _, n in groups)
+    response = min(job.assumed.mean_response, longest_response(job, job.assumed.prompt_tokens))
+    places = int(cache_pages(job)[0] / (pages_for(math.ceil(response)) + prompts))
+    return max(1, min(most_rows(job), places))
+
+
+def memory_of(job: Job) -> dict[str, dict[str, Phase]]:
+    """What is in memory in the phases of sampling and of the update that can be the largest."""
     update: dict[str, Phase] = {}
     for batch in largest_batches(job):
         kind = "KL" if batch.distillation else "policy loss"
         update |= {f"{name} ({kind})": phase for name, phase in update_phases(job, batch).items()}
-    prompts = [prompt for prompt, _ in groups]
-    longest = longest_response(job, max(prompts))
-    rows = min(settings.max_rows, sum(n for _, n in groups))
-    single = [least_pages(prompt, longest) for prompt in prompts]
-    if settings.cache_tokens:  # it is taken whole, needed or not
-        given = room = settings.cache_tokens // PAGE
-    else:
-        free = job.budget - sum(resident(job).values()) - job.shape.parameters * job.itemsize
-        room = max(int(0.9 * free / page_bytes(job)), 0)
-        given = min(room, sum(single) + pages_for(longest) * rows)
+    prompts = [prompt for prompt, _ in groups_of(job)]
     prefill = min(sum(prompts), max(PREFILL_TOKENS, max(prompts)))
-    scored = max(settings.micro_tokens, job.assumed.prompt_tokens + longest) if METHODS[settings.method].distills else 0
-    sampling = sampling_phases(job, pages=given, rows=rows, prefill_tokens=prefill, scored_tokens=scored)
-    fits = given >= max(single) and max(peak(sampling)[1], peak(update)[1]) <= job.budget
-    enough = sum(map(pages_for, prompts)) + pages_for(longest) * rows
-    return Memory({"sampling": sampling, "update": update}, fits, given, room, enough, least=max(single))
+    scored = max(job.settings.micro_tokens, job.assumed.prompt_tokens + longest_response(job, max(prompts)))
+    scored *= METHODS[job.settings.method].distills
+    pages = cache_pages(job)[0]
+    sampling = sampling_phases(job, pages=pages, rows=most_rows(job), prefill_tokens=prefill, scored_tokens=scored)
+    return {"sampling": sampling, "update": update}
 
 
-def largest_response(job: Job) -> int:
-    """The longest response, in whole pages, with which everything fits and no row ever waits for the cache; 0 if none."""
-    low, high = 0, (job.shape.config.max_position_embeddings - job.assumed.prompt_tokens) // PAGE
-    while low < high:
-        middle = (low + high + 1) // 2
-        memory = memory_of(job.changed(max_new_tokens=middle * PAGE))
-        if memory.fits and memory.room >= memory.enough:
-            low = middle
-        else:
-            high = middle - 1
-    return low * PAGE
+def fits(job: Job) -> bool:
+    pages, least = cache_pages(job)
+    return pages >= least and all(peak(phases)[1] <= job.budget for phases in memory_of(job).values())
 
 
-def halves(number: int, least: int = 64) -> list[int]:
-    return [number >> i for i in range(1, 32) if number >> i >= least]
+LEANER = {  # values that save memory and cost time, and change nothing that is computed; the mildest first
+    "recompute": [True], "shard_ranks": [0],
+    "max_rows": [64, 16], "micro_tokens": [8192, 4096], "chunk_tokens": [256, 64],
+}  # fmt: skip
 
 
-def remedies(job: Job) -> list[Job]:
-    """Jobs that fit: with one change each if one is enough, else with several changes, else with more GPUs; none if nothing
-    helps."""
-    memory, settings = memory_of(job), job.settings
-    ways = {  # the values to try, the mildest first
-        "recompute": [True],
-        "shard_ranks": [0],
-        "cache_tokens": [0, *halves(memory.given * PAGE, memory.least * PAGE)],  # 0: 90 % of the free memory
-        "micro_tokens": halves(settings.micro_tokens),
-        "chunk_tokens": halves(settings.chunk_tokens),
-        "max_new_tokens": halves(settings.max_new_tokens),
-        "offload": [True],
-    }
-    alone = [mildest(job, name, values) for name, values in ways.items()]
-    if any(alone):
-        return [changed for changed in alone if changed]
-    smallest = job.changed(**{name: values[-1] for name, values in ways.items() if values})
-    if memory_of(smallest).fits:
-        for name, values in reversed(ways.items()):  # no more of each than is needed
-            smallest = mildest(smallest, name, [getattr(settings, name), *values])
-        return [smallest]
-    lean = job.changed(recompute=True, shard_ranks=0)
-    more = [replace(lean, gpus=times * job.gpus) for times in (2, 4, 8, 16)]
-    return [changed for changed in more if memory_of(changed).fits][:1]
+def cheapest(job: Job, offload: Sequence[bool]) -> Job | None:
+    """The job with values of LEANER and of offload that fits and takes the least time; None if none fits. Of those that take up
+    to 5 % more, the one with the fewest changes."""
+    values = {"offload": offload}
+    values |= {name: [getattr(job.settings, name), *leaner] for name, leaner in LEANER.items()}
+    hours = {}
+    for combination in itertools.product(*map(dict.fromkeys, values.values())):
+        changed = with_cache(job.changed(**dict(zip(values, combination, strict=True))))
+        if changed:
+            hours[changed] = hours_of(changed)
+    limit = 1.05 * min(hours.values(), default=0)
+    near = [changed for changed in hours if hours[changed] <= limit]
+    return min(near, key=lambda changed: len(flags_between(job, changed)), default=None)
 
 
-def mildest(job: Job, name: str, values: Sequence[Any]) -> Job | None:
-    """The job with the first of the values with which it fits."""
-    for value in values:
-        changed = job.changed(**{name: value})
-        if memory_of(changed).fits:
-            return changed
-    return None
+def with_cache(job: Job) -> Job | None:
+    """The job if it fits; or with the cache of --cache_tokens 0; or with the largest for which there is memory."""
+    automatic = job.changed(cache_tokens=0)
+    over = peak(memory_of(automatic)["sampling"])[1] - job.budget
+    pages = cache_pages(automatic)[0] - math.ceil(over / page_bytes(job))
+    largest = job.changed(cache_tokens=max(pages, 1) * PAGE)
+    return next((changed for changed in (job, automatic, largest) if fits(changed)), None)
 
 
-def flags_between(before: Job, after: Job) -> str:
+def ways_to_fit(job: Job) -> list[Job]:
+    """The job if it fits. Else the cheapest one that does, and the cheapest that does without --offload, for which the host may
+    have too little memory; with more GPUs if they need them. None if nothing helps."""
+    if fits(job):
+        return [job]
+    more = [job.gpus << i for i in range(1, 20) if job.gpus << i <= job.settings.problems_per_step]
+    ways = []
+    for offload in ([job.settings.offload, True], [job.settings.offload]):
+        found = (cheapest(replace(job, gpus=gpus), offload) for gpus in [job.gpus, *more])
+        ways.append(next(filter(None, found), None))
+    return list(dict.fromkeys(filter(None, ways)))
+
+
+def flags_between(before: Job, after: Job) -> list[str]:
     """The flags that turn one into the other."""
     flags = [f"--gpus {after.gpus}"] if after.gpus != before.gpus else []
-    for name in SETTINGS:
-        value = getattr(after.settings, name)
+    for name, value in vars(after.settings).items():
         if value != getattr(before.settings, name):
             flags.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(flags)
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------------- time
 
 
 def response_lengths(count: int, mean: float, longest: int) -> list[int]:
-    """`count` lengths of a rank's responses, ascending, the last one the longest.
-
-    They are quantiles of the distribution on (0, longest] that has this mean and the largest entropy: its density is
-    proportional to exp(-r t), with r by bisection. It needs no third number; r is negative if the mean is above the middle.
-    """
-    mean = min(mean, float(longest))
-    if mean >= longest - 1:
-        return [longest] * count
-
-    def mean_at(x: float) -> float:  # x = r * longest; the mean in units of longest
-        return 1 / x - (1 / math.expm1(x) if x < 700 else 0.0)  # exp(700) is near the largest float
-
-    low, high = -700.0, 1e6
+    """`count` lengths of a rank's responses, ascending, the last one the longest: quantiles of lengths if a response may end
+    at any token with the same probability, and is cut at the longest. They are -a log(1 - u) for u from 0 to 1; their mean is
+    a (1 - exp(-longest / a)), which gives a by bisection."""
+    low, high = 0.0, 1e6 * longest
     for _ in range(100):
-        x = (low + high) / 2 or 1e-6
-        if mean_at(x) > mean / longest:
-            low = x
+        a = (low + high) / 2
+        if -a * math.expm1(-longest / a) < mean:
+            low = a
         else:
-            high = x
-    shares = [(i + 0.5) / count for i in range(count)]
-    lengths = [-math.log1p(u * math.expm1(-x)) / x * longest for u in shares]
-    lengths = [min(max(round(length), 1), longest) for length in lengths]
-    return [*lengths[:-1], longest]
-
-
-def decode_seconds(rows: Sequence[tuple[int, int]], places: int, step: Callable[[int, float], float]) -> float:
-    """Seconds to decode rows of (prompt, response) tokens, at most `places` at once. When one ends, the next one starts.
-
-    step(rows alive, tokens in their caches) is the time of one token for each. Between two ends the rows alive stay the same.
-    """
-    waiting, alive = list(reversed(rows)), []
-    seconds, now, tokens = 0.0, 0, 0
-    while waiting or alive:
-        while waiting and len(alive) < places:
-            prompt, length = waiting.pop()
-            heapq.heappush(alive, (now + length, prompt + length))
-            tokens += prompt
-        steps = alive[0][0] - now
-        seconds += steps * step(len(alive), tokens + len(alive) * steps / 2)
-        tokens += len(alive) * steps
-        now += steps
-        while alive and alive[0][0] == now:
-            tokens -= heapq.heappop(alive)[1]
-    return seconds
+            high = a
+    lengths = [round(-a * math.log1p(-(i + 0.5) / count)) for i in range(count - 1)]
+    return [*(min(max(length, 1), longest) for length in lengths), longest]
 
 
 def forward_flops(shape: Shape, spans: Sequence[tuple[int, int]], head_tokens: int) -> float:
@@ -498,65 +456,59 @@ def forward_flops(shape: Shape, spans: Sequence[tuple[int, int]], head_tokens: i
     return 2 * shape.matrices * tokens + 4 * shape.Q * shape.L * pairs + 2 * shape.head * head_tokens
 
 
-def sampling_seconds(job: Job) -> tuple[float, float]:
-    """Seconds of reading the prompts, and of decoding the responses of a step, on the busiest rank."""
+def decoding_seconds(job: Job) -> float:
+    """Seconds of decoding the responses of a step, on the busiest rank. Reading the prompts takes a thousandth of that."""
     groups, shape, assumed = groups_of(job), job.shape, job.assumed
-    longest = longest_response(job, max(prompt for prompt, _ in groups))
-    lengths = response_lengths(sum(n for _, n in groups), assumed.mean_response, longest)
     prompts = [prompt for prompt, n in groups for _ in range(n)]
-    # a fixed order that is not sorted: each group has short and long ones
-    order = sorted(range(len(lengths)), key=lambda i: (i * 0.6180339887498949) % 1)
-    rows = [(prompt, lengths[i]) for prompt, i in zip(prompts, order, strict=True)]
-    pages = memory_of(job).given - sum(pages_for(prompt) for prompt, _ in groups)
-    mean = math.ceil(sum(lengths) / len(lengths))
-    places = max(min(job.settings.max_rows, pages // pages_for(mean)), 1)
+    longest = longest_response(job, max(prompts))
+    lengths = response_lengths(len(prompts), assumed.mean_response, longest)
+    tokens, places = sum(lengths), rows_at_once(job)
+    # if rows wait, the places are all taken until the last ones go on alone, for about half of the longest
+    steps = max(longest, tokens / places + longest / 2 * (places < len(lengths)))
+    seen = tokens * sum(prompts) / len(prompts) + sum(length**2 for length in lengths) / 2  # keys, over all steps and rows
     # of an untied embedding only some rows are read; every response reads its prompt's pages for itself
     weights = (shape.parameters - (0 if shape.config.tie_word_embeddings else shape.head)) * job.itemsize
-    token = page_bytes(job) / PAGE
-
-    def step(alive: int, tokens: float) -> float:
-        read = (weights + tokens * token) / (assumed.memory_bandwidth * assumed.decode_share)
-        products = 2 * (shape.matrices + shape.head) * alive + 4 * shape.Q * shape.L * tokens
-        return max(read, products / (assumed.flops * assumed.decode_share)) + assumed.decode_overhead
-
-    reading = forward_flops(shape, [(0, prompt) for prompt, _ in groups], len(groups))
-    return reading / (assumed.flops * assumed.prefill_share), decode_seconds(rows, places, step)
+    read = (steps * weights + seen * page_bytes(job) / PAGE) / assumed.memory_bandwidth
+    products = (2 * (shape.matrices + shape.head) * tokens + 4 * shape.Q * shape.L * seen) / assumed.flops
+    return max(read, products) / assumed.decode_share + steps * assumed.decode_overhead
 
 
-def update_seconds(job: Job) -> tuple[float, float]:
-    """Seconds of scoring the guided trajectories, and of the update, on the busiest rank. The exchanges between GPUs and with
-    host memory overlap with the products, and they are shorter."""
+def update_seconds(job: Job) -> float:
+    """Seconds of a step's update, and of scoring the guided trajectories for it, on the busiest rank."""
     shape, settings, assumed, prompt = job.shape, job.settings, job.assumed, job.assumed.prompt_tokens
     problems = math.ceil(settings.problems_per_step / job.gpus)
     lengths = response_lengths(settings.group_auto * problems, assumed.mean_response, longest_response(job, prompt))
-
-    def trained(forward: float, head_tokens: int) -> float:  # with recomputation the blocks, not the head, are done once more
-        return 3 * forward + settings.recompute * (forward - 2 * shape.head * head_tokens)
-
-    policy = forward_flops(shape, [(0, prompt)] * problems + [(prompt, n) for n in lengths], sum(lengths))
-    with_gradient = trained(policy, sum(lengths))
-    scored = plain = 0.0
+    tokens = sum(lengths)
+    policy = forward_flops(shape, [(0, prompt)] * problems + [(prompt, n) for n in lengths], tokens)
+    seconds = training_seconds(job, policy, tokens + prompt * problems, tokens)
     if METHODS[settings.method].distills:
-        J, response = settings.group_guided, round(sum(lengths) / len(lengths))
-        scored = problems * forward_flops(shape, [(0, prompt), *[(prompt, response)] * J], J * response)
-        plain = problems * forward_flops(shape, [(0, assumed.guided_prompt_tokens + response)], response)
-        one = problems * forward_flops(shape, [(0, prompt + response)], response)
-        with_gradient += trained(one, response * problems)
-    prefill, update = assumed.flops * assumed.prefill_share, assumed.flops * assumed.update_share
-    return scored / prefill, plain / prefill + with_gradient / update
+        J, response = settings.group_guided, tokens // len(lengths)
+        scored = forward_flops(shape, [(0, prompt), *[(prompt, response)] * J], J * response)
+        guided = forward_flops(shape, [(0, assumed.guided_prompt_tokens + response)], response)
+        seconds += problems * (scored + guided) / (assumed.flops * assumed.prefill_share)
+        one = forward_flops(shape, [(0, prompt + response)], response)
+        seconds += training_seconds(job, problems * one, problems * (prompt + response), problems * response)
+    return seconds
+
+
+def training_seconds(job: Job, forward: float, tokens: float, head_tokens: float) -> float:
+    """Seconds of forward and backward passes over this many tokens, from the operations of the forward pass. Exchanges overlap
+    with the products, and only those with host memory may be longer: every pass copies the fp32 shard to the GPU twice, and its
+    gradient back."""
+    again = forward - 2 * job.shape.head * head_tokens if job.settings.recompute else 0  # the blocks, not the head
+    passes = math.ceil(tokens / job.settings.micro_tokens)
+    copied = passes * 12 * job.shape.shard(job.shard_ranks) if job.settings.offload else 0
+    products = (3 * forward + again) / (job.assumed.flops * job.assumed.update_share)
+    return max(products, copied / job.assumed.host_bandwidth)
 
 
 def sft_seconds(job: Job) -> float:
-    """Seconds of the whole SFT warm-up, with its validation."""
+    """Seconds of the whole SFT warm-up."""
     settings, assumed = job.settings, job.assumed
-    solutions = round(settings.sft_fraction * assumed.problems)
-    held_out = round(settings.sft_validation * solutions)
-    updates = math.ceil((solutions - held_out) * settings.sft_epochs / settings.sft_batch)
-    each = math.ceil(settings.sft_batch / job.gpus)  # solutions of the busiest rank
-    one = forward_flops(job.shape, [(0, assumed.prompt_tokens + assumed.solution_tokens)], assumed.solution_tokens)
-    trained = updates * each * one * (3 + settings.recompute)
-    read = settings.sft_epochs * math.ceil(held_out / job.gpus) * one
-    return (trained / assumed.update_share + read / assumed.prefill_share) / assumed.flops
+    solutions = settings.sft_epochs * settings.sft_fraction * assumed.problems / job.gpus
+    tokens = assumed.prompt_tokens + assumed.solution_tokens
+    one = forward_flops(job.shape, [(0, tokens)], assumed.solution_tokens)
+    return training_seconds(job, solutions * one, solutions * tokens, solutions * assumed.solution_tokens)
 
 
 def steps_of(job: Job) -> int:
@@ -565,95 +517,77 @@ def steps_of(job: Job) -> int:
     return job.settings.steps or math.ceil(job.settings.epochs * problems / job.settings.problems_per_step)
 
 
+def hours_of(job: Job) -> float:
+    """Hours of the whole recipe."""
+    return (sft_seconds(job) + steps_of(job) * (decoding_seconds(job) + update_seconds(job))) / 3600
+
+
 # ---------------------------------------------------------------------------------------------------- the plan
 
 
 def plan_text(job: Job) -> str:
     """The plan in words. ValueError for values that no run could use."""
     check(job)
-    memory = memory_of(job)
-    fit = fit_lines(job, memory) if memory.fits else no_fit_lines(job, memory)
-    parts = memory_lines(job, memory), fit, time_lines(job), assumption_lines(job)
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    ways = ways_to_fit(job)
+    parts = [] if ways == [job] else [no_fit_lines(job, ways)]
+    for way in ways[:1]:
+        parts += [memory_lines(way), time_lines(way)]
+    return "\n\n".join("\n".join(lines) for lines in [*parts, assumption_lines(job)])
 
 
-def memory_lines(job: Job, memory: Memory) -> list[str]:
-    shape, ranks = job.shape, job.shard_ranks
-    copies = f"{job.gpus // ranks} copies of {ranks} shards each" if ranks < job.gpus else f"{ranks} shards"
+def no_fit_lines(job: Job, ways: Sequence[Job]) -> list[str]:
+    """Why does it not fit, and what helps?"""
+    lines, (pages, least) = [], cache_pages(job)
+    if pages < least:
+        needs = f"one prompt with its response needs {least * PAGE:,}"
+        lines.append(f"DOES NOT FIT: sampling, the KV cache would hold {pages * PAGE:,} tokens, and {needs}")
+    for part, phases in memory_of(job).items():
+        name, total = peak(phases)
+        if total > job.budget:
+            lines.append(f"DOES NOT FIT: {part}, {name}: it needs {total / GB:.1f} GB and has {job.budget / GB:.1f}")
+    for way in ways:
+        hours, rows = hours_of(way), f"about {rows_at_once(way)} of {most_rows(way)} rows decoded at once"
+        lines.append(f"  it fits with {' '.join(flags_between(job, way))}")
+        lines.append(f"    {hours:,.0f} hours, {hours * way.gpus:,.0f} GPU hours, {rows}")
+    if not ways:
+        more = "a smaller model, or fewer --max_new_tokens and --sft_max_tokens, would need less"
+        lines.append(f"  no settings that compute the same make it fit, nor a GPU for each problem of a step; {more}")
+    return lines
+
+
+def memory_lines(job: Job) -> list[str]:
     lines = [
-        f"{shape.parameters:,} parameters, {shape.L} blocks of {shape.S:,}, {shape.R:,} in embedding, final norm and head",
-        f"{job.gpus} GPUs, {copies}; {job.budget / GB:.1f} GB a GPU for tensors",
+        f"{job.gpus} GPUs, {job.shard_ranks} for each copy of the weights; {job.budget / GB:.1f} GB of each for tensors",
         "memory of one GPU, in GB, in the largest phase of each part (not measured on a GPU)",
     ]
-    for part, phases in memory.parts.items():
+    for part, phases in memory_of(job).items():
         name, total = peak(phases)
         lines.append(f"  {part}, {name}: {total / GB:.1f}")
         lines += [f"    {nbytes / GB:8.2f}  {term}" for term, nbytes in phases[name].items() if nbytes]
     if job.settings.offload:
-        host = 16 * shape.shard(ranks) / GB
+        host = 16 * job.shape.shard(job.shard_ranks) / GB
         lines.append(f"  host memory for each GPU's weights, gradients and optimizer states: {host:.1f}")
-    return lines
-
-
-def fit_lines(job: Job, memory: Memory) -> list[str]:
-    """Do rows wait for the cache, and how long may a response be that none does?"""
-    rows, page = min(job.settings.max_rows, sum(n for _, n in groups_of(job))), page_bytes(job) / GB
-    verdict = "fits, but rows may wait" if memory.room < memory.enough else "fits, and no row ever waits"
-    texts = f"{rows} rows of {job.settings.max_new_tokens:,} tokens with their prompts"
-    return [
-        f"{verdict}: {texts} need a KV cache of {memory.enough * page:.1f} GB",
-        f"  there is room for {memory.room * page:.1f} GB of it; train.py takes {memory.given * page:.1f}",
-        f"  longest --max_new_tokens so that none of {rows} rows ever waits: {largest_response(job):,}",
-    ]
-
-
-def no_fit_lines(job: Job, memory: Memory) -> list[str]:
-    """Why does it not fit, and what helps?"""
-    lines = []
-    if memory.given < memory.least:
-        needs = f"one prompt with its response needs {memory.least * PAGE:,}"
-        lines.append(f"DOES NOT FIT: sampling, the KV cache would hold {memory.given * PAGE:,} tokens, and {needs}")
-    for part, phases in memory.parts.items():
-        name, total = peak(phases)
-        if total > job.budget:
-            lines.append(f"DOES NOT FIT: {part}, {name}: it needs {total / GB:.1f} GB and has {job.budget / GB:.1f}")
-    ways = [f"  it fits with {flags_between(job, changed)}" for changed in remedies(job)]
-    return lines + (ways or ["  nothing that train.py has a flag for makes it fit, nor 16 times as many GPUs"])
+    return [*lines, f"about {rows_at_once(job)} of {most_rows(job)} rows are decoded at once"]
 
 
 def time_lines(job: Job) -> list[str]:
-    """Seconds of a step and hours of the recipe, as if the job did fit."""
-    (reading, decoding), (scoring, update) = sampling_seconds(job), update_seconds(job)
-    each, steps, warm_up = reading + decoding + scoring + update, steps_of(job), sft_seconds(job)
-    hours = (warm_up + steps * each) / 3600
-    problems = replace(job, gpus=job.settings.problems_per_step)  # the groups of one problem
-    mean = min(job.assumed.mean_response, longest_response(job, job.assumed.prompt_tokens))
-    tokens = round(sum(n for _, n in groups_of(problems)) * job.settings.problems_per_step * mean)
+    """Seconds of a step and hours of the recipe."""
+    decoding, update, hours = decoding_seconds(job), update_seconds(job), hours_of(job)
     return [
-        f"seconds of a step, estimated: {each:.1f} for {tokens:,} sampled tokens",
-        f"    {reading:8.2f}  reading the prompts",
-        f"    {decoding:8.2f}  decoding",
-        f"    {scoring:8.2f}  scoring the guided trajectories",
-        f"    {update:8.2f}  update",
-        f"the recipe: SFT warm-up {warm_up / 3600:.1f} h, then {steps:,} steps with {steps * tokens:.3g} sampled tokens: "
-        f"{hours:.1f} h on {job.gpus} GPUs, {hours * job.gpus:.0f} GPU hours",
+        f"a step takes {decoding + update:,.0f} s, estimated: decoding {decoding:,.0f}, scoring and update {update:,.0f}",
+        f"the recipe, SFT warm-up of {sft_seconds(job) / 3600:.1f} h and {steps_of(job):,} steps, takes {hours:,.0f} h on "
+        f"{job.gpus} GPUs, {hours * job.gpus:,.0f} GPU hours",
     ]
 
 
 def assumption_lines(job: Job) -> list[str]:
     lines = ["assumed (each is a flag)"]
-    fields = [(job.assumed, field) for field in dataclasses.fields(job.assumed)]
-    fields += [(job.settings, field) for field in dataclasses.fields(job.settings) if field.name in SETTINGS]
-    for part, field in fields:
-        value = getattr(part, field.name)
-        shown = f"{value:.4g}" if isinstance(value, float) else f"{value}"
-        lines.append(f"  --{field.name:22}{shown:>10}  {field.metadata['help']}")
-    return [
-        *lines,
-        "assumed (no flags): every micro-batch is full, and not the update's first; all groups have a gradient, all problems",
-        "a target; each rank is as busy as the busiest and has one response of the full length; nothing waits for the grader,",
-        "for another rank or for host memory, and AdamW takes no time; no evaluation, no checkpoints; float32 as on a CPU",
-    ]
+    for field in dataclasses.fields(job.assumed):
+        lines.append(f"  --{field.name:22}{getattr(job.assumed, field.name):>10.4g}  {field.metadata['help']}")
+    text = """assumed (no flags): every micro-batch is full, and not the update's first; all groups have a gradient, all
+problems a target; each rank is as busy as the busiest and has one response of the full length; nothing waits for the grader or
+another rank, AdamW takes no time, no row is preempted; no evaluation, no checkpoints; float32 as on a CPU"""
+    return [*lines, text]
 
 
 def main(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any]) -> None:
@@ -662,24 +596,24 @@ def main(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any])
     more = "Any other flag is one of train.py, see python train.py --help."
     parser = argparse.ArgumentParser("train.py --plan", description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help="a config.json, a model folder, org/name, or a known family's bare name")
+    parser.add_argument("--model", required=True, help="a config.json, a model folder, org/name, or a known family's bare name")
     parser.add_argument("--gpus", type=int, default=8, help="in all, over all nodes (default: 8)")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help="GB of one GPU (default: 80)")
-    for field in dataclasses.fields(Assumptions):
+    parser.add_argument("--gpu", type=str.upper, choices=CARDS, default="H100", help="sets the next three (default: H100)")
+    fields = {field.name: field for field in dataclasses.fields(Assumptions)}
+    for name, field in fields.items():
         text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+        parser.add_argument(f"--{name}", type=field.type, default=argparse.SUPPRESS, help=text)
     args, rest = parser.parse_known_args(arguments)
-    if not args.model:
-        parser.error("say with --model which model to plan for")
     settings = parse_config(["--model", args.model, *rest])
-    assumed = Assumptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)})
+    card = dict(zip(fields, CARDS[args.gpu], strict=False))  # the first three fields
+    given = {name: value for name, value in vars(args).items() if name in fields}
     try:
         config, source = model_config(args.model)
-        text = plan_text(Job(Shape(config), settings, args.gpus, args.gpu_memory, assumed))
+        text = plan_text(Job(Shape(config), settings, args.gpus, Assumptions(**card | given)))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"{args.model}, its shape from {source}\n{text}")
+    print(f"{args.model}, from {source}\n\n{text}")
 
 
 if __name__ == "__main__":
-    sys.exit("a plan is a command of train.py: python train.py --model NAME --plan --gpus 8 --gpu_memory 80")
+    sys.exit("a plan is a command of train.py: python train.py --model NAME --plan --gpus 8 --gpu H100")
