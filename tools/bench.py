@@ -54,16 +54,12 @@ from methods import Method
 from model import CausalLM, ModelConfig, build_model
 from parallel import leave, ranks_of, shard
 from rollout import Trajectory, generate
-from sgpo import Example, ProblemSamples, sgpo_step, update
+from sgpo import Example, ProblemSamples, set_advantages, sgpo_step, update
 from tools.plan import SHAPES, Shape, forward_flops
-from weighting import group_advantages
 
-PARTS = ("sampler", "update", "step", "head")
 MB = 1e6  # memory is reported in units of 10^6 bytes
 SEED = 0
-
-# for the check of the distribution: few tokens, and weights so large that their probabilities differ a lot
-SMALL_VOCABULARY = SHAPES["toy"] | {"vocab_size": 24, "initializer_range": 0.2}
+DRAWING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the rivals', over the full softmax
 
 
 @dataclass(frozen=True)
@@ -88,13 +84,8 @@ HEAD = {"tokens": 4096, "width": 896, "vocabulary": 152064, "chunk": 512}
 QUICK_HEAD = {"tokens": 64, "width": 32, "vocabulary": 1024, "chunk": 32}
 
 
-def scale(args: argparse.Namespace) -> str:
-    """The size of the work: a key of these tables."""
-    return "quick" if args.quick else args.device.type
-
-
 def workloads_of(args: argparse.Namespace, *names: str) -> list[Workload]:
-    return [Workload(**row) for row in WORKLOADS[scale(args)] if row["name"] in names]
+    return [Workload(**row) for row in WORKLOADS[args.scale] if row["name"] in names]
 
 
 # ---------------------------------------------------------------------------------------------------- measurement
@@ -142,19 +133,20 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[Any, float,
     return result, *stop(device, started)
 
 
+def per_second(work: Callable[[], Any], amount: float, device: torch.device, repeats: int) -> dict[str, float]:
+    """`amount` divided by the seconds of a call: median and range over the repeats, after a call that only warms up."""
+    work()
+    return spread([amount / measured(work, device)[1] for _ in range(repeats)])
+
+
 def machine_limits(args: argparse.Namespace) -> dict[str, float]:
     """What this machine reaches at best: bytes/s of a copy between large tensors, FLOP/s of a large matrix product."""
-    size, count = {"quick": (256, 2**16), "cpu": (2048, 2**26), "cuda": (8192, 2**28)}[scale(args)]
+    size, count = {"quick": (256, 2**16), "cpu": (2048, 2**26), "cuda": (8192, 2**28)}[args.scale]
     a, b = torch.randn(2, size, size, device=args.device).to(args.dtype)
     source, target = torch.zeros(2, count, device=args.device)
-
-    def best(work: Callable[[], Any]) -> float:
-        work()
-        return min(measured(work, args.device)[1] for _ in range(5))
-
     return {
-        "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        "matmul": 2 * size**3 / best(lambda: a @ b),
+        "bandwidth": per_second(lambda: target.copy_(source), 2 * source.nbytes, args.device, repeats=5)["max"],
+        "matmul": per_second(lambda: a @ b, 2 * size**3, args.device, repeats=5)["max"],
     }
 
 
@@ -172,16 +164,12 @@ def alternate(title: str, sides: dict[str, Callable[[int], Any]], args: argparse
             except Exception as error:  # whatever a rival raises
                 if name == "ours":
                     raise
-                left_out[name] = one_line(error)
+                left_out[name] = repr(error)[:200]
                 torch.cuda.empty_cache()
                 continue
             runs.append({"side": name, "repeat": repeat, "seconds": seconds, "peak_mb": peak / MB, "result": result})
             print(f"  {title:17}{name:15}{seconds:7.1f} s", flush=True)
     return runs, left_out
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
 def compare(title: str, runs: Sequence[dict[str, Any]], figure: str, left_out: dict[str, str]) -> dict[str, Any]:
@@ -192,15 +180,13 @@ def compare(title: str, runs: Sequence[dict[str, Any]], figure: str, left_out: d
         print(f"  {title:17}{name:15}not run: {why}")
     ours = [run[figure] for run in runs if run["side"] == "ours"]
     figures, ratios = {}, {}
-    for name in dict.fromkeys(["ours", *(run["side"] for run in runs)]):
+    for name in dict.fromkeys(run["side"] for run in runs):
         values = [run[figure] for run in runs if run["side"] == name]
         peak = max(run["peak_mb"] for run in runs if run["side"] == name)
         figures[name] = spread(values)
-        line = f"  {title:17}{name:15}{figure} {figures[name]['median']:.1f}, peak +{peak:.0f} MB"
-        if name != "ours":
-            ratios[name] = spread([a / b for a, b in zip(ours, values, strict=True)])
-            line += f"; ours / {name}: {ratios[name]['median']:.2f}"
-        print(line, flush=True)
+        ratios[name] = spread([a / b for a, b in zip(ours, values, strict=True)])
+        line = f"{figure} {figures[name]['median']:.1f}, peak +{peak:.0f} MB, ours / {name} {ratios[name]['median']:.2f}"
+        print(f"  {title:17}{name:15}{line}", flush=True)
     return {"left_out": left_out, "runs": runs, figure: figures, "ratio": ratios}
 
 
@@ -242,6 +228,10 @@ def make_lengths(workload: Workload, seed: int) -> list[int]:
     return lengths
 
 
+def padded(rows: Sequence[list[Any]], device: torch.device, side: str = "right") -> Tensor:
+    return pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True, padding_side=side)
+
+
 def sample_groups(model: CausalLM, prompts, lengths: Sequence[int], *, seed: int, top_p: float = 1.0) -> list[list[Trajectory]]:
     """Our sampler: n trajectories for each of P prompts. `lengths` are those of all P * n, the n of a prompt together."""
     n = len(lengths) // len(prompts)
@@ -269,7 +259,6 @@ def sample_batch(model: Any, prompts, lengths: Sequence[int], *, seed: int) -> l
 
     torch.manual_seed(seed)
     requests = [prompt for prompt in prompts for _ in range(len(lengths) // len(prompts))]
-    drawing = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     settings = {}
     if model.device.type == "cpu":  # by default it would take nearly all of the host's memory
         importlib.import_module("psutil")  # without it the worker would die, and we would wait for it
@@ -277,7 +266,7 @@ def sample_batch(model: Any, prompts, lengths: Sequence[int], *, seed: int) -> l
         blocks = sum(math.ceil((len(p) + length) / page) + 1 for p, length in zip(requests, lengths, strict=True))
         settings = dict(block_size=page, num_blocks=blocks, max_batch_tokens=max(1024, len(requests)))
     with model.continuous_batching_context_manager(
-        generation_config=GenerationConfig(**drawing, max_new_tokens=max(lengths)),
+        generation_config=GenerationConfig(**DRAWING, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths)),
         continuous_batching_config=ContinuousBatchingConfig(**settings),
         block=True,
         timeout=5,
@@ -293,11 +282,11 @@ def sample_batch(model: Any, prompts, lengths: Sequence[int], *, seed: int) -> l
 
 
 @torch.inference_mode()
-def sample_theirs(model: Any, prompts, lengths: Sequence[int], *, temperature: float = 1.0, seed: int) -> list[list[int]]:
-    """transformers' model.generate: left-padded prompts, KV cache, SDPA, no logits processor but the temperature."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+def sample_theirs(model: Any, prompts, lengths: Sequence[int], *, seed: int) -> list[list[int]]:
+    """transformers' model.generate: left-padded prompts, KV cache, SDPA, no logits processor."""
+    ids = padded(prompts, model.device, "left")
+    mask = padded([[1] * len(prompt) for prompt in prompts], model.device, "left")
+    width = ids.shape[1]
     ends = torch.tensor(lengths, device=model.device)
     torch.manual_seed(seed)
     output = model.generate(
@@ -309,10 +298,7 @@ def sample_theirs(model: Any, prompts, lengths: Sequence[int], *, temperature: f
         pad_token_id=0,
         use_cache=True,
         stopping_criteria=[lambda ids, scores, **_: ids.shape[1] - width >= ends],  # row by row
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **DRAWING,
     )
     return [row[:length] for row, length in zip(output[:, width:].tolist(), lengths, strict=True)]
 
@@ -323,43 +309,26 @@ SAMPLERS = {"ours": sample_ours, "generate": sample_theirs, "generate_batch": sa
 # ---------------------------------------------------------------------------------------------------- checks of equality
 
 
-@torch.inference_mode()
-def teacher_forced(theirs: Any, prompt: list[int], responses: Sequence[list[int]]) -> Tensor:
-    """(B, T, V) fp32 log-probabilities by transformers' model at each token of B responses of one length."""
-    rows = torch.tensor([prompt + response for response in responses], device=theirs.device)
-    return torch.log_softmax(theirs(input_ids=rows).logits[:, len(prompt) - 1 : -1].float(), -1)
-
-
-def check_logprobs(ours, theirs, prompts, length: int, tolerance: float = 1e-3) -> dict[str, Any]:
+def check_logprobs(ours: CausalLM, theirs: Any, prompt: list[int]) -> dict[str, Any]:
     """The log-probabilities that our sampler reports are those that transformers' forward gives the same tokens."""
-    worst = 0.0
-    groups = sample_groups(ours, prompts, [length] * 2 * len(prompts), seed=SEED)
-    for prompt, group in zip(prompts, groups, strict=True):
-        rows = torch.tensor([row.response_ids for row in group])
-        reference = teacher_forced(theirs, prompt, rows.tolist()).cpu().gather(-1, rows[..., None])[..., 0]
-        worst = max(worst, (reference - torch.tensor([row.logprobs for row in group])).abs().max().item())
-    return {"tokens": 2 * length * len(prompts), "max_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
+    [group] = sample_groups(ours, [prompt], [32] * 4, seed=SEED)
+    rows = torch.tensor([prompt + row.response_ids for row in group], device=theirs.device)
+    with torch.inference_mode():
+        log_p = theirs(input_ids=rows).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)
+    reference = log_p.gather(-1, rows[:, len(prompt) :, None])[..., 0].cpu()
+    worst = (reference - torch.tensor([row.logprobs for row in group])).abs().max().item()
+    return {"max_difference": worst, "tolerance": 1e-3, "ok": worst < 1e-3}
 
 
-def check_figures(figures: dict[str, list[float]], base: str, tolerance: float) -> dict[str, Any]:
-    """The figures of every side are those of the base, to a relative tolerance."""
-    worst = max(abs(a - b) / abs(b) for values in figures.values() for a, b in zip(values, figures[base], strict=True))
-    return {"figures": figures, "max_relative_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}
-
-
-def check_distribution(device: torch.device, draws: int) -> dict[str, Any]:
-    """On a model of 24 tokens, the mean log-probability of six sampled tokens is the same for both samplers, to 4 standard
-    errors. The seed is fixed and so is the result: a failure is a finding, and not bad luck that a second run would mend."""
-    ours, theirs = model_pair(SMALL_VOCABULARY, torch.float32, device)
-    prompt, scores = [3, 17, 5, 11], {}
-    for name, model in (("ours", ours), ("generate", theirs)):
-        rows = SAMPLERS[name](model, [prompt], [6] * draws, seed=SEED)
-        reference = teacher_forced(theirs, prompt, rows).cpu()
-        scores[name] = reference.gather(-1, torch.tensor(rows)[..., None]).sum((1, 2)).tolist()
-    means = {name: statistics.fmean(values) for name, values in scores.items()}
-    error = math.sqrt(sum(statistics.variance(values) / draws for values in scores.values()))
-    z = (means["ours"] - means["generate"]) / error
-    return {"draws": draws, "mean_logprob": means, "z": z, "ok": abs(z) < 4}
+def check_results(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str, dict[str, Any]]:
+    """Both sides had the same results in their first round, which begins with equal weights, to a relative tolerance. No check
+    if the rival made no first round."""
+    first = [run["result"] for run in runs if run["repeat"] < 0]
+    if len(first) < 2:
+        return {}
+    pairs = zip(*first, strict=True)
+    worst = max(abs(a - b) / abs(b) for a, b in pairs)
+    return {"same_results": {"max_relative_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}}
 
 
 # ---------------------------------------------------------------------------------------------------- part: sampler
@@ -382,14 +351,11 @@ def sampling_floor(model: CausalLM, prompts, lengths: Sequence[int], limits: dic
 
 
 def bench_sampler(args: argparse.Namespace) -> dict[str, Any]:
-    """Checks in fp32, then every workload on all samplers in alternation."""
+    """A check in fp32, then every workload on all samplers in alternation."""
     workloads = workloads_of(args, *args.workloads)
     ours, theirs = model_pair(SHAPES["toy" if args.quick else "SmolLM2-135M-Instruct"], torch.float32, args.device)
     prompts = make_prompts(workloads[0], ours.config.vocab_size)
-    checks = {
-        "logprobs": check_logprobs(ours, theirs, prompts[:2], length=12 if args.quick else 32),
-        "distribution": check_distribution(args.device, draws=400 if args.quick else 2000),
-    }
+    checks = {"logprobs": check_logprobs(ours, theirs, prompts[0])}
     del ours, theirs
     limits = machine_limits(args)
     ours, theirs = model_pair(SHAPES[args.shape], args.dtype, args.device)
@@ -403,10 +369,8 @@ def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args: argp
     tokens = sum(map(len, prompts))
     flops = forward_flops(Shape(model.config), [(0, len(prompt)) for prompt in prompts], len(prompts))
     work = partial(sample_ours, model, prompts, [1] * len(prompts), seed=SEED)
-    work()
-    seconds = [measured(work, args.device)[1] for _ in range(args.repeats)]
-    rates = spread([tokens / s for s in seconds])
-    share = spread([flops / s / limits["matmul"] for s in seconds])
+    rates = per_second(work, tokens, args.device, args.repeats)
+    share = {name: rate * flops / tokens / limits["matmul"] for name, rate in rates.items()}
     print(f"  prefill          {rates['median']:.0f} tokens/s, {100 * share['median']:.0f} % of the matrix peak", flush=True)
     return {"prompts": len(prompts), "tokens": tokens, "tokens_per_s": rates, "share": share}
 
@@ -418,18 +382,17 @@ def sampler_workload(ours, theirs, workload: Workload, limits, args: argparse.Na
     def lengths(repeat: int) -> list[int]:  # the first round is a short one: threads, kernels, lazily made tables
         return make_lengths(workload, SEED + repeat) if repeat >= 0 else [2] * (workload.prompts * workload.group)
 
-    def sample(name: str, repeat: int) -> list[list[int]]:
+    def sample(name: str, repeat: int) -> None:
         model = ours if name == "ours" else theirs
-        return SAMPLERS[name](model, prompts, lengths(repeat), seed=SEED + repeat + 1)
+        rows = SAMPLERS[name](model, prompts, lengths(repeat), seed=SEED + repeat + 1)
+        if [len(row) for row in rows] != lengths(repeat):
+            raise RuntimeError("its responses do not have the lengths that they should have")
 
-    sides = {name: partial(sample, name) for name in SAMPLERS}
-    runs, left_out = alternate(workload.name, sides, args)
+    runs, left_out = alternate(workload.name, {name: partial(sample, name) for name in SAMPLERS}, args)
     for run in runs:
-        tokens, prescribed = sum(map(len, run.pop("result"))), lengths(run["repeat"])
-        run |= {"tokens": tokens, "prescribed": sum(prescribed), "tokens_per_s": tokens / run["seconds"]}
+        prescribed = lengths(run["repeat"])
+        run |= {"tokens": sum(prescribed), "tokens_per_s": sum(prescribed) / run["seconds"]}
         run["floor_share"] = sampling_floor(ours, prompts, prescribed, limits) / run["seconds"]
-        if not tokens and run["side"] != "ours":
-            left_out[run["side"]] = "it made no tokens"
     return {"workload": asdict(workload)} | compare(workload.name, runs, "tokens_per_s", left_out)
 
 
@@ -448,17 +411,10 @@ def make_rollouts(workload: Workload, model: CausalLM) -> list[ProblemSamples]:
     """Sampled groups with rewards that are right half of the time."""
     prompts = make_prompts(workload, model.config.vocab_size)
     rewards = [float(i % 2) for i in range(workload.group)]
-    advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
     samples = []
     for p, rows in enumerate(sample_groups(model, prompts, make_lengths(workload, SEED), seed=SEED)):
-        sample = ProblemSamples(p, Example(None, prompts[p], None, None), rows, [], rewards, [])
-        sample.advantages = advantages
-        samples.append(sample)
+        samples.append(ProblemSamples(p, Example(None, prompts[p], None, None), rows, [], rewards, []))
     return samples
-
-
-def padded(rows: Sequence[list[Any]], device: torch.device) -> Tensor:
-    return pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
 
 
 def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], dtype: torch.dtype, rows: int) -> list[float]:
@@ -476,7 +432,7 @@ def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], 
         weight /= len(items) * weight.sum(1, keepdim=True)  # groups of one size: eq 1's mean of means
         advantage = torch.tensor([[a] for _, a in chosen], device=model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=ids, attention_mask=(ids >= 0).long(), use_cache=False).logits[:, :-1]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # causal: nothing sees the padding after it
         logp = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         ratio = torch.exp(logp - old[:, 1:])
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
@@ -495,6 +451,7 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = model_pair(SHAPES[args.shape], torch.float32, args.device)
     samples = make_rollouts(workload, ours)
     model, own_optimizer, settings = trained(ours.train(), args)
+    set_advantages(settings, samples, even_is_right)
     optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
     rows = 8 if args.device.type == "cpu" else 2  # more of them, with their whole logits, do not fit beside the weights of 1.5B
 
@@ -512,12 +469,10 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     spans = prompts + [(len(row.prompt_ids), len(row.response_ids)) for sample in samples for row in sample.auto]
     flops = 3 * forward_flops(Shape(ours.config), spans, tokens)  # the backward pass is twice the forward
     peak_rate = machine_limits(args)["matmul"]
-    first = {run["side"]: run["result"] for run in runs if run["repeat"] < 0}  # it starts from equal weights
     for run in runs:
-        del run["result"]
         run |= {"tokens_per_s": tokens / run["seconds"], "flop_share": flops / run["seconds"] / peak_rate}
     tolerance = 1e-3 if args.dtype == torch.float32 else 5e-2
-    checks = {} if left_out else {"same_update": check_figures(first, "transformers", tolerance)}
+    checks = check_results(runs, tolerance)
     return {"workload": asdict(workload), "checks": checks} | compare("update", runs, "tokens_per_s", left_out)
 
 
@@ -547,14 +502,16 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     ours.config = replace(ours.config, eos_ids=(ours.config.vocab_size,))  # no response ends before the limit, nor at TRL
     model, optimizer, settings = trained(ours.train(), args, **changes)
     batch = [(p, Example(None, ids, None, None)) for p, ids in enumerate(prompts)]
-    one_step = partial(sgpo_step, model, tokenizer, optimizer, settings, batch, even_is_right, learning_rate=1e-6)
-    runs, left_out = alternate("step", {"ours": lambda repeat: one_step(step=repeat + 2)}, args)
+
+    def our_step(repeat: int) -> None:
+        sgpo_step(model, tokenizer, optimizer, settings, batch, even_is_right, step=repeat + 2, learning_rate=1e-6)
+
+    runs, left_out = alternate("step", {"ours": our_step}, args)
     try:
         runs += trl_steps(theirs.train(), tokenizer, prompts, workload, args)
     except Exception as error:  # it is not installed, or whatever it raises: our own figures are worth as much
-        left_out["trl"] = one_line(error)
+        left_out["trl"] = repr(error)[:200]
     for run in runs:
-        run.pop("result", None)
         run["tokens_per_s"] = workload.prompts * workload.group * workload.longest / run["seconds"]
     return {"workload": asdict(workload), "checks": {}} | compare("step", runs, "tokens_per_s", left_out)
 
@@ -636,9 +593,11 @@ def bench_head(args: argparse.Namespace) -> dict[str, Any]:
         "autograd": lambda _: head_side(None, *inputs, targets),
     }
     runs, left_out = alternate("head", sides, args)
-    figures = {run["side"]: run.pop("result") for run in runs}
-    check = check_figures(figures, "ours", 1e-4 if args.dtype == torch.float32 else 2e-2)
-    return {"shape": shape, "checks": {"same_loss": check}} | compare("head", runs, "seconds", left_out)
+    tolerance = 1e-4 if args.dtype == torch.float32 else 2e-2
+    return {"shape": shape, "checks": check_results(runs, tolerance)} | compare("head", runs, "seconds", left_out)
+
+
+PARTS = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head}
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -652,17 +611,34 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        "seed": SEED,
-        "shape": args.shape,
-        "dtype": str(args.dtype).removeprefix("torch."),
-        "repeats": args.repeats,
+        "settings": {name: str(value) for name, value in vars(args).items()} | {"seed": SEED},
         "commit": code_commit(),  # with a "+" if files were changed
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu,
-        "device_type": args.device.type,
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg(),
         "versions": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
     }
+
+
+def write_report(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], dict[str, Callable[[], Any]]]) -> int:
+    """Run the parts that `prepare` makes and write args.out after each: what it returned, or why it failed. 1 if one failed, or
+    one of its "checks"."""
+    failed = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with ranks_of(args.device, timeout_minutes=10) as args.device:
+        report = environment(args)
+        for part, work in prepare(args).items():
+            try:
+                report[part] = work()
+            except Exception as error:  # the other parts are worth as much
+                traceback.print_exc()
+                report[part] = {"failed": repr(error)[:200], "checks": {"ran": {"ok": False}}}
+            for title, check in report[part].get("checks", {}).items():
+                print(f"{'ok    ' if check['ok'] else 'FAILED'} {part} {title}: {json.dumps(check)}")
+                failed += [title] * (not check["ok"])
+            report["load_after"] = os.getloadavg()
+            args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(bool(failed))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -670,7 +646,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--quick", action="store_true", help="toy shapes: checks that everything runs, times nothing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts instead of all")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="these parts instead of all")
     parser.add_argument("--workloads", nargs="+", choices=SAMPLER_WORKLOADS, default=SAMPLER_WORKLOADS, help="of the sampler")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="SmolLM2-135M-Instruct", help="the model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on CUDA")
@@ -681,6 +657,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--repeats {args.repeats} and --threads {args.threads} must be at least 1")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.shape = "toy" if args.quick else args.shape
+    args.scale = "quick" if args.quick else args.device
     return args
 
 
@@ -688,23 +665,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and write the JSON. Returns 1 if a check or a part failed."""
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    parts = {"sampler": bench_sampler, "update": bench_update, "step": bench_step, "head": bench_head}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with ranks_of(args.device, timeout_minutes=10) as args.device:
-        report: dict[str, Any] = environment(args)
-        for part in args.only:
-            try:
-                report[part] = parts[part](args)
-            except Exception as error:  # the other parts are worth as much
-                traceback.print_exc()
-                report[part] = {"failed": one_line(error), "checks": {"ran": {"ok": False}}}
-            report["load_after"] = os.getloadavg()
-            args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    checks = [(part, title, check) for part in args.only for title, check in report[part]["checks"].items()]
-    for part, title, check in checks:
-        print(f"{'ok    ' if check['ok'] else 'FAILED'} {part} {title}: {json.dumps(check)}")
-    print(f"written: {args.out}")
-    return 0 if all(check["ok"] for _, _, check in checks) else 1
+    return write_report(args, lambda args: {part: partial(PARTS[part], args) for part in args.only})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's shape on CUDA, about a minute on an H100
 python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
-sampling   256 rows at top_p 1 and 0.95: tokens/s, the share of the machine's floor (bench.py), time by kernel
+sampling   256 rows: tokens/s, the share of the machine's floor (bench.py), time by kernel
 step       the two halves of sgpo_step, with their peaks of memory beside those that plan.py predicts; the update's tokens/s
            and time by kernel, with and without recomputation; the sampler's log-probabilities against the trainer's
 """
@@ -11,7 +11,6 @@ step       the two halves of sgpo_step, with their peaks of memory beside those 
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kv_cache import pages_for
 from model import CausalLM, ModelConfig, build_model
-from parallel import apply_gradients, leave, ranks_of, whole_model
+from parallel import apply_gradients, leave, whole_model
 from rollout import micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, set_advantages, target_items, update
 from tools import bench, plan
@@ -50,14 +49,15 @@ def micro_batch(contexts: Sequence[list[int]], responses: Sequence[list[int]], d
 def passes_of(samples: Sequence[ProblemSamples], settings: Config) -> Iterator[plan.MicroBatch]:
     """Every forward and backward pass that sgpo.update makes of these samples."""
     rows = [item.trajectory for item in policy_items(samples, settings)]
-    contexts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    contexts = [row.prompt_ids for row in rows]
+    responses = [row.response_ids for row in rows]
     costs = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
     for part in micro_batches(costs, settings.micro_tokens, shared_tokens(contexts)):
         yield micro_batch([contexts[i] for i in part], [responses[i] for i in part], False)
-    targets = [item[:3] for item in target_items(samples, settings)]
-    costs = [len(auto) + len(guided) + 2 * len(response) for auto, guided, response in targets]
+    targets = target_items(samples, settings)
+    costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in targets]
     for part in micro_batches(costs, settings.micro_tokens):
-        yield micro_batch([targets[i][0] for i in part], [targets[i][2] for i in part], True)
+        yield micro_batch([targets[i].auto_ids for i in part], [targets[i].response_ids for i in part], True)
 
 
 def predicted_sampling(job: plan.Job, samples: Sequence[ProblemSamples], pages: int, scored: int) -> tuple[str, float]:
@@ -79,53 +79,36 @@ def predicted_update(job: plan.Job, samples: Sequence[ProblemSamples]) -> tuple[
 # ---------------------------------------------------------------------------------------------------- measurements
 
 
-def time_by_kernel(work: Callable[[], Any], device: torch.device, most: int = 12) -> dict[str, Any]:
-    """Seconds of one call on the clock, the share of them in which no kernel ran, and the kernels (on a CPU the operations)
-    that took longest: name, milliseconds, calls. The seconds are those of a call without the profiler, which slows the host."""
-    _, seconds, _ = bench.measured(work, device)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=activities) as profile:
+def time_by_kernel(work: Callable[[], Any], device: torch.device) -> list[str]:
+    """The lines of PyTorch's own table of one call: the kernels (on a CPU the operations) that took longest, and their sum."""
+    with torch.profiler.profile() as profile:
         bench.measured(work, device)
-    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.device_type == kind]
-    events.sort(key=lambda event: -getattr(event, time_of))
-    busy = sum(getattr(event, time_of) for event in events) / 1e6
-    longest = [[event.key[:90], round(getattr(event, time_of) / 1e3, 3), event.count] for event in events[:most]]
-    return {"seconds": seconds, "host_share": max(0.0, 1 - busy / seconds), "longest": longest}
+    longest_first = f"self_{device.type}_time_total"
+    table = profile.key_averages().table(sort_by=longest_first, row_limit=24, max_name_column_width=90)
+    return table.splitlines()
 
 
-def sampling_part(model: CausalLM, args: argparse.Namespace, limits: dict[str, float]) -> list[dict]:
-    """A row for each top_p: 32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each."""
+def sampling_part(model: CausalLM, args: argparse.Namespace) -> dict[str, Any]:
+    """32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each, at the top_p of training."""
     workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
     if args.quick:
         [workload] = bench.workloads_of(args, "uniform")
     prompts = bench.make_prompts(workload, model.config.vocab_size)
-    count, rows = workload.prompts * workload.group, []
-    lengths = [workload.longest] * count
+    lengths = [workload.longest] * workload.prompts * workload.group
+    limits = bench.machine_limits(args)
     with whole_model(model) as policy:
-        floor = bench.sampling_floor(policy, prompts, lengths, limits)
-        for top_p in (1.0, 0.95):
-            work = partial(bench.sample_groups, policy, prompts, lengths, seed=0, top_p=top_p)
-            short = partial(bench.sample_groups, policy, prompts, [32] * count, seed=0, top_p=top_p)  # the profiler is slow
-            work()  # the first call loads kernels
-            seconds = [bench.measured(work, args.device)[1] for _ in range(args.repeats)]
-            row = {
-                "top_p": top_p,
-                "tokens_per_s": bench.spread([sum(lengths) / s for s in seconds]),
-                "floor_share": bench.spread([floor / s for s in seconds]),
-                "time_of_32_tokens": time_by_kernel(short, args.device),
-            }
-            rows.append(row)
-            rate, share = row["tokens_per_s"]["median"], 100 * row["floor_share"]["median"]
-            print(f"  sampling, top_p {top_p:4}  {rate:9.0f} tokens/s, {share:.0f} % of the floor", flush=True)
-    return rows
+        work = partial(bench.sample_groups, policy, prompts, seed=0, top_p=0.95)
+        rate = bench.per_second(partial(work, lengths), sum(lengths), args.device, args.repeats)
+        kernels = time_by_kernel(partial(work, [32] * len(lengths)), args.device)  # fewer tokens: the profiler is slow
+        share = bench.sampling_floor(policy, prompts, lengths, limits) * rate["median"] / sum(lengths)
+    print(f"  sampling            {rate['median']:9.0f} tokens/s, {100 * share:.0f} % of the floor", flush=True)
+    return {"limits": limits, "tokens_per_s": rate, "floor_share": share, "kernels_of_32_tokens": kernels}
 
 
-def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict:
+def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict[str, Any]:
     """The two halves of sgpo_step, so that each has its own peak and time."""
-    device, V = model.device, model.config.vocab_size
+    device = model.device
+    V = model.config.vocab_size
     tokenizer = bench.word_tokenizer(V)
     size = (5, 9) if quick else (300, 600)
     prompts = bench.make_prompts(bench.Workload("step", settings.problems_per_step, 12, *size, 512, 512), V)
@@ -145,29 +128,44 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) ->
     predicted = predicted_sampling(job, samples, settings.cache_tokens // plan.PAGE, settings.micro_tokens)
     result = {"sampling": memory_row("sampling", predicted, peak + resident, seconds)}
     tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
-    for recompute in (True, False):
-        name = "update, recomputed" if recompute else "update"
+    for recompute, name in ((True, "update, recomputed"), (False, "update")):
         model.model.recompute = recompute
-        job = job_of(model, settings)
+        predicted = predicted_update(job_of(model, settings), samples)
         try:
             metrics, seconds, peak = bench.measured(lambda: update(model, optimizer, settings, samples, 1e-6), device)
         except torch.OutOfMemoryError as error:  # without recomputation a card of 80 GB may be too small
-            model.zero_grad()
-            phase, planned = predicted_update(job, samples)
-            result[name] = {"phase": phase, "planned_gb": planned / 1e9, "failed": bench.one_line(error)}
-            continue
+            result[name] = {"planned_gb": predicted[1] / 1e9, "failed": repr(error)[:200]}
+            break
+        result[name] = memory_row(name, predicted, peak + resident, seconds) | {"tokens_per_s": tokens / seconds}
         if recompute:  # of the first update alone: then the policy has moved
             result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
-        row = memory_row(name, predicted_update(job, samples), peak + resident, seconds) | {"tokens_per_s": tokens / seconds}
         part = partial(update, model, optimizer, settings, samples[:4], 1e-6)
-        result[name] = row | {"time_of_4_problems": time_by_kernel(part, device)}
+        result[name]["kernels_of_4_problems"] = time_by_kernel(part, device)
+    model.zero_grad()
     return result
 
 
 def memory_row(name: str, predicted: tuple[str, float], measured: float, seconds: float) -> dict[str, Any]:
-    phase, planned = predicted[0], predicted[1] / 1e9
-    print(f"  {name:19} {measured / 1e9:7.2f} GB, planned {planned:7.2f} ({phase}), {seconds:.2f} s", flush=True)
-    return {"phase": phase, "planned_gb": planned, "measured_gb": measured / 1e9, "seconds": seconds}
+    phase, planned = predicted
+    row = {"phase": phase, "planned_gb": planned / 1e9, "measured_gb": measured / 1e9, "seconds": seconds}
+    print(f"  {name:19} {json.dumps(row)}", flush=True)
+    return row
+
+
+def parts(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    raw = plan.SHAPES[args.shape]
+    config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
+    model = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=args.device)
+    pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))  # 192 rows, of which none waits
+    changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
+    if args.quick:
+        changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
+    model, optimizer, method = bench.trained(model, args, method="sgpo", **changes)
+    settings = Config(**vars(method), dtype="bfloat16")
+    return {
+        "step": partial(step_part, model, optimizer, settings, args.quick),
+        "sampling": partial(sampling_part, model, args),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,32 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a toy shape: does it run; times nothing")
     args = parser.parse_args(arguments)
     args.shape = "toy" if args.quick else "Qwen2.5-1.5B-Instruct"
-    args.dtype, args.repeats = torch.bfloat16, 3
-    with ranks_of(args.device, timeout_minutes=10) as args.device:
-        report = bench.environment(args)
-        raw = plan.SHAPES[args.shape]
-        config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
-        generator = torch.Generator("cpu").manual_seed(0)
-        model = build_model(config, generator=generator, dtype=torch.float32, device=args.device)
-        pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))  # 192 rows, of which none waits
-        changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
-        if args.quick:
-            changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
-        model, optimizer, method = bench.trained(model, args, method="sgpo", **changes)
-        settings = Config(**vars(method), dtype="bfloat16")
-        report["limits"] = bench.machine_limits(args)
-        parts = {
-            "step": lambda: step_part(model, optimizer, settings, args.quick),
-            "sampling": lambda: sampling_part(model, args, report["limits"]),
-        }
-        for name, part in parts.items():
-            try:
-                report[name] = part()
-            except Exception as error:  # the other part is worth as much
-                traceback.print_exc()
-                report[name] = {"failed": bench.one_line(error)}
-            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int("failed" in report["step"] or "failed" in report["sampling"])
+    args.scale = "quick" if args.quick else args.device
+    args.dtype = torch.bfloat16
+    args.repeats = 3
+    return bench.write_report(args, parts)
 
 
 if __name__ == "__main__":

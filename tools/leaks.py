@@ -51,17 +51,14 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(\\[a-zA-Z]+)(?=[0-9])", r"\1 "),
     (r"\s+", " "),
 )]  # fmt: skip
-_RAISED, _LOWERED, _ASCII_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉", "0123456789"
-_FULL_WIDTH = str.maketrans("０１２３４５６７８９．，％＝＋－／", "0123456789.,%=+-/")
 
 
 def _plain(text):
     """The text in one notation: x² as x^{2}, ½ and \\frac12 as 1/2, no dollar signs, no \\text. Its case stays."""
-    text = text.translate(_FULL_WIDTH)
-    for digits, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        table = str.maketrans(digits, _ASCII_DIGITS)
-        text = re.sub(f"[{digits}]+", lambda m, mark=mark, table=table: f"{mark}{{{m[0].translate(table)}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    for pattern, written in (("[⁰¹²³⁴-⁹]+", r"^{\g<0>}"), ("[₀-₉]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>")):
+        text = re.sub(pattern, written, text)
+    # then these, and what is in full width, as ASCII
+    text = re.sub("[⁰¹²³⁴-⁹₀-₉¼-¾⅐-⅞！-～]+", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
     for pattern, replacement in _NOTATION:
         text = pattern.sub(replacement, text)
     return text.strip()

@@ -18,18 +18,17 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from data.problems import Problem, load_problems
 from grader import MathWorker, is_correct
-from loss import chunked_head, forward_kl, kl_clip_mask, token_logprobs
+from loss import forward_kl, kl_clip_mask, token_logprobs
 from model import CausalLM, encode_chat, load_model
 from rollout import pack, sample_and_grade, stream_seed
 from strategy import auto_messages, guided_messages
@@ -62,19 +61,6 @@ def sample_group(
     return [row.response_ids for row in rows], correct
 
 
-def map_terms(unguided: Tensor, guided: Tensor, targets: Tensor, *, delta: float, top: int) -> dict[str, Tensor]:
-    """What the map shows of m tokens, from their logits (m, V) without and with the strategy: (m,) or (m, K) tensors."""
-    divergence = forward_kl(guided, unguided)  # d_t [eq 3]
-    # chunked_head adds up a "loss", and there is none here
-    values = {"loss": 0 * divergence, "divergence": divergence, "kept": kl_clip_mask(divergence, delta)}
-    for side, logits in (("guided", guided), ("auto", unguided)):
-        log_p = logits.float().log_softmax(-1)
-        best = log_p.topk(min(top, logits.shape[-1]))
-        values[f"entropy_{side}"] = -(log_p.exp() * log_p).sum(-1)
-        values |= {f"logp_{side}": token_logprobs(logits, targets), f"top_{side}": best.values, f"ids_{side}": best.indices}
-    return values
-
-
 @torch.no_grad()
 def token_map(
     model: CausalLM, tokenizer: Any, problem: Problem, response_ids: list[int], *, delta: float, top: int
@@ -89,23 +75,31 @@ def token_map(
 
     The same functions as in training, in the weights' dtype, at temperature 1. Logits exist for 256 tokens at a time.
     """
-    auto_ids, guided_ids = contexts(tokenizer, problem)
-    guided = pack([guided_ids], [response_ids], device=model.device)
-    unguided = pack([auto_ids], [response_ids], device=model.device)  # row m of both predicts the same token
-    teacher = model(**guided.layout, head=lambda hidden, _: hidden[0, guided.predict])  # (M, D)
-    terms, inputs = partial(map_terms, delta=delta, top=top), (unguided.targets,)
-    head = partial(chunked_head, terms=terms, inputs=inputs, chunk_tokens=256, at=unguided.predict, teacher=teacher)
-    _, stats = model(**unguided.layout, head=head)
-    rows = {name: value.tolist() for name, value in stats.items()}
+    hidden = []  # (M, D) without and with the strategy; row m of both predicts the same token
+    for prompt in contexts(tokenizer, problem):
+        packed = pack([prompt], [response_ids], device=model.device)
+        hidden.append(model(**packed.layout, head=lambda states, _, at=packed.predict: states[0, at]))
     tokens = []
-    for m, (blank, text) in enumerate(token_texts(tokenizer, response_ids)):
-        token = {"id": response_ids[m], "text": text, "blank": blank}
-        token |= {"divergence": rows["divergence"][m], "kept": bool(rows["kept"][m])}
-        for side in ("auto", "guided"):
-            best = zip(rows[f"ids_{side}"][m], rows[f"top_{side}"][m], strict=True)
-            token |= {name: rows[name][m] for name in (f"logp_{side}", f"entropy_{side}")}
-            token[f"top_{side}"] = [(one, token_text(tokenizer, one), math.exp(logp)) for one, logp in best]
-        tokens.append(token)
+    for *states, targets in zip(*(tensor.split(256) for tensor in (*hidden, packed.targets)), strict=True):
+        unguided, guided = (F.linear(part, model.head_weight) for part in states)  # (m, V)
+        divergence = forward_kl(guided, unguided)  # d_t [eq 3]
+        values = {
+            "id": targets.tolist(),
+            "divergence": divergence.tolist(),
+            "kept": kl_clip_mask(divergence, delta).tolist(),
+        }
+        for side, logits in (("auto", unguided), ("guided", guided)):
+            log_p = logits.float().log_softmax(-1)
+            best = log_p.topk(min(top, logits.shape[-1]))
+            values[f"logp_{side}"] = token_logprobs(logits, targets).tolist()
+            values[f"entropy_{side}"] = (-(log_p.exp() * log_p).sum(-1)).tolist()
+            values[f"top_{side}"] = []
+            for ids, logps in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                texts = [token_text(tokenizer, one) for one in ids]
+                values[f"top_{side}"].append(list(zip(ids, texts, map(math.exp, logps), strict=True)))
+        tokens += [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    for token, (blank, text) in zip(tokens, token_texts(tokenizer, response_ids), strict=True):
+        token |= {"blank": blank, "text": text}
     return tokens
 
 
@@ -172,6 +166,9 @@ def find_targets(
 # theme it rises), so any colour vision can read the order, and text stays readable on every shade (contrast at least 4.5:1).
 # The script fills the tooltip through textContent only, so no token can become markup.
 TEMPLATE = Path(__file__).with_name("token_map.html")
+# how the page writes what `totals` returns, and the pass rates
+FORMATS = {"tokens": "d", "divergence_sum": ".4f", "divergence_mean": ".4f", "kept": ".1%", "loss": ".4f"}
+FORMATS |= dict.fromkeys(("logp_guided", "logp_auto", "p_guide", "p_auto"), ".3f")
 
 
 def visible(text: str, blanks: bool) -> str:
@@ -209,26 +206,6 @@ def _probability(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else f"{p:.0e}"
 
 
-def totals_html(views: Sequence[Mapping[str, Any]]) -> str:
-    """The summary: one row for each number, one column for each model."""
-    rows = {
-        "length of o⁺, tokens": ("tokens", "d"),
-        "sum of d, nats": ("divergence_sum", ".4f"),
-        "mean of d": ("divergence_mean", ".4f"),
-        "kept by the KL clip": ("kept", ".1%"),
-        "clipped loss, (1/|o⁺|) Σ kept d": ("loss", ".4f"),
-        "log π(o⁺ | q, s), with strategy": ("logp_guided", ".3f"),
-        "log π(o⁺ | q), alone": ("logp_auto", ".3f"),
-        "p_guide, sampled": ("p_guide", ".3f"),
-        "p_auto, sampled": ("p_auto", ".3f"),
-    }
-    cells = ["<tr><th></th>" + "".join(f'<th class="n">{escape(view["name"])}</th>' for view in views) + "</tr>"]
-    for name, (key, form) in rows.items():
-        values = "".join(f'<td class="n">{view["totals"][key]:{form}}</td>' for view in views)
-        cells.append(f"<tr><th>{escape(name)}</th>{values}</tr>")
-    return "<table>" + "".join(cells) + "</table>"
-
-
 def page_html(page: Mapping[str, Any]) -> str:
     """The whole page from plain data. Every text that comes from outside is escaped.
 
@@ -252,10 +229,12 @@ def page_html(page: Mapping[str, Any]) -> str:
         "delta": f"{delta:g}",
         "ticks": "".join(f"<span>{delta * (k / 5) ** 2:.3g}</span>" for k in range(6)),  # even steps of a square-root scale
         "maps": "".join(maps),
-        "totals": totals_html(views),
+        "names": "".join(f'<th class="n">{escape(view["name"])}</th>' for view in views),
         "settings": escape(page["settings"]),
         "tips": json.dumps(tips, ensure_ascii=False).replace("<", "\\u003c"),  # a token "</script>" must not end the script
     }
+    for key, form in FORMATS.items():
+        fields[key] = "".join(f'<td class="n">{view["totals"][key]:{form}}</td>' for view in views)
     # in one pass, so that a text with "{{id}}" in it stays as it is
     return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
 
@@ -336,7 +315,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="of the sampling")
         command.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
         command.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
-        command.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     tokens.add_argument("--after", help="the trained model, to compare on the same tokens")
     tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto")
     tokens.add_argument("--top", type=int, default=5, help="next tokens to list")
@@ -353,6 +331,5 @@ def main(arguments: Sequence[str]) -> Any:
         raise ValueError(f"--delta must be positive and finite, the colour scale ends there; got {args.delta}")
     if not args.out.parent.is_dir():
         raise ValueError(f"{args.out}: its folder does not exist")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"tokens": write_tokens, "divergence": write_divergence}[args.command](args)
