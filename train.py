@@ -329,7 +329,7 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
             validate_sft(run, validation, cfg.sft_epochs if last else float(epoch))
         if last and 0 < progress.best_step < steps:
             run.folder.load_best(run.model, progress.best_step)
-        after_step(run, always=last or progress.best_step == step + 1)
+        after_step(run, always=last)
 
 
 def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
@@ -343,7 +343,7 @@ def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
     say(f"sft validation after epoch {epoch:g}: loss {loss:.4f}{', the lowest so far' if lowest else ''}")
     if lowest:
         progress.best_loss, progress.best_step = loss, progress.sft_steps
-        run.folder.save_best(run.model, progress.best_step)
+        run.folder.save(run.model, run.optimizer, progress)
 
 
 def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
@@ -619,7 +619,6 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
-        run.folder.remove_best()
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         saved = run.folder.out / "checkpoints"
         size = sum(file.stat().st_size for file in saved.rglob("*")) / 1e9
