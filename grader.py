@@ -57,8 +57,7 @@ class MathWorker(AbstractContextManager):
     """math-verify in a child process, started at the first comparison (about 1 s). For one thread.
 
     timeout_s limits a question: then the child is killed, and the next question starts a new one (RuntimeError if it cannot).
-    memory_bytes is its address space (sympy takes 150 MB). `timeouts` counts the questions lost to a limit or a crash: log it,
-    each was graded wrong.
+    memory_bytes is its address space (sympy takes 150 MB). `timeouts` counts the questions lost, each graded wrong: log it.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 1024**3) -> None:
@@ -74,11 +73,11 @@ class MathWorker(AbstractContextManager):
     __exit__ = close
 
     def start(self) -> None:
-        """Start the child unless it runs; equal does it too."""
+        """Start the child unless it runs."""
         if self._process is not None:
             return
         # Not in this process: math-verify's signal.alarm fails off the main thread, and a power tower never ends.
-        command = [sys.executable, "-P", __file__, str(self.memory_bytes), str(int(self.timeout_s) + 3)]
+        command = [sys.executable, "-P", __file__, str(self.memory_bytes)]
         # What it needs to find its packages, and no tokens or keys: it reads what a model wrote.
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
@@ -103,7 +102,7 @@ class MathWorker(AbstractContextManager):
         return verdict == b"="
 
 
-def _child(memory_bytes: int, alarm_s: int) -> None:
+def _child(memory_bytes: int) -> None:
     """Read [gold, prediction], a line of JSON each, and answer "=" or "/", until standard input ends."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -126,7 +125,7 @@ def _child(memory_bytes: int, alarm_s: int) -> None:
         resource.setrlimit(limit, (most, most))
     os.write(1, b"!")
     for line in sys.stdin.buffer:
-        signal.alarm(alarm_s)  # its default action is death: if the parent is gone, no power tower outlives it for long
+        signal.alarm(600)  # its default action is death: if the parent is gone, no power tower outlives it for long
         try:
             verdict = equal(*json.loads(line))
         except MemoryError:
@@ -484,4 +483,4 @@ def why_unusable(answer: str) -> str:
 
 
 if __name__ == "__main__":  # in the child process of MathWorker
-    _child(int(sys.argv[1]), int(sys.argv[2]))
+    _child(int(sys.argv[1]))
