@@ -125,7 +125,7 @@ class RunFolder:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: load it, and cut the
         logs to where they were then. Returns the progress so far; `say` prints what was found. ValueError if the checkpoint is
         of other data or prompts."""
-        path, state, damaged = find_checkpoint(self.out / "checkpoints") if resume else (None, {}, [])
+        path, state, damaged = find_checkpoint(self.out / "checkpoints")
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
         changes = differences(state["data"], self.origin["data"]) if path else []
@@ -142,9 +142,9 @@ class RunFolder:
             self.log(head)
             return Progress()
         progress = Progress(**_with_inf(state["progress"]))
-        before = stored_config(self.out) | {"resume": True, "commit": state["commit"]}
-        changes = differences(before, self.config | {"commit": self.origin["commit"]})
-        if changes:
+        before = stored_config(self.out)
+        before |= {"resume": True, "out": self.config["out"], "commit": state["commit"]}
+        if changes := differences(before, self.config | {"commit": self.origin["commit"]}):
             say("\n".join(["settings that have changed:", *changes]))
             self.log({**head, "stage": "resume"})
         load_checkpoint(path, model, optimizer)

@@ -107,7 +107,7 @@ class Config(Method):
     timeout_minutes: float = knob(60.0, "end the run if one rank waits longer than this for the others")
     # crashes
     resume: bool = knob(False, "go on from the newest checkpoint in --out; the run's settings need not be given again")
-    checkpoint_minutes: float = knob(10.0, "write a checkpoint after a step if the last one is this old; inf: never")
+    checkpoint_minutes: float = knob(10.0, "write a checkpoint after a step if the last one is this old; inf: SFT's best alone")
     max_skipped: int = knob(10, "end the run after more updates than this with a loss or gradient that is not finite")
 
 
@@ -433,7 +433,7 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str
 
 def after_step(run: Run, *, always: bool) -> None:
     """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if a signal came to any rank."""
-    every = 60 * run.cfg.checkpoint_minutes  # inf: never, not even `always`
+    every = 60 * run.cfg.checkpoint_minutes  # inf: not even `always`
     due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
     if asked == 2:
