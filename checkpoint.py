@@ -163,7 +163,7 @@ class RunFolder:
             **self.origin,
         }
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
-        save_checkpoint(self.out / "checkpoints", name, model, optimizer, state, keep=KEPT)
+        save_checkpoint(self.out / "checkpoints", name, model, optimizer, state)
         self.saved_at = time.monotonic()
 
     def load_best(self, model: nn.Module, step: int) -> None:
@@ -240,12 +240,10 @@ def code_commit() -> str:
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(
-    folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int
-) -> None:
+def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write folder/name (step-000040 or the like): the weights, the moments and `state` (anything JSON can hold).
 
-    The newest `keep` checkpoints up to this one stay, and those that a state of theirs names as "needs". Those of a later step
+    The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs". Those of a later step
     are removed too: a resumed run has left them. What is not ours stays: if it is in the way, it gets another name.
     CheckpointError leaves the other checkpoints as they were.
     """
@@ -265,14 +263,15 @@ def save_checkpoint(
             final.rename(f"{final}-{time.time_ns()}")
         part.rename(final)
         ours = {path.name: _content(path) for path in _checkpoints(folder) if _is_ours(path)}
-        stay = [path for path in ours if path <= name][-keep:]
+        stay = [path for path in ours if path <= name][:KEPT]
         stay += [ours[path]["state"].get("needs") for path in stay]
         for path in ours.keys() - stay:
             _remove(folder / path)
 
     _together(begin, only=0)
     tensors = _tensors(model, optimizer)
-    updates = max((float(moments["step"]) for moments in optimizer.state.values()), default=0.0)  # all have the same
+    steps = [float(moments["step"]) for moments in optimizer.state.values()]  # all have the same
+    updates = max(steps, default=0.0)
     files = {name: 1 + index // TENSORS for index, name in enumerate(tensors)}
     writer = dcp.HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=files, save_distributed=True)
     _together(lambda: dcp.save(tensors, storage_writer=writer))
@@ -287,7 +286,7 @@ def save_checkpoint(
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(newest checkpoint that is whole, its state, what is wrong with the newer ones); (None, {}, ...) if there is none."""
     damaged = []
-    for path in _together(lambda: _checkpoints(folder))[0][::-1]:
+    for path in _together(lambda: _checkpoints(folder))[0]:
         try:
             return path, _checked(path)["state"], damaged
         except CheckpointError as error:
@@ -350,8 +349,8 @@ def _together(work: Callable[[], Any], only: int | None = None) -> list[Any]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were renamed into place, oldest first."""
-    return sorted(path for path in folder.glob(NAME) if path.is_dir())
+    """The checkpoints that were renamed into place, newest first."""
+    return sorted((path for path in folder.glob(NAME) if path.is_dir()), reverse=True)
 
 
 def _is_ours(path: Path) -> bool:

@@ -177,11 +177,9 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
     Items are handed out from the costliest down, in the order 0 1 2 2 1 0 0 1 ...: the numbers of items differ by one at most.
     """
-    turns = [*range(ranks), *range(ranks - 1, -1, -1)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for turn, index in enumerate(sorted(range(len(costs)), key=lambda i: (-costs[i], i))):
-        shares[turns[turn % len(turns)]].append(index)
-    return sorted((sorted(share) for share in shares), key=lambda share: share or [len(costs)])
+    order, turn = sorted(range(len(costs)), key=lambda i: (-costs[i], i)), 2 * ranks
+    shares = [sorted(order[rank::turn] + order[turn - 1 - rank :: turn]) for rank in range(ranks)]
+    return sorted(shares, key=lambda share: share or [len(costs)])
 
 
 def my_share(items: Sequence[Any], costs: Sequence[float]) -> list[Any]:

@@ -196,11 +196,11 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond fails, as it would on a full disk
     try:
         with pytest.raises(checkpoint.CheckpointError, match="rank 0: .*(File too large|Errno 27)"):
-            checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {}, keep=2)
+            checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.find_checkpoint(folder)[:2] == before and not (folder / "step-000009").exists()
-    checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
+    checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1})
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000009"]
 

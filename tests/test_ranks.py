@@ -159,7 +159,7 @@ for name, parameter in net.named_parameters():
     assert parameter.to_local().numel() < want[name].numel()
 net(torch.arange(20)[None]).square().mean().backward()
 optimizer.step()
-checkpoint.save_checkpoint(folder / "checkpoints", "a", net, optimizer, {{}}, keep=2)
+checkpoint.save_checkpoint(folder / "checkpoints", "a", net, optimizer, {{}})
 other, moments = sharded()
 checkpoint.load_checkpoint(folder / "checkpoints/a", other, moments)
 for a, b in zip(net.parameters(), other.parameters(), strict=True):
