@@ -47,7 +47,7 @@ def same_run(a, b):
         [".lock", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
     ] * 2
     last = [sorted((f / "checkpoints").iterdir())[-1] for f in (a, b)]
-    assert last[0].name == last[1].name
+    assert last[0].name == last[1].name and {f.name for f in last[0].iterdir()} == {f.name for f in last[1].iterdir()}
     for file in last[0].glob("*.safetensors"):
         assert faults.tensors(file) == faults.tensors(last[1] / file.name), file.name
 
