@@ -20,16 +20,14 @@ Imports no sibling: copy this file alone. It needs a process group (torch.distri
 called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
 import math
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +43,7 @@ PART = "unfinished.part"  # a checkpoint that is being written
 TENSORS = 32  # in one file; while it writes, a rank holds its share of one file twice
 KEPT = 2  # checkpoints that stay on the disk; the second is for when the first is damaged
 NAME = "step-" + 6 * "[0-9]"  # of a checkpoint's folder; whatever has another name is somebody else's
+Say = Callable[[str], Any]  # prints a text
 
 
 class CheckpointError(Exception):
@@ -89,7 +88,7 @@ class RunFolder:
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
     lock: Any = None
 
-    def open(self, say: Callable[[str], Any], *, resume: bool) -> None:
+    def open(self, say: Say, *, resume: bool) -> None:
         """Make the folder and lock it. CheckpointError if it holds a run that is not to be resumed, or is locked, or if a new
         run would write over what is there. Called after every other check: a run that is refused must leave no folder."""
 
@@ -119,9 +118,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint says how long it is
 
-    def begin(
-        self, model: nn.Module, optimizer: Optimizer, machine: str, say: Callable[[str], Any], *, resume: bool
-    ) -> Progress:
+    def begin(self, model: nn.Module, optimizer: Optimizer, machine: str, say: Say, *, resume: bool) -> Progress:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: load it, and cut the
         logs to where they were then. Returns the progress so far; `say` prints what was found. ValueError if the checkpoint is
         of other data or prompts."""
@@ -132,9 +129,10 @@ class RunFolder:
         if changes:
             made_from = "its data differs, or its prompts do (some chat templates write today's date)"
             raise ValueError("\n".join([f"{path}: {made_from}", *changes]))
+        sizes = state.get("logs", {})
         if resume and dist.get_rank() == 0 and not (self.out / "model").exists():  # a finished run has logged its last word
             for file in self._logs():
-                os.truncate(file, state.get("logs", {}).get(file.name, 0))
+                os.truncate(file, sizes.get(file.name, 0))
         head = {"config": self.config, **self.origin, "device": machine, "ranks": dist.get_world_size()}
         if path is None:
             if resume:
@@ -159,7 +157,6 @@ class RunFolder:
             "progress": asdict(progress),
             "logs": sizes,
             "needs": f"step-{progress.best_step:06d}" if in_sft else None,  # SFT ends with its weights
-            "device": model.device.type,
             **self.origin,
         }
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
@@ -193,7 +190,7 @@ def stored_config(out: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}:1: not the settings of a run, {lines[0][:80]!r}") from error
 
 
-def lock(file: IO[Any], held: str, say: Callable[[str], Any]) -> None:
+def lock(file: IO[Any], held: str, say: Say) -> None:
     """Lock an open file until it is closed, or the process dies. ValueError with the text `held` if another process has it. If
     the file system has no locks (Lustre without -o flock, some NFS), `say` gets a note, and there is no lock."""
     try:
@@ -259,7 +256,7 @@ def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimi
         (part / "state.json").write_text(text, encoding="utf-8")
         if _is_ours(final):
             _remove(final)
-        if final.is_symlink() or final.exists():
+        if os.path.lexists(final):
             final.rename(f"{final}-{time.time_ns()}")
         part.rename(final)
         ours = {path.name: _content(path) for path in _checkpoints(folder) if _is_ours(path)}
@@ -356,9 +353,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _is_ours(path: Path) -> bool:
     """Whether we wrote this checkpoint here: only such a one is ever removed. A link is its maker's."""
     try:
-        return bool(_content(path)) and not path.is_symlink()
+        _content(path)
     except (OSError, ValueError):
         return False
+    return not path.is_symlink()
 
 
 def _remove(path: Path) -> None:
@@ -390,36 +388,3 @@ def _digest(content: Any) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------- the command
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write a model folder from the newest whole checkpoint of a run, in the dtype that the run computed in."""
-    from model import blank_model, resolve_model, save_model  # here: all above works without them
-    from parallel import compute_dtype, ranks_of
-
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the folder of a run, train.py's --out")
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.exists():
-            raise ValueError(f"--out {args.out}: there already")
-        with ranks_of("cpu", 60.0):
-            path, state, damaged = find_checkpoint(args.run / "checkpoints")
-            if path is None:
-                raise ValueError("\n".join([f"{args.run} has no whole checkpoint", *damaged]))
-            config = stored_config(args.run)
-            model, tokenizer = blank_model(resolve_model(config["model"]))
-            load_checkpoint(path, model.to_empty(device="cpu"), None)
-            dtype = compute_dtype(config["dtype"], torch.device(state["device"]))
-            save_model(model.to(dtype), tokenizer, args.out)
-    except (ValueError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.out}: the weights of {path}")
-
-
-if __name__ == "__main__":
-    main()

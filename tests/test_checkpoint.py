@@ -115,21 +115,6 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
         train.main(["--out", str(longer), "--resume", "--steps", "4"])
 
 
-def test_a_checkpoint_can_be_written_as_a_model_folder(tmp_path, capsys):
-    flags = ["--steps", "2", "--problems_per_step", "2", "--eval_limit", "2", "--no-eval_guided", "--eval_every", "0"]
-    run = tmp_path / "run"
-    train.main([*flags, "--checkpoint_minutes", "0", "--out", str(run)])
-    checkpoint.main([str(run), "--out", str(tmp_path / "last")])
-    files = {file.name for file in (run / "model").iterdir()}
-    assert {file.name for file in (tmp_path / "last").iterdir()} == files
-    for name in files:
-        assert (tmp_path / "last" / name).read_bytes() == (run / "model" / name).read_bytes(), name
-    for folder, out, message in ((run, run, "there already"), (tmp_path, tmp_path / "x", "has no whole checkpoint")):
-        with pytest.raises(SystemExit, match=message):
-            checkpoint.main([str(folder), "--out", str(out)])
-    assert not (tmp_path / "x").exists()
-
-
 def test_every_checkpoint_that_is_kept_finds_the_best_weights_that_it_names(tmp_path, worker):
     run, _ = make_run(tmp_path, worker)
     folder, progress, weights = run.folder.out / "checkpoints", run.progress, weights_of(run.model)
