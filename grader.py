@@ -76,13 +76,12 @@ class Child(AbstractContextManager):
     __exit__ = close
 
     def start(self) -> None:
-        """Start the child unless it runs; ask does it too."""
+        """Start the child unless it runs."""
         if self._process is not None:
             return
         # A session of its own: signals to our group are for us. When we end, so does its input.
-        self._process = Popen(
-            self.command, bufsize=0, stdin=PIPE, stdout=PIPE, env=self.environment, start_new_session=True
-        )
+        pipes = {"bufsize": 0, "stdin": PIPE, "stdout": PIPE}
+        self._process = Popen(self.command, env=self.environment, start_new_session=True, **pipes)
         if self._process.stdout.readline() != b"ready\n":
             self.close()
             raise RuntimeError("the grader's process did not start, its error is above")
@@ -110,7 +109,7 @@ class MathWorker(Child):
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        super().__init__(["math", str(memory_bytes), str(int(timeout_s) + 3)], timeout_s, environment)
+        super().__init__(["math", str(memory_bytes)], timeout_s, environment)
 
     def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
         """math-verify's verdict on two LaTeX expressions without delimiters. False if there is none in time, and counted."""
@@ -182,7 +181,7 @@ def _serve_reward(file: str, function: str) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def _serve_math(memory_bytes: int, alarm_s: int) -> None:
+def _serve_math(memory_bytes: int) -> None:
     """Answer each [gold, prediction] with true or false, until standard input ends."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -205,7 +204,7 @@ def _serve_math(memory_bytes: int, alarm_s: int) -> None:
         resource.setrlimit(limit, (most, most))
     os.write(1, b"ready\n")
     for line in sys.stdin.buffer:
-        signal.alarm(alarm_s)  # its default action is death: if the parent is gone, no power tower outlives it for long
+        signal.alarm(600)  # its default action is death: if the parent is gone, no power tower outlives it for long
         try:
             verdict = equal(*json.loads(line))
         except MemoryError:
@@ -564,6 +563,6 @@ def why_unusable(answer: str) -> str:
 
 if __name__ == "__main__":  # in a child process
     if sys.argv[1] == "math":
-        _serve_math(*map(int, sys.argv[2:]))
+        _serve_math(int(sys.argv[2]))
     else:
         _serve_reward(*sys.argv[2:])

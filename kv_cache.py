@@ -2,9 +2,8 @@
 
 `PagedCache` keeps keys and values in pages. A prompt is stored once and read by its whole group. `Decoder` runs a decode step
 in one of two ways. `CacheView` needs torch alone and runs on any device. On CUDA with Triton, `FixedStep` does the same in
-tensors that never move, so that the whole step is one CUDA graph; its attention is the kernel `paged_attention`.
-
-What it is not: attention for training. There is no backward pass, and a decode step has one query a row, its newest token.
+tensors that never move, so that the whole step is one CUDA graph; its attention is the kernel `paged_attention`. There is no
+backward pass, and a decode step has one query a row, its newest token.
 
 The model is any callable with model.py's forward (ids, positions, cache=) and its `config` and `device`. Its layers call the
 cache's `write` with new keys and values and, in a decode step, `attend` with the queries. Imports no sibling: copy this file
@@ -61,8 +60,8 @@ def pages_for(tokens: int) -> int:
 
 
 def least_pages(prompt: int, response: int) -> int:
-    """The pages of the smallest cache that holds a prompt with its longest response, both in tokens. One more than the two
-    need: a preempted row starts again with part of its response in its prompt."""
+    """The pages of the smallest cache for a prompt with its longest response, both in tokens. One more than the two need: a
+    preempted row starts again with part of its response in its prompt."""
     return pages_for(prompt) + pages_for(response) + 1
 
 
@@ -77,8 +76,7 @@ class PagedCache:
     """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes.
 
     A page holds tokens of one prompt or of one response. Responses fill the block from its start, prompts from its end. When a
-    page is freed, the last page of its kind moves there. So the pages of each kind stay contiguous, and CacheView.attend can
-    read them in place.
+    page is freed, the last one of its kind moves there: so each kind stays contiguous, and CacheView.attend reads it in place.
     """
 
     def __init__(self, config: Any, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -149,7 +147,7 @@ class PagedCache:
         batch = {row: b for b, row in enumerate(rows)}
         readers: dict[Prompt, list[int]] = {}
         filled = [PAGE] * self.pages  # how many slots of each page hold a token: only an owner's last page has empty ones
-        for b, row in enumerate(rows):
+        for row, b in batch.items():
             filled[row.pages[-1]] = row.written % PAGE + 1
             readers.setdefault(row.prompt, []).append(b)
         for prompt in readers:
@@ -190,9 +188,8 @@ class CacheView:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E).
 
-        The softmax is taken within each page first, and then over the row's pages, with the page's softmax denominator
-        exp(lse) as its weight. No key is copied: a page is a batch element of one attention call, with the queries of all rows
-        that read it.
+        The softmax is taken within each page first, and then over the row's pages, with exp(lse) as a page's weight. No key is
+        copied: a page is a batch element of one attention call, with the queries of all rows that read it.
         """
         B, H, E = q.shape
         keys, values = self.store[layer]  # (N, K, S, E)
@@ -235,10 +232,8 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
 
     def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
-        """tokens (B,), the newest of each row -> logits (B, V), which the next step overwrites.
-
-        Every row must have a page for its token (see `needs_page`), and afterwards the caller counts the token in `written`.
-        """
+        """tokens (B,), the newest of each row -> logits (B, V), which the next step overwrites. Every row must have a page for
+        its token (see `needs_page`), and afterwards the caller counts the token in `written`."""
         if self.kernel is None:
             positions = [[row.prompt.length + row.written] for row in rows]
             positions = on_device(positions, torch.int64, self.model.device)
@@ -253,8 +248,7 @@ class FixedStep(CacheView):
     """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph.
 
     A step is hundreds of small kernels, and launching them one by one takes longer than running them. A graph is one launch. It
-    reads the parameters in place, so it cannot be stale. The model takes this object for its cache. A smaller batch is padded
-    with its last row, whose work is then done more than once.
+    reads the parameters in place, so it cannot be stale. A smaller batch is padded with its last row.
     """
 
     def __init__(self, model: Any, cache: PagedCache, batch_size: int, width: int, attention: Callable, pool: Any) -> None:
@@ -268,7 +262,7 @@ class FixedStep(CacheView):
         self.version, self.graph = -1, None
 
     def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
-        """As Decoder: tokens (B,) -> logits (B, V), which the next step of any FixedStep overwrites."""
+        """As Decoder."""
         B, device = len(rows), self.tokens.device
         padded = [*rows, *[rows[-1]] * (self.batch_size - B)]
         state = [
@@ -377,18 +371,15 @@ def paged_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype. Needs Triton.
 
-    kv               (2, N, K, S, E): keys and values of the cache's pages, contiguous, of q's dtype. E and S: powers of two, at
-                     least 16
+    kv               (2, N, K, S, E): keys and values, contiguous, of q's dtype. E and S: powers of two, at least 16
     page_table       (B, W) int32: a row's pages, those of its prompt first
     prompt_length    (B,) int: tokens in the prompt's pages; only the last page may be partly filled
     response_length  (B,) int: tokens in the response's pages; again only the last may be partly filled
-    splits           programs that share the pages of a row. None: two programs for every multiprocessor of the GPU, but at most
-                     16 a row and head
+    splits           programs that share the pages of a row. None: two for every multiprocessor of the GPU, but at most 16
 
     The kernel is "flash decoding". One program takes one row, one key/value head with all query heads that share it, and every
     splits-th page of the row. It goes over its pages with an online softmax (a running maximum and denominator). The results of
-    a row's programs are then combined by their denominators. The shapes follow from the arguments' shapes and the lengths are
-    read on the device, so a call can be part of a CUDA graph.
+    a row's programs are then combined by their denominators. Lengths are read on the device, so a CUDA graph can hold a call.
     """
     B, H, E = q.shape
     _, N, K, S, _ = kv.shape

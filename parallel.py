@@ -2,9 +2,7 @@
 
 torchrun starts one process (a rank) per GPU. Each of N ranks holds a 1/N part of every fp32 weight, of its gradient and of its
 optimizer state. A block's weights are gathered in the compute dtype just before they are used, and freed right after. One
-process is the same with N = 1.
-
-Three rules keep the ranks together, and each has its function here:
+process is the same with N = 1. Three rules keep the ranks together:
 
     equal passes    every pass gathers and reduces, so all ranks must make the same number of them: `pad_micro_batches`
     sums, not means losses are divided by counts over all ranks, so gradients are summed over the ranks: `shard`
@@ -16,6 +14,7 @@ There is no tensor, pipeline or context parallelism: the activations of one micr
 
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -53,24 +52,26 @@ def start_ranks(device: str, timeout_minutes: float) -> torch.device:
 
 
 class RankLost(RuntimeError):
-    """Another rank ended, or did not come to a barrier."""
+    """Another rank ended, or did not come to a barrier in time."""
 
 
 @contextmanager
 def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
-    """start_ranks, and leave the group at the end, if it was formed here. RankLost if contact with another rank is lost."""
+    """start_ranks, and leave the group at the end, if it was formed here. An error of communication becomes RankLost."""
     joined = dist.is_initialized()
     here = start_ranks(device, timeout_minutes)
     try:
         yield here
     except BaseException as error:
-        # gloo's errors have no class of their own
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        if lost and not isinstance(error, RankLost):
-            error = RankLost(f"rank {world()[0]} lost contact with another rank ({error}), whose own message says why")
+        of_gloo = isinstance(error, RuntimeError) and re.search("gloo|monitoredBarrier", str(error))  # they have no class
+        if of_gloo or isinstance(error, dist.DistError):
+            error = RankLost(
+                f"rank {world()[0]} lost contact with another rank ({error}). If that one ended, its own message, or the "
+                "kernel's about memory, says why. If it is still at work, try a larger --timeout_minutes or a smaller "
+                "--max_new_tokens"
+            )
         if here.type == "cuda" and world()[1] > 1:
-            # NCCL's own ending waits for the other ranks, which are still at work or gone, and would hold the message back. So
-            # this rank exits at once, and torchrun ends the others.
+            # NCCL's own ending would wait for the other ranks. This one exits at once, and torchrun ends the others.
             traceback.print_exception(error)
             leave(1)
         raise error
@@ -82,8 +83,8 @@ def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
 def leave(status: int = 0) -> NoReturn:
     """Exit at once, as the very last act of a program that has joined a group. No atexit handler and no `finally` runs.
 
-    PyTorch's caches keep gloo's threads alive. A thread that frees its last tensor while the interpreter is being torn down
-    aborts the process (pytorch/pytorch#190489), and a finished run would report that it failed.
+    A thread of gloo that frees its last tensor while the interpreter is being torn down aborts the process
+    (pytorch/pytorch#190489), and a finished run would report that it failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -135,17 +136,10 @@ class Control:
         self.may_cut_short = False
 
     def barrier(self, value: int = 0) -> int:
-        """Wait for all ranks; returns the largest of their values. RankLost if a rank does not come in time."""
+        """Wait for all ranks; returns the largest of their values."""
         largest = torch.tensor([value])
-        try:
-            dist.monitored_barrier(self.group, timedelta(minutes=self.timeout_minutes), wait_all_ranks=True)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        except RuntimeError as error:
-            raise RankLost(
-                f"rank {world()[0]} waited for the other ranks in vain ({error}). If one of them ended, its own message, or "
-                "the kernel's about memory, says why. If it is still at work, try a larger --timeout_minutes or a smaller "
-                "--max_new_tokens"
-            ) from error
+        dist.monitored_barrier(self.group, timedelta(minutes=self.timeout_minutes), wait_all_ranks=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return int(largest)
 
     def preemptible(self, work: Callable[[], Any]) -> Any:
@@ -187,14 +181,11 @@ class Control:
 def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Split work over the ranks: the indices of each rank's items. The share with index 0 is rank 0's.
 
-    Items are handed out from the costliest down, in the order 0 1 2 2 1 0 0 1 ..., so that no rank gets all of the costly ones.
-    The numbers of items differ by one at most.
+    Items are handed out from the costliest down, in the order 0 1 2 2 1 0 0 1 ...: the numbers of items differ by one at most.
     """
-    turns = [*range(ranks), *range(ranks - 1, -1, -1)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for turn, index in enumerate(sorted(range(len(costs)), key=lambda i: (-costs[i], i))):
-        shares[turns[turn % len(turns)]].append(index)
-    return sorted((sorted(share) for share in shares), key=lambda share: share or [len(costs)])
+    order, turn = sorted(range(len(costs)), key=lambda i: (-costs[i], i)), 2 * ranks
+    shares = [sorted(order[rank::turn] + order[turn - 1 - rank :: turn]) for rank in range(ranks)]
+    return sorted(shares, key=lambda share: share or [len(costs)])
 
 
 def my_share(items: Sequence[Any], costs: Sequence[float]) -> list[Any]:
@@ -221,21 +212,23 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
     offload      keep shards, gradients and optimizer states in host memory
     """
     model.inv_freq = model.inv_freq.to(device)  # a buffer, which FSDP does not move; the model computes on its device
-    ranks, kind = world()[1], device.type
+    ranks = world()[1]
     shard_ranks = shard_ranks or ranks
     if ranks % shard_ranks:
         raise ValueError(f"--shard_ranks {shard_ranks} does not divide the {ranks} ranks")
-    shape, names = (ranks // shard_ranks, shard_ranks), ("replicate", "shard")
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names) if shard_ranks < ranks else init_device_mesh(kind, (ranks,))
-    settings = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if offload else OffloadPolicy(),
-        # the root too: after a pass without gradient it would otherwise stay gathered, with the values from before the update
-        "reshard_after_forward": True,
-    }
+    mesh = init_device_mesh(device.type, (ranks,))
+    if shard_ranks < ranks:
+        shape = (ranks // shard_ranks, shard_ranks)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for module in [*model.model.layers, model]:
-        fully_shard(module, **settings)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+            offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+            # the root too: after a pass without gradient it would otherwise stay gathered, with the values before the update
+            reshard_after_forward=True,
+        )
         module.set_gradient_divide_factor(1.0)  # the sum over ranks; FSDP's default is the mean
         module.set_force_sum_reduction_for_comms(True)
     return model
@@ -267,11 +260,8 @@ def local_rows(parameter: Tensor) -> slice:
 
 @contextmanager
 def whole_model(model: CausalLM) -> Iterator[CausalLM]:
-    """The model with all weights gathered in the compute dtype, for work that differs from rank to rank.
-
-    It is a second module around the gathered tensors themselves: no copy, and none of FSDP's hooks, so that its forward does
-    not communicate. All ranks enter and leave together.
-    """
+    """The model with all weights gathered in the compute dtype, for work that differs from rank to rank: a second module around
+    the gathered tensors themselves, without FSDP's hooks, which communicate. All ranks enter and leave together."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()

@@ -2,10 +2,8 @@
 
 `generate` is a sampler with continuous batching over a paged KV cache. It uses the trainer's own parameters, so they are never
 out of date. A prompt is computed once and read by all members of its group. A row that ends leaves at once and a waiting one
-takes its place, so one long response does not hold up the others. `pack` puts prompts and responses together for a forward
-pass of training; given guided and unguided contexts, it lays them over the same response tokens.
-
-What it is not: a server. One call samples one list of prompts, and nothing is kept for the next.
+takes its place, so one long response does not hold up the others. Nothing is kept for the next call. `pack` puts prompts and
+responses together for a forward pass of training, guided and unguided prompts over the same response tokens.
 
 The model is any callable with model.py's forward (ids, positions, lengths=, cache=, head=) and its `config`, `device` and
 `compute_dtype`. Imports kv_cache.py and no other sibling: copy the two files. Axes: P prompts, n responses a prompt, B rows
@@ -40,8 +38,7 @@ class Trajectory:
 
     prompt_ids: list[int]
     response_ids: list[int]  # with the end-of-sequence token, if it was sampled
-    # of each token, in nats, under the whole softmax at the sampling temperature, before top_p cuts anything off: what a
-    # trainer computes for the same token, so that the ratio of a first update is 1 [ours]
+    # of each token, in nats, under the whole softmax at the sampling temperature: what a trainer computes, see `sample`
     logprobs: list[float]
     finished: bool  # False: cut by the length limit
     group: int  # the index of its prompt
@@ -81,32 +78,27 @@ def generate(
     seed: Sequence[int],
     max_rows: int = 512,
     cache_tokens: int | None = None,
-    on_row: Callable[[Trajectory, int], None] | None = None,
+    on_row: Callable[[Trajectory, int], Any] = lambda *_: None,
 ) -> list[list[Trajectory]]:
     """Sample n responses to each prompt: a list of P groups of n trajectories, in the order of the prompts.
 
     n               the same for all prompts, or one per prompt
     max_new_tokens  the longest response: the same for all, or P lists of n. The model's context is a limit too
-    temperature     0 is greedy, with the log-probs of temperature 1
-    top_p           1.0 samples from the whole distribution; below 1 see `sample`
+    temperature     0 is greedy; for this and top_p see `sample`
     eos_ids         every id that ends a response
-    seed            one per prompt. A row's random numbers depend only on its prompt's seed and its index in the group, so they
-                    do not change with the other prompts, with max_rows or with the number of ranks. Its logits do, by the
-                    rounding of matrix products of another size (1e-6 in fp32, 1e-2 in bf16), and so, rarely, may a token.
-                    max_rows=1 avoids that too
+    seed            one per prompt. A row's random numbers depend only on this and on its index in the group, not on the other
+                    prompts, max_rows or the number of ranks. Its logits do, by the rounding of matrix products of another
+                    size (1e-6 in fp32, 1e-2 in bf16), and so, rarely, may a token. max_rows=1 avoids that too
     max_rows        how many rows are decoded at once; others wait. A group is split only if it is larger than this
     cache_tokens    the size of the KV cache in tokens. None: what the call can need, but on CUDA at most 90 % of the free
-                    memory. Rows wait while the cache is full. If the running rows need more than there is, the youngest are
-                    preempted and continued later
+                    memory. Rows wait while it is full; if the running rows need more, the youngest are preempted
     on_row          called with a trajectory and its index in its group as soon as it has ended, while others go on
 
-    Raises ValueError, before anything is sampled, for settings out of range, and for a prompt that is empty, fills the context
-    or does not fit into the cache with its longest response.
+    ValueError, before anything is sampled, for settings out of range, and for a prompt that is empty, fills the context or does
+    not fit into the cache with its longest response.
     """
     if not (max_rows >= 1 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"max_rows={max_rows}, temperature={temperature} or top_p={top_p} is out of range")
-    if not eos_ids:
-        raise ValueError("eos_ids is empty: no response could ever end")
     groups = _rows(prompts, n, max_new_tokens, seed, model.config.max_position_embeddings)
     pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
     draw = partial(sample, temperature=temperature, top_p=top_p)
@@ -119,8 +111,7 @@ def generate(
         model.train(was_training)
         del sampler
         if model.device.type == "cuda":
-            # give the cache's memory back to the device. What training allocates next would settle in the middle of it, and
-            # the next call would find only small pieces free
+            # what training allocates next would settle in the middle of the cache's memory and leave only small pieces free
             torch.cuda.empty_cache()
     return [[row.trajectory() for row in group] for group in groups]
 
@@ -185,8 +176,7 @@ class _Sampler:
         self.pending: list[tuple[list[Row], Tensor, Tensor]] = []  # sampled, still on the device: rows, tokens, log-probs
         self.eos_ids = set(eos_ids)
         self.decode = Decoder(model, self.cache, width)
-        # reading tokens waits for the GPU, so there it is done only every eighth step. A row that ended in between was decoded
-        # a few tokens too far, and those are dropped
+        # reading tokens waits for the GPU, so there it is done only every eighth step; what a row has past its end is dropped
         self.sync_every = 8 if model.device.type == "cuda" else 1
 
     def run(self) -> None:
@@ -275,7 +265,8 @@ class _Sampler:
 
     def sync(self, now: bool = False) -> None:
         """Copy sampled tokens from the device to their rows, and remove the rows that have ended."""
-        if not (now or len(self.pending) >= self.sync_every or any(row.drawn >= row.limit for row in self.running)):
+        due = len(self.pending) >= self.sync_every or any(row.drawn >= row.limit for row in self.running)
+        if not (now or due):
             return
         for rows, tokens, logprobs in self.pending:
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -293,8 +284,7 @@ class _Sampler:
         for row, on in zip(self.running, goes_on, strict=True):
             if not on:
                 self.cache.free(row)
-                if self.on_row is not None:
-                    self.on_row(row.trajectory(), row.member)
+                self.on_row(row.trajectory(), row.member)
         self.running = [row for row, on in zip(self.running, goes_on, strict=True) if on]
         self.tokens = self.tokens[on_device(goes_on, torch.bool, self.tokens.device)]
 
@@ -303,8 +293,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     """Draw one token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> tokens, log-probs (B,).
 
     With top_p < 1 the draw is from the nucleus, renormalised: the smallest set of most probable tokens whose mass reaches
-    top_p, and any others exactly as probable as the last of them. The log-probability is that of the whole distribution at
-    this temperature (at 0: at temperature 1) [ours].
+    top_p, and any others exactly as probable as the last of them. Temperature 0 is greedy. The log-probability is that of the
+    whole distribution at this temperature (at 0: at temperature 1) [ours].
     """
     # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
     # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
@@ -350,11 +340,8 @@ def threshold_by_sorting(logits: Tensor, log_total: Tensor, top_p: float) -> Ten
 
 
 def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
-    """The same without waiting for the GPU: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1).
-
-    It is the smallest number above which the mass is less than top_p. Bisection over all numbers of the logits' data type, in
-    their order, finds it exactly, in a step a bit: 16 for bf16 logits, 32 for fp32.
-    """
+    """The same without waiting for the GPU: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1). Bisection
+    over all numbers of that type, in a step a bit, finds the smallest number above which the mass is less than top_p."""
     bits, (B, V) = 8 * logits.element_size(), logits.shape
     integer = {16: torch.int16, 32: torch.int32}[bits]
     block = math.gcd(V, 512)  # summed in float32 within a block only: a float64 sum would copy all of it first
@@ -400,7 +387,6 @@ def sample_and_grade(
     grade     (trajectory, its index in its group, text) -> anything. Called in a thread, for one response at a time, while
               others are still being sampled; an error in it ends the sampling
     progress  the name of a progress bar that counts responses; None: no bar
-    settings  of `generate`
     """
     graded: dict[tuple[int, int], Any] = {}
 
@@ -434,9 +420,7 @@ class Packed:
 
     Neighbouring responses to the same context share it: the context is one segment, computed once, and each response a segment
     that continues it. A context with a single response is one segment with it. A response's last token is left out of the row,
-    because it predicts nothing.
-
-    The masks are the last three: positions that come from lengths alone, so that a token's value can never confuse them.
+    because it predicts nothing. The last three are the masks: positions that come from lengths alone.
     """
 
     input_ids: Tensor  # (1, T)
@@ -453,11 +437,8 @@ class Packed:
 
 
 def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device) -> Packed:
-    """Lay each response after its context. ValueError if one is empty.
-
-    The same responses after guided and after unguided contexts give equal `targets` and `sequence`: entry m of both packs'
-    `predict` predicts the same token. The distillation term needs this.
-    """
+    """Lay each response after its context. ValueError if one is empty. After guided and after unguided contexts, entry m of
+    `predict` predicts the same token of the same responses: the distillation term needs this."""
     ids, lengths, prefixes, predict, targets, sequence = [], [], [], [], [], []
     continues = [index > 0 and contexts[index] == contexts[index - 1] for index in range(len(contexts))] + [False]
     for index, (context, response) in enumerate(zip(contexts, responses, strict=True)):
@@ -491,9 +472,7 @@ def shared_tokens(contexts: Sequence[Sequence[int]]) -> list[int]:
 
 def micro_batches(costs: Sequence[int], max_tokens: int, saved: Sequence[int] | None = None) -> list[list[int]]:
     """Cut the items, in order, into lists of indices whose costs (tokens) sum to at most max_tokens. A larger item is alone.
-
-    saved: what each item costs less if it is not the first of its list, see `shared_tokens`.
-    """
+    `saved` is what each item costs less if it is not the first of its list, see `shared_tokens`."""
     batches: list[list[int]] = []
     room = 0
     for index, cost in enumerate(costs):

@@ -241,7 +241,6 @@ def test_responses_end_at_the_context(small_model):
         ({"max_rows": 0}, "max_rows=0"),
         ({"n": 2, "max_new_tokens": [[4, 0]]}, r"prompt 0: n=2 and max_new_tokens=\[4, 0\]"),
         ({"seed": [1, 2, 3]}, "zip"),
-        ({"eos_ids": ()}, "eos_ids is empty"),
     ],
 )
 def test_generate_refuses_bad_settings(small_model, change, message):

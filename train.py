@@ -110,7 +110,7 @@ class Config(Method):
     timeout_minutes: float = knob(60.0, "end the run if one rank waits longer than this for the others")
     # crashes
     resume: bool = knob(False, "go on from the newest checkpoint in --out; the run's settings need not be given again")
-    checkpoint_minutes: float = knob(10.0, "write a checkpoint after a step if the last one is this old; inf: never")
+    checkpoint_minutes: float = knob(10.0, "write a checkpoint after a step if the last one is this old; inf: SFT's best alone")
     max_skipped: int = knob(10, "end the run after more updates than this with a loss or gradient that is not finite")
 
 
@@ -260,7 +260,7 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
             validate_sft(run, validation, cfg.sft_epochs if last else float(epoch))
         if last and 0 < progress.best_step < steps:
             run.folder.load_best(run.model, progress.best_step)
-        after_step(run, always=last or progress.best_step == step + 1)
+        after_step(run, always=last)
 
 
 def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
@@ -274,7 +274,7 @@ def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
     say(f"sft validation after epoch {epoch:g}: loss {loss:.4f}{', the lowest so far' if lowest else ''}")
     if lowest:
         progress.best_loss, progress.best_step = loss, progress.sft_steps
-        run.folder.save_best(run.model, progress.best_step)
+        run.folder.save(run.model, run.optimizer, progress)
 
 
 def sft_pair(example: Example, step: int, place: int, cfg: Config) -> tuple[list[int], list[int]]:
@@ -364,7 +364,7 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup: int, decay: str
 
 def after_step(run: Run, *, always: bool) -> None:
     """Write a checkpoint if one is due by rank 0's clock, or always. Preempted if a signal came to any rank."""
-    every = 60 * run.cfg.checkpoint_minutes  # inf: never, not even `always`
+    every = 60 * run.cfg.checkpoint_minutes  # inf: not even `always`
     due = world()[0] == 0 and (time.monotonic() - run.folder.saved_at >= every or (always and every < math.inf))
     asked = run.control.barrier(2 if run.control.stop_asked else int(due))
     if asked == 2:
@@ -511,7 +511,6 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
-        run.folder.remove_best()
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         saved = run.folder.out / "checkpoints"
         size = sum(file.stat().st_size for file in saved.rglob("*")) / 1e9

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import eval as grading
 import sgpo
 import train
 from tests.common import TIMES, TINY_BASE, make_run, on_ranks, read_metrics, tiny_rows, weights_of, write_rows
-from tools import faults
+from tools import export, faults
 
 
 def same_run(a, b):
@@ -36,9 +35,9 @@ def same_run(a, b):
     assert one == two
     assert [[f.name for f in sorted(folder.iterdir())] for folder in (a, b)] == [
         [".lock", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
-    ] * 2  # the best weights of SFT are removed
+    ] * 2
     last = [sorted((f / "checkpoints").iterdir())[-1] for f in (a, b)]
-    assert last[0].name == last[1].name
+    assert last[0].name == last[1].name and {f.name for f in last[0].iterdir()} == {f.name for f in last[1].iterdir()}
     for file in last[0].glob("*.safetensors"):
         assert faults.tensors(file) == faults.tensors(last[1] / file.name), file.name
 
@@ -108,43 +107,40 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
 
 def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path):
     run = uninterrupted  # its last checkpoint is of its last step
-    checkpoint.main([str(run), "--out", str(tmp_path / "last")])
+    export.main([str(run), "--out", str(tmp_path / "last")])
     files = {file.name for file in (run / "model").iterdir()}
     assert {file.name for file in (tmp_path / "last").iterdir()} == files
     for name in files:
         assert (tmp_path / "last" / name).read_bytes() == (run / "model" / name).read_bytes(), name
-    checkpoint.main([str(run), "--out", str(tmp_path / "first"), "--step", "6"])
+    export.main([str(run), "--out", str(tmp_path / "first"), "--step", "6"])
     first, last = (faults.tensors(tmp_path / name / "model.safetensors") for name in ("first", "last"))
     assert first.keys() == last.keys() and first != last
     for out, message in ((run, "there already"), (tmp_path / "x", "step-000009")):
         with pytest.raises(SystemExit, match=message):
-            checkpoint.main([str(run), "--out", str(out), "--step", "9"])
+            export.main([str(run), "--out", str(out), "--step", "9"])
     assert not (tmp_path / "x").exists()
 
 
-def test_every_checkpoint_that_is_kept_has_the_best_weights_that_it_names(tmp_path, worker):
+def test_every_checkpoint_that_is_kept_finds_the_best_weights_that_it_names(tmp_path, worker):
     run, _ = make_run(tmp_path, worker)
-    folder, progress, weights = run.folder.out, run.progress, weights_of(run.model)
-    for step in range(1, 6):
-        progress.sft_steps = step
-        if step != 4:
-            run.folder.save_best(run.model, step)
-            progress.best_step = step
-        states = [checkpoint._content(path)["state"] for path in sorted((folder / "checkpoints").glob("step-*"))]
-        kept = {path.name for path in (folder / "best").iterdir()}
-        assert {f"step-{state['progress']['best_step']:06d}" for state in states} <= kept and len(kept) <= 3
+    folder, progress, weights = run.folder.out / "checkpoints", run.progress, weights_of(run.model)
+    for step in range(1, 8):
+        progress.sft_steps, progress.best_step = step, {2: 1, 3: 3, 4: 3, 5: 3}.get(step, step)
         run.folder.save(run.model, run.optimizer, progress)
+        states = [checkpoint._content(path)["state"] for path in folder.iterdir()]
+        kept = {path.name for path in folder.iterdir()}
+        assert {f"step-{state['progress']['best_step']:06d}" for state in states} <= kept and len(kept) <= 3
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.zero_()
-    run.folder.load_best(run.model, 5)
+    run.folder.load_best(run.model, 6)
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(run.model), strict=True))
-    file = next((folder / "best/step-000005").glob("*.safetensors"))
+    file = next((folder / "step-000006").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(checkpoint.CheckpointError, match="best/step-000005/"):
+    with pytest.raises(checkpoint.CheckpointError, match="step-000006/"):
+        run.folder.load_best(run.model, 6)
+    with pytest.raises(checkpoint.CheckpointError, match="step-000005"):  # no longer kept: the newest will not do
         run.folder.load_best(run.model, 5)
-    with pytest.raises(checkpoint.CheckpointError, match="step-000004"):  # never kept: the newest will not do
-        run.folder.load_best(run.model, 4)
 
 
 def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys):
@@ -164,12 +160,12 @@ def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys):
         assert len(damaged) == 1 and str(file) in damaged[0]
         if content is not flipped:
             file.write_bytes(before)
-    shutil.copytree(path, path.with_name("step-000009.part"))  # as a kill while writing would have left it
-    (path.with_name("step-000009.part") / checkpoint.WRITING).touch()
+    shutil.copytree(path, path.with_name(checkpoint.PART))  # as a kill while writing would have left it
+    (path.with_name(checkpoint.PART) / "shard-00007-model-00001-of-00001.safetensors").write_text("of another number of ranks")
     train.main(["--out", str(stopped), "--resume"])
     said = capsys.readouterr().out
     assert "4 SFT and 2 RL steps" in said and f"a damaged checkpoint is skipped: rank 0: {tensors}" in said
-    assert not path.with_name("step-000009.part").exists()
+    assert not path.with_name(checkpoint.PART).exists()
     same_run(uninterrupted, stopped)
 
 
@@ -181,11 +177,11 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints(stopped, tmp_path, wor
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond fails, as it would on a full disk
     try:
         with pytest.raises(checkpoint.CheckpointError, match="rank 0: .*(File too large|Errno 27)"):
-            checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {}, keep=2)
+            checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.find_checkpoint(folder)[:2] == before and not (folder / "step-000009").exists()
-    checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1}, keep=2)
+    checkpoint.save_checkpoint(folder, "step-000009", run.model, run.optimizer, {"a": 1})
     assert checkpoint.find_checkpoint(folder)[1] == {"a": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000009"]
     for file in folder.glob("*/state.json"):
@@ -214,16 +210,15 @@ FOREIGN = "step-000002-backup best-step-000001 step-2 step-0000003 step-000001.o
 
 def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     run, _ = make_run(tmp_path, worker)
-    folder, best = run.folder.out / "checkpoints", run.folder.out / "best"
+    folder = run.folder.out / "checkpoints"
 
     def save(*steps):
         for run.progress.rl_steps in steps:
             run.folder.save(run.model, run.optimizer, run.progress)
-            run.folder.save_best(run.model, run.progress.rl_steps)
 
     save(1)
-    for place, name in itertools.product((folder, best), FOREIGN):
-        shutil.copytree(folder / "step-000001", place / name)
+    for name in FOREIGN:
+        shutil.copytree(folder / "step-000001", folder / name)
     shutil.copytree(folder / "step-000001", folder / "step-950000")  # a copy of ours, under a name of ours
     for name in ("step-000003", "step-900000", "step-000009.part"):  # of these the first is in the way, the second sorts last
         (folder / name).mkdir()
@@ -232,11 +227,10 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     (folder / "step-900001/state.json").write_text("[1]")
     for name in ("step-000001", "step-000003", "step-900000", "step-000009.part"):
         (folder / name / "notes.txt").write_text(name)
-    (folder / "step-000004.part").write_text("a file, and in the way")
     (folder / "step-800000").symlink_to("nowhere")
     save(2, 3, 4, 800_000)
-    moved = [path.name for name in ("step-000003-*", "step-000004.part-*", "step-800000-*") for path in folder.glob(name)]
-    assert len(moved) == 3
+    moved = [path.name for name in ("step-000003-*", "step-800000-*") for path in folder.glob(name)]
+    assert len(moved) == 2
     kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-900001", "step-950000", "step-000009.part"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + moved + kept)
     noted = {moved[0], "step-000001", "step-900000", "step-000009.part"}
@@ -249,16 +243,9 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     path.symlink_to(path.rename(tmp_path / "on a larger disk"))
     save(2)  # the checkpoints of later steps go, but not the one that is a link by now
     assert checkpoint.find_checkpoint(folder)[0] == path and not (folder / "step-000004").exists()
-    run.folder.remove_best()
-    assert sorted(path.name for path in best.iterdir()) == sorted(FOREIGN)
-    best.rename(tmp_path / "best on a larger disk")
-    best.symlink_to(tmp_path / "empty")
-    (tmp_path / "empty").mkdir()
-    run.folder.remove_best()
-    assert best.is_symlink()
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "model", "model.part", "checkpoints/step-000003", "best/step-000003"])
+@pytest.mark.parametrize("name", ["samples.jsonl", "model", "model.part", "checkpoints/step-000003"])
 def test_a_new_run_does_not_write_over_what_is_there(name, tmp_path):
     (tmp_path / name).mkdir(parents=True)
     folder = checkpoint.RunFolder(tmp_path, {}, {})
@@ -348,9 +335,6 @@ def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, wo
     config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
     assert changes() == ["model"]
-    run.folder.origin["data"] = {"data": read_metrics(run.folder.out)[0]["data"]["data"]}  # all that older versions kept
-    run.folder.save(run.model, run.optimizer, run.progress)
-    assert changes() is None
 
 
 KILLED_RANK = """

@@ -215,6 +215,7 @@ def run_job(job: Job, runs: Path) -> tuple[Path, float]:
             last = "\n".join(done.stderr.splitlines()[-5:])
             raise RuntimeError(f"exit {done.returncode}\n{last}")
     shutil.rmtree(folder / "model")  # 3 MB a run; the table needs only the log
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # there is none without SFT
     return folder, time.monotonic() - start
 
 
