@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import time
 from collections.abc import Callable
@@ -390,12 +391,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main() -> None:
-    """python checkpoint.py RUN --out DIR: the command of tools/export.py."""
-    from tools.export import main  # imported here: the module must stay free of siblings
-
-    main()
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # python checkpoint.py RUN --out DIR; by name, because this file imports no sibling
+    runpy.run_module("tools.export", run_name="__main__")

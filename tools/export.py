@@ -49,3 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_model(args.run, args.out, args.step)
     except (ValueError, CheckpointError) as error:
         sys.exit(f"checkpoint.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
