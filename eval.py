@@ -193,9 +193,7 @@ def show_responses(
     def grade(row: Trajectory, member: int, text: str) -> tuple[str, float]:
         return text, worker.reward(text, problem)
 
-    _, graded = sample_and_grade(
-        model, tokenizer, [*prompts.values()], grade, n=1, seed=[seed] * len(prompts), **settings
-    )  # fmt: skip
+    _, graded = sample_and_grade(model, tokenizer, [*prompts.values()], grade, n=1, seed=[seed] * len(prompts), **settings)
     tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
     for kind, ((text, reward),) in zip(prompts, graded, strict=True):
         tqdm.write(f"  {kind:>6} (reward {reward:g}): {text}")

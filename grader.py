@@ -161,8 +161,8 @@ def grader_of(reward: str, timeout_s: float) -> MathWorker | UserReward:
 def _serve_reward(file: str, function: str) -> None:
     """Answer each [response, row] with the function's number, or with a text: what it raised."""
     questions, answers, parent = os.fdopen(os.dup(0)), os.dup(1), os.getppid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever the function starts must not read our questions
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever the function starts must not read our questions,
+    os.dup2(2, 1)  # nor answer them
 
     def end_with_parent() -> None:
         while os.getppid() == parent:
@@ -170,7 +170,7 @@ def _serve_reward(file: str, function: str) -> None:
         os.killpg(0, signal.SIGKILL)  # and whatever the function has started
 
     Thread(target=end_with_parent, daemon=True).start()
-    sys.path[:0], sys.path[len(sys.path) :] = [os.path.dirname(os.path.abspath(file))], [os.path.dirname(__file__)]
+    sys.path = [os.path.dirname(os.path.abspath(file)), *sys.path, os.path.dirname(__file__)]
     reward = runpy.run_path(file, run_name="reward")[function]
     os.write(answers, b"ready\n")
     for line in questions:

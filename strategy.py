@@ -128,10 +128,9 @@ class Template:
     @classmethod
     def from_dict(cls, data: Mapping) -> "Template":
         """From {"prompt": str, "guided": str, "system": str}, each of them optional; ValueError for anything else."""
-        if not isinstance(data, Mapping) or not all(isinstance(text, str) for text in data.values()):
-            raise ValueError(f"template: expected an object of texts, got {data!r}")
-        if unknown := data.keys() - {"prompt", "guided", "system"}:
-            raise ValueError(f"template: unknown field {min(unknown)!r}; there are prompt, guided and system")
+        texts = isinstance(data, Mapping) and all(isinstance(text, str) for text in data.values())
+        if not texts or data.keys() - {"prompt", "guided", "system"}:
+            raise ValueError(f"template: expected an object with the texts prompt, guided and system, got {data!r}")
         return cls(**data)
 
     def messages(self, text: str, **values: str) -> list[dict[str, str]]:
