@@ -31,7 +31,7 @@ from rollout import Trajectory, sample_and_grade, stream_seed
 from strategy import DEFAULT, Template, auto_messages, guided_messages
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # [§4.2]
-MAX_NEW_TOKENS = 2048  # [ours] enough for most answers; the paper's 32,768 take a far larger cache, and hours if a model rambles
+MAX_NEW_TOKENS = 2048  # [ours] enough for most answers; the paper's 32,768 take a far larger cache, and hours if one rambles
 
 # ---------------------------------------------------------------------------------------------- samples
 
