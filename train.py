@@ -138,7 +138,7 @@ FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval
 
 def parse_config(argv: Sequence[str] | None) -> Config:
     """Flags -> Config. A flag beats a preset, and a preset the default. Unknown flags and impossible values end the program."""
-    also = "--plan [--gpus 8] [--gpu_memory 80]: print the memory and time that the run would need, and do nothing else. "
+    also = "--plan [--gpus 8] [--gpu H100]: print the memory and time that the run would need, and do nothing else. "
     also += "Without --model the tiny world has smaller settings of its own; a run prints those that it takes"
     about, usage = __doc__.splitlines()[0], "python train.py [flags]"
     parser = argparse.ArgumentParser(usage=usage, description=about, epilog=also, allow_abbrev=False)

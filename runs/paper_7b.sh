@@ -5,7 +5,7 @@
 #     export OPENAI_API_KEY=...
 #     ENDPOINT=https://api.deepseek.com/v1 STRONG=deepseek-reasoner OPENR1=openr1.parquet bash runs/paper_7b.sh
 #
-# Expected (estimates: `python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8`): 40 hours of training at responses of 4,096
+# Expected (estimates: `python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8`): 41 hours of training at responses of 4,096
 # tokens on average (`--mean_response 2048`: 27), 73 GB of each GPU. 46 of a rank's 192 responses of the full length fit into its
 # cache at once, the others wait. What the paper states: about 17 hours on 4 nodes of 8 GPUs, SFT and RL together [app E], with
 # responses of 2.7K tokens at the start and 5.0K at the end [fig 3]; which GPUs, it does not say.

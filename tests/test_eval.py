@@ -15,6 +15,7 @@ import parallel
 import rollout
 from eval import figures, pass_at_k
 from rollout import Trajectory
+from grader import MathWorker
 from strategy import auto_messages
 from tests.common import CPU, ROOT, TINY_BASE, _eval_file, _eval_row, on_ranks, write_rows
 from tools import resumable
@@ -163,7 +164,8 @@ def test_a_response_that_the_grader_had_no_time_for_is_marked(monkeypatch):
         worker.timeouts += 1
         return False
 
-    worker = types.SimpleNamespace(timeouts=0, timeout_s=5.0, start=lambda: None, equal=equal)
+    worker = MathWorker()
+    monkeypatch.setattr(worker, "equal", equal)
     model = _scripted(monkeypatch, lambda prompt: ["\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}", "\\boxed{(1+x)^2}"], [])
     records = _sampled(model, [grading.Problem("r", "Expand.", "x^2+2x+1", None, None)], worker, n=3)
     assert [sample["timed_out"] for sample in records[0]["samples"]] == [True, False, True]

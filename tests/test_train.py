@@ -120,7 +120,7 @@ def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_pa
 
 
 def test_validation_is_a_random_tenth_of_the_rows_for_sft(tmp_path, worker):
-    run, examples = make_run(tmp_path, worker, "--sft_fraction", 0.5)
+    run, examples = make_run(tmp_path, worker, "--sft_fraction", 0.5, "--problems_per_step", 4)
 
     def held_out(n, **changes):
         _, validation, _, notes = train.split_examples(examples[:n], replace(run.cfg, **changes), 256)
@@ -174,11 +174,11 @@ def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
 
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
     flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9]
-    run, seen = make_run(tmp_path, worker, *flags)[0], []
+    (run, examples), seen = make_run(tmp_path, worker, *flags), []
     for name in ("evaluate", "show_responses"):
         monkeypatch.setattr(train, name, lambda *_, **settings: seen.append(settings) or {})
     train.measure(run, [], guided=False)
-    train.show(run, None, "before")
+    train.show(run, examples[0], "before")
     assert seen[0]["n"] == 2
     for settings in seen:
         assert (settings["max_new_tokens"], settings["temperature"], settings["top_p"]) == (3, 0.5, 0.9)
@@ -315,7 +315,7 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
     "rows, flags, message",
     [
         (None, [], "no such file"),
-        (tiny_rows(1, answer=7), [], "rows.jsonl:1: field 'answer'"),
+        (tiny_rows(1, answer=[7]), [], "rows.jsonl:1: field 'answer'"),
         (tiny_rows(3, strategy=...), [], "3 rows have no strategy"),
         (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
         (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
