@@ -14,8 +14,8 @@ import eval as grading
 import parallel
 import rollout
 from eval import figures, pass_at_k
-from rollout import Trajectory
 from grader import MathWorker
+from rollout import Trajectory
 from strategy import auto_messages
 from tests.common import CPU, ROOT, TINY_BASE, _eval_file, _eval_row, on_ranks, write_rows
 from tools import resumable
