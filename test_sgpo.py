@@ -677,6 +677,8 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, 
     for sample in samples:
         del sample.auto[7:], sample.auto_rewards[7:], sample.guided[:], sample.guided_rewards[:], sample.targets[:]
     samples[2].auto_rewards = [1.0] * 7  # with a right solution, a group of equal rewards
+    for index, drawn in enumerate(draw_samples(run, list(enumerate(examples[:4])))):
+        samples[index].solution_reward = drawn.solution_reward
     decide(run, samples)
     got, metrics = gradients_of(run, samples, monkeypatch)
 

@@ -156,7 +156,7 @@ HOOK = r"""
 
 def test_code_in_answers_is_never_run(monkeypatch, tmp_path):
     """In a child that ends if it evaluates text, writes a file, or starts a process."""
-    ready, judge = '    os.write(1, b"!")\n', "equal(*json.loads(line))"
+    ready, judge = '    os.write(1, b"ready\\n")\n', "equal(*json.loads(line))"
     source = (ROOT / "grader.py").read_text(encoding="utf-8")
     assert source.count(ready) == source.count(judge) == 1
     source, child = source.replace(ready, HOOK + ready), tmp_path / "child.py"

@@ -227,8 +227,9 @@ def test_an_error_of_preemptible_work_comes_through_and_none_is_begun_after_sigt
         begun.append("fails")
         raise ValueError("the reason")
 
-    with pytest.raises(ValueError, match="the reason"):
+    with pytest.raises(parallel.Preempted) as stopped:
         control.preemptible(fails)
+    assert str(stopped.value.__cause__) == "the reason"
     control.stop_asked = True
     with pytest.raises(parallel.Preempted):
         control.preemptible(fails)

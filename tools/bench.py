@@ -451,7 +451,7 @@ def bench_update(args: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = model_pair(SHAPES[args.shape], torch.float32, args.device)
     samples = make_rollouts(workload, ours)
     model, own_optimizer, settings = trained(ours.train(), args)
-    set_advantages(settings, samples, even_is_right)
+    set_advantages(settings, samples)
     optimizer = torch.optim.AdamW(theirs.train().parameters(), lr=1e-6, weight_decay=0.01, fused=True)
     rows = 8 if args.device.type == "cpu" else 2  # more of them, with their whole logits, do not fit beside the weights of 1.5B
 
