@@ -89,20 +89,25 @@ def time_by_kernel(work: Callable[[], Any], device: torch.device) -> list[str]:
 
 
 def sampling_part(model: CausalLM, args: argparse.Namespace) -> dict[str, Any]:
-    """32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each, at the top_p of training."""
+    """32 prompts of 300 to 600 tokens, 8 responses of 128 tokens each, over the whole vocabulary and at training's top_p."""
     workload = bench.Workload("256 rows", 32, 8, 300, 600, median=128, longest=128)
     if args.quick:
         [workload] = bench.workloads_of(args, "uniform")
     prompts = bench.make_prompts(workload, model.config.vocab_size)
     lengths = [workload.longest] * workload.prompts * workload.group
+    short = [32] * len(lengths)  # for the profiler, which is slow
     limits = bench.machine_limits(args)
+    result: dict[str, Any] = {"limits": limits}
     with whole_model(model) as policy:
-        work = partial(bench.sample_groups, policy, prompts, seed=0, top_p=0.95)
-        rate = bench.per_second(partial(work, lengths), sum(lengths), args.device, args.repeats)
-        kernels = time_by_kernel(partial(work, [32] * len(lengths)), args.device)  # fewer tokens: the profiler is slow
-        share = bench.sampling_floor(policy, prompts, lengths, limits) * rate["median"] / sum(lengths)
-    print(f"  sampling            {rate['median']:9.0f} tokens/s, {100 * share:.0f} % of the floor", flush=True)
-    return {"limits": limits, "tokens_per_s": rate, "floor_share": share, "kernels_of_32_tokens": kernels}
+        floor = bench.sampling_floor(policy, prompts, lengths, limits)
+        for top_p in (1.0, 0.95):
+            work = partial(bench.sample_groups, policy, prompts, seed=0, top_p=top_p)
+            rate = bench.per_second(partial(work, lengths), sum(lengths), args.device, args.repeats)
+            share = floor * rate["median"] / sum(lengths)
+            kernels = time_by_kernel(partial(work, short), args.device)
+            result[f"top_p {top_p}"] = {"tokens_per_s": rate, "floor_share": share, "kernels_of_32_tokens": kernels}
+            print(f"  sampling, top_p {top_p:4}  {rate['median']:9.0f} tokens/s, {100 * share:.0f} % of the floor", flush=True)
+    return result
 
 
 def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict[str, Any]:
