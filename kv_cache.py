@@ -22,11 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:  # torch's CUDA builds bring it
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+import kernels
 
 PAGE = 64  # S. Each response leaves half a page unused on average; smaller pages are more pages, and each has its overhead
 
@@ -223,81 +219,110 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tenso
 
 
 class Decoder:
-    """Runs decode steps: as CUDA graphs if `decode_kernel` finds a kernel, else with torch alone. width: W."""
+    """Runs decode steps and draws their tokens: as CUDA graphs if `decode_kernel` finds a kernel, else with torch alone.
 
-    def __init__(self, model: Any, cache: PagedCache, width: int) -> None:
-        self.model, self.cache, self.width = model, cache, width
+    width  W
+    draw   (logits (B, V), uniform (B,) float64) -> tokens (B,), log-probabilities (B,)
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, width: int, draw: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.model, self.cache, self.width, self.draw = model, cache, width, draw
         self.kernel = decode_kernel(model.device, model.config.head_dim)
         self.steps: dict[int, FixedStep] = {}  # by their batch size
         self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
 
-    def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
-        """tokens (B,), the newest of each row -> logits (B, V), which the next step overwrites. Every row must have a page for
-        its token (see `needs_page`), and afterwards the caller counts the token in `written`."""
+    def __call__(self, rows: Sequence[Response], tokens: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest tokens (B,) and a random number for each -> the next tokens and their log-probabilities (B,). Every row must
+        have a page for its token (see `needs_page`), and afterwards the caller counts the token in `written`."""
         if self.kernel is None:
             positions = [[row.prompt.length + row.written] for row in rows]
             positions = on_device(positions, torch.int64, self.model.device)
-            return self.model(tokens[:, None], positions, cache=self.cache.decode(rows))[:, 0]
+            return self.draw(self.model(tokens[:, None], positions, cache=self.cache.decode(rows))[:, 0], uniform)
         size = padded_batch_size(len(rows))
         if size not in self.steps:
-            self.steps[size] = FixedStep(self.model, self.cache, size, self.width, self.kernel, self.pool)
-        return self.steps[size](rows, tokens)
+            self.steps[size] = FixedStep(self.model, self.cache, size, self.width, self.kernel, self.draw, self.pool)
+        return self.steps[size](rows, tokens, uniform)
 
 
 class FixedStep(CacheView):
     """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph.
 
     A step is hundreds of small kernels, and launching them one by one takes longer than running them. A graph is one launch. It
-    reads the parameters in place, so it cannot be stale. A smaller batch is padded with its last row.
+    reads the parameters in place, so it cannot be stale. A smaller batch is padded with its last row. The step ends by moving
+    all rows to their next token, so as long as no page changes hands a call has nothing to tell it but the random numbers.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, batch_size: int, width: int, attention: Callable, pool: Any) -> None:
-        self.model, self.cache, self.batch_size, self.attention, self.pool = model, cache, batch_size, attention, pool
+    def __init__(self, model, cache, batch_size: int, width: int, attention: Callable, draw: Callable, pool: Any) -> None:
+        self.model, self.cache, self.batch_size = model, cache, batch_size
+        self.attention, self.draw, self.pool = attention, draw, pool
         self.store = cache.store
         device = cache.store.device
-        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.uniform = torch.zeros(batch_size, dtype=torch.float64, device=device)
+        self.logprobs = torch.zeros(batch_size, device=device)
         self.state = torch.zeros(5, batch_size, dtype=torch.int64, device=device)
-        self.position, self.page, self.offset, self.prompt_length, self.response_length = self.state
+        self.prompt_length, self.page, self.position, self.offset, self.response_length = self.state
         self.page_table = torch.zeros(batch_size, width, dtype=torch.int32, device=device)  # a row's pages, its prompt's first
         self.version, self.graph = -1, None
 
-    def __call__(self, rows: Sequence[Response], tokens: Tensor) -> Tensor:
+    def __call__(self, rows: Sequence[Response], tokens: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """As Decoder."""
-        B, device = len(rows), self.tokens.device
-        padded = [*rows, *[rows[-1]] * (self.batch_size - B)]
+        B = len(rows)
+        self.uniform[:B] = uniform
+        if self.version != self.cache.version:
+            self.set_rows([*rows, *[rows[-1]] * (self.batch_size - B)])
+            self.tokens[:B] = tokens
+        self.tokens[B:] = self.tokens[B - 1]  # the padding writes what the last row writes, to the same slot
+        if self.tokens.device.type != "cuda":
+            self.forward()
+        else:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        return self.tokens[:B].clone(), self.logprobs[:B].clone()
+
+    def set_rows(self, rows: Sequence[Response]) -> None:
+        """Note where each row's next token goes, and its pages."""
+        device = self.tokens.device
         state = [
-            (row.prompt.length + row.written, row.pages[-1], row.written % PAGE, row.prompt.length, row.written + 1)
-            for row in padded
+            (row.prompt.length, row.pages[-1], row.prompt.length + row.written, row.written % PAGE, row.written + 1)
+            for row in rows
         ]
         self.state.copy_(on_device(state, torch.int64, device).T)
-        if self.version != self.cache.version:
-            table = np.zeros(self.page_table.shape, np.int32)
-            for b, row in enumerate(padded):
-                table[b, : len(row.prompt.pages) + len(row.pages)] = row.prompt.pages + row.pages
-            self.page_table.copy_(on_device(table, torch.int32, device))
-            self.version = self.cache.version
-        self.tokens[:B, 0], self.tokens[B:, 0] = tokens, tokens[-1]
-        if device.type != "cuda":
-            return self.forward()[:B]
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
-        return self.logits[:B]
+        table = np.zeros(self.page_table.shape, np.int32)
+        for b, row in enumerate(rows):
+            table[b, : len(row.prompt.pages) + len(row.pages)] = row.prompt.pages + row.pages
+        self.page_table.copy_(on_device(table, torch.int32, device))
+        self.version = self.cache.version
 
-    def forward(self) -> Tensor:
-        return self.model(self.tokens, self.position[:, None], cache=self)[:, 0]  # (batch_size, V)
+    def forward(self) -> None:
+        logits = self.model(self.tokens[:, None], self.position[:, None], cache=self)[:, 0]  # (batch_size, V)
+        token, logprob = self.draw(logits, self.uniform)
+        self.tokens.copy_(token)
+        self.logprobs.copy_(logprob)
+        self.state[2:] += 1  # position, offset, response_length
 
     def capture(self) -> None:
-        """Record `forward` as a graph. It is run once before, to load the kernels; the replay writes the same slots again."""
+        """Record `forward` as a graph. It is run once before, to load the kernels, and what that changed is put back; the
+        replay writes the same slots again."""
+        before = self.tokens.clone(), self.state.clone()
         stream = capture_stream(self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.forward()
         torch.cuda.current_stream().wait_stream(stream)
+        self.tokens.copy_(before[0])
+        self.state.copy_(before[1])
         self.graph = torch.cuda.CUDAGraph()
         settings = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")  # other threads may use CUDA
         with torch.cuda.graph(self.graph, **settings):
-            self.logits = self.forward()
+            self.forward()
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if kernels.usable(k.device):
+            kernels.write_slots(self.store[layer], self.page, self.offset, k, v)
+        else:
+            super().write(layer, k, v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         kv = self.store[layer]
@@ -317,81 +342,9 @@ def capture_stream(device: torch.device) -> Any:
 
 
 def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
-    """`paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
-    if device.type != "cuda":
-        return None
-    if triton is None or head_dim not in (16, 32, 64, 128, 256):
-        warnings.warn(f"sampling without Triton's kernel (head width {head_dim}), which is slower", stacklevel=1)
-        return None
-    return paged_attention
-
-
-if triton is not None:
-
-    @triton.jit
-    def _decode_kernel(
-        q, kv, page_table, prompt_length, response_length, out, lse, scale, value_offset, table_width,
-        G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
-    ):  # fmt: skip
-        """One program: row b, key/value head k, split s. out[b, k, s] (G, E) and lse[b, k, s] (G,) cover the row's pages
-        s, s + SPLITS, ...
-        """
-        b, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        heads = tl.num_programs(1)
-        g, e, slot = tl.arange(0, G_PADDED), tl.arange(0, E), tl.arange(0, S)  # G is padded: tl.dot wants 16 rows or more
-        in_group = g < G
-        query = tl.load(q + ((b * heads + k) * G + g[:, None]) * E + e[None, :], mask=in_group[:, None], other=0.0)  # (G, E)
-        prompt, response = tl.load(prompt_length + b), tl.load(response_length + b)
-        prompt_pages = tl.cdiv(prompt, S)
-        top = tl.full((G_PADDED,), float("-inf"), tl.float32)  # the largest score so far
-        total = tl.zeros((G_PADDED,), tl.float32)  # the softmax's denominator, relative to exp(top)
-        mixed = tl.zeros((G_PADDED, E), tl.float32)  # its numerator
-        for i in range(split, prompt_pages + tl.cdiv(response, S), SPLITS):
-            page = tl.load(page_table + b * table_width + i).to(tl.int64)
-            filled = tl.where(i < prompt_pages, prompt - i * S, response - (i - prompt_pages) * S)  # at least 1
-            place = kv + ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
-            holds = slot < filled
-            key = tl.load(place, mask=holds[:, None], other=0.0)  # (S, E)
-            value = tl.load(place + value_offset, mask=holds[:, None], other=0.0)
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (G, S)
-            scores = tl.where(holds[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shrink, p = tl.exp(top - new_top), tl.exp(scores - new_top[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-            top = new_top
-        entry = ((b * heads + k) * SPLITS + split) * G + g
-        # a split without a page has the weight exp(-inf) = 0, and its result must be 0 and not 0 / 0
-        tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=in_group[:, None])
-        tl.store(lse + entry, top + tl.log(total), mask=in_group)
-
-
-def paged_attention(
-    q: Tensor, kv: Tensor, page_table: Tensor, prompt_length: Tensor, response_length: Tensor, splits: int | None = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype. Needs Triton.
-
-    kv               (2, N, K, S, E): keys and values, contiguous, of q's dtype. E and S: powers of two, at least 16
-    page_table       (B, W) int32: a row's pages, those of its prompt first
-    prompt_length    (B,) int: tokens in the prompt's pages; only the last page may be partly filled
-    response_length  (B,) int: tokens in the response's pages; again only the last may be partly filled
-    splits           programs that share the pages of a row. None: two for every multiprocessor of the GPU, but at most 16
-
-    The kernel is "flash decoding". One program takes one row, one key/value head with all query heads that share it, and every
-    splits-th page of the row. It goes over its pages with an online softmax (a running maximum and denominator). The results of
-    a row's programs are then combined by their denominators. Lengths are read on the device, so a CUDA graph can hold a call.
-    """
-    B, H, E = q.shape
-    _, N, K, S, _ = kv.shape
-    G = H // K
-    if splits is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        splits = min(max(2 * processors // (B * K), 1), 16)
-    out = q.new_empty(B, K, splits, G, E, dtype=torch.float32)
-    lse = q.new_empty(B, K, splits, G, dtype=torch.float32)
-    _decode_kernel[B, K, splits](
-        q.contiguous(), kv, page_table, prompt_length, response_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1],
-        G=G, G_PADDED=max(16, triton.next_power_of_2(G)), E=E, S=S, SPLITS=splits,
-    )  # fmt: skip
-    weight = torch.softmax(lse, 2)  # exp(lse) is a split's part of the whole softmax's denominator
-    return (weight[..., None] * out).sum(2).to(q.dtype).view(B, H, E)
+    """`kernels.paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
+    if kernels.usable(device) and head_dim in kernels.HEAD_DIMS:
+        return kernels.paged_attention
+    if device.type == "cuda":
+        warnings.warn(f"sampling without Triton's kernels (head width {head_dim}), which is slower", stacklevel=1)
+    return None

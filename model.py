@@ -25,7 +25,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,49 @@ class Layout:
     cache: Any  # the sampler's view of its KV cache, or None
 
 
-class RMSNorm(nn.Module):
+import os
+FUSE = os.environ.get("SGPO_FUSE", "none")
+
+
+def fused(plain: Callable) -> Callable:
+    """The function as it is on a CPU. On a GPU, where each of its operations would be a kernel that reads and writes whole
+    tensors, it is compiled into one or two, and its gradient too."""
+    compiled = torch.compile(plain, dynamic=True)
+
+    @wraps(plain)
+    def call(first: Tensor, *rest: Any) -> Any:
+        if FUSE == "triton" and first.is_cuda:
+            import kernels
+            if plain.__name__ == "rms_norm" and rest[0].dtype == first.dtype: return kernels.rms_norm(first, *rest)
+            if plain.__name__ == "add_rms_norm" and rest[0].dtype == first.dtype == rest[1].dtype: return kernels.add_rms_norm(first, *rest)
+            if plain.__name__ == "silu_mul": return kernels.silu_mul(first, *rest)
+            if plain.__name__ == "rotate" and first.dtype == rest[1].dtype:
+                q, k, cos, sin = first, *rest
+                a, b = kernels.rotate(q.flatten(0, 1), k.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1))
+                return a.view(q.shape), b.view(k.shape)
+        return (compiled if FUSE == "compile" and first.is_cuda else plain)(first, *rest)
+
+    return call
+
+
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, with the mean in fp32 whatever the dtype of x."""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * x32.to(x.dtype)
+
+
+@fused
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta and its norm."""
+    x = x + delta
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return x, weight * x32.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -219,9 +260,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -238,10 +277,18 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     return share_kept * inv_freq + (1 - share_kept) * inv_freq / factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (e, e + E/2) of x (B, heads, T, E) by the angles of their position, cos and sin (B, T, E)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+@fused
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the channel pairs (e, e + E/2) of q (B, T, H, E) and k (B, T, K, E) by the angles of their position, cos and sin
+    (B, T, E)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    swapped_q, swapped_k = (torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1) for x in (q, k))
+    return q * cos + swapped_q * sin, k * cos + swapped_k * sin
+
+
+@fused
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -310,13 +357,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # (B, H, T, E)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate(q, k, layout.cos, layout.sin)
         if layout.cache is not None:  # the new tokens, packed (prefill) or one a row (decode), go to the sampler's cache
-            new_k, new_v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B T, K, E)
-            layout.cache.write(layer, new_k, new_v)
+            layout.cache.write(layer, k.flatten(0, 1), v.flatten(0, 1))  # (B T, K, E) each
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, E) and (B, K, T, E)
         if layout.packing is not None:
             out = attend_packed(q, k, v, layout.packing)  # (B, H, T, E)
         elif layout.cache is not None:
@@ -334,7 +381,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -347,8 +394,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         # under autocast x stays fp32: cast once here, or each of the projections would do it for itself
-        x = x + self.self_attn(self.input_layernorm(x).to(layout.dtype), layout, layer)
-        return x + self.mlp(self.post_attention_layernorm(x).to(layout.dtype))
+        attended = self.self_attn(self.input_layernorm(x).to(layout.dtype), layout, layer)
+        norm = self.post_attention_layernorm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.mlp(normed.to(layout.dtype))
 
 
 class Decoder(nn.Module):

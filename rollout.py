@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, least_pages, on_device, pages_for
 
 PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, which bounds the activations
@@ -168,14 +169,14 @@ class _Sampler:
     """The state of one call of `generate`: waiting rows, running rows, and their cache."""
 
     def __init__(self, model, groups, pages, width, max_rows, draw, eos_ids, on_row) -> None:
-        self.model, self.max_rows, self.sample, self.on_row = model, max_rows, draw, on_row
+        self.model, self.max_rows, self.draw, self.on_row = model, max_rows, draw, on_row
         self.cache = PagedCache(model.config, pages, dtype=model.compute_dtype, device=model.device)
         self.waiting: deque[list[Row]] = deque(list(group) for group in groups)  # rows of a list have equal tokens so far
         self.running: list[Row] = []
         self.tokens = torch.zeros(0, dtype=torch.int64, device=model.device)  # (B,) the newest of each running row
         self.pending: list[tuple[list[Row], Tensor, Tensor]] = []  # sampled, still on the device: rows, tokens, log-probs
         self.eos_ids = set(eos_ids)
-        self.decode = Decoder(model, self.cache, width)
+        self.decode = Decoder(model, self.cache, width, draw)
         # reading tokens waits for the GPU, so there it is done only every eighth step; what a row has past its end is dropped
         self.sync_every = 8 if model.device.type == "cuda" else 1
 
@@ -224,7 +225,8 @@ class _Sampler:
             head=lambda hidden, weight: F.linear(hidden[0, last], weight),  # only a prompt's last position is sampled from
         )  # (P', V)
         member_of = [index for index, (_, count) in enumerate(prompts) for _ in range(count)]
-        token = self.draw(rows, logits[on_device(member_of, torch.int64, device)])
+        token, logprob = self.draw(logits[on_device(member_of, torch.int64, device)], self.uniform(rows))
+        self.drawn(rows, token, logprob)
         self.running += rows
         self.tokens = torch.cat([self.tokens, token])
 
@@ -239,10 +241,10 @@ class _Sampler:
         for row in self.running:
             if row.needs_page:
                 self.cache.allocate(row)
-        logits = self.decode(self.running, self.tokens)  # (B, V)
+        self.tokens, logprob = self.decode(self.running, self.tokens, self.uniform(self.running))
         for row in self.running:
             row.written += 1
-        self.tokens = self.draw(self.running, logits)
+        self.drawn(self.running, self.tokens, logprob)
 
     def pages_needed(self) -> int:
         return sum(row.needs_page for row in self.running)
@@ -254,14 +256,15 @@ class _Sampler:
         self.cache.free(row)
         self.waiting.appendleft([row])
 
-    def draw(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
-        """Sample a token for each row: logits (B, V) -> (B,)."""
-        uniform = on_device([row.generator.random() for row in rows], torch.float64, logits.device)
-        token, logprob = self.sample(logits, uniform)
+    def uniform(self, rows: Sequence[Row]) -> Tensor:
+        """The next random number of each row: (B,)."""
+        return on_device([row.generator.random() for row in rows], torch.float64, self.model.device)
+
+    def drawn(self, rows: Sequence[Row], token: Tensor, logprob: Tensor) -> None:
+        """Note what was sampled, to be read later."""
         for row in rows:
             row.drawn += 1
         self.pending.append((list(rows), token, logprob))
-        return token
 
     def sync(self, now: bool = False) -> None:
         """Copy sampled tokens from the device to their rows, and remove the rows that have ended."""
@@ -296,6 +299,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     top_p, and any others exactly as probable as the last of them. Temperature 0 is greedy. The log-probability is that of the
     whole distribution at this temperature (at 0: at temperature 1) [ours].
     """
+    if kernels.usable(logits.device):
+        return kernels.sample(logits, uniform, temperature, top_p)
     # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
     # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
     scaled = logits.float()
@@ -306,11 +311,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
         scaled = scaled / temperature
     whole = log_total = scaled.logsumexp(-1, keepdim=True)  # (B, 1)
     if top_p < 1:
-        if logits.device.type == "cpu":
-            scaled = scaled.masked_fill(scaled < threshold_by_sorting(scaled, whole, top_p), -math.inf)
-        else:
-            smallest = threshold_by_bisection(logits, torch.exp(scaled - whole), top_p)
-            scaled = scaled.masked_fill(logits < smallest, -math.inf)
+        scaled = scaled.masked_fill(scaled < smallest_in_nucleus(scaled, whole, top_p), -math.inf)
         log_total = scaled.logsumexp(-1, keepdim=True)
     B, V = scaled.shape
     block = math.gcd(V, 512)
@@ -329,40 +330,14 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     return token[:, 0], (scaled.gather(-1, token) - whole)[:, 0]
 
 
-def threshold_by_sorting(logits: Tensor, log_total: Tensor, top_p: float) -> Tensor:
-    """The smallest logit in the nucleus: logits (B, V), their logsumexp (B, 1) -> (B, 1). The faster way on a CPU."""
+def smallest_in_nucleus(logits: Tensor, log_total: Tensor, top_p: float) -> Tensor:
+    """The smallest logit in the nucleus: logits (B, V), their logsumexp (B, 1) -> (B, 1)."""
     best = logits.topk(min(1024, logits.shape[-1])).values  # a nucleus rarely has more tokens, and sorting all is slower
     if (torch.exp(best - log_total).double().sum(-1) < top_p).any():
         best = logits.sort(-1, descending=True).values
     p = torch.exp(best - log_total).double()
     inside = p.cumsum(-1) - p < top_p  # at least the most probable token, unless a logit is nan
     return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
-
-
-def threshold_by_bisection(logits: Tensor, p: Tensor, top_p: float) -> Tensor:
-    """The same without waiting for the GPU: logits (B, V) of 16 or 32 bits, their probabilities p (B, V) -> (B, 1). Bisection
-    over all numbers of that type, in a step a bit, finds the smallest number above which the mass is less than top_p."""
-    bits, (B, V) = 8 * logits.element_size(), logits.shape
-    integer = {16: torch.int16, 32: torch.int32}[bits]
-    block = math.gcd(V, 512)  # summed in float32 within a block only: a float64 sum would copy all of it first
-
-    def flip(i: Tensor) -> Tensor:  # its own inverse. A negative float's bits, read as an integer, grow with its magnitude
-        return i ^ ((i >> 63) & (2 ** (bits - 1) - 1))
-
-    def rank(x: Tensor) -> Tensor:  # among all numbers of the type
-        return flip(x.view(integer).long())
-
-    def number(rank: Tensor) -> Tensor:
-        return flip(rank).to(integer).view(logits.dtype)
-
-    low = rank(torch.full_like(logits[:, :1], -math.inf))  # (B, 1)
-    high = rank(logits.amax(-1, keepdim=True))  # (B, 1)
-    for _ in range(bits):
-        middle = (low + high) >> 1
-        above = torch.where(logits > number(middle), p, 0.0).view(B, V // block, block).sum(-1)  # (B, blocks)
-        enough = above.sum(-1, keepdim=True, dtype=torch.float64) >= top_p
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return number(high)
 
 
 def stream_seed(*names: Any) -> int:
