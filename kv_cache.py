@@ -22,8 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
+try:  # torch's CUDA builds bring it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
+SHARED_ROWS = 8  # neighbouring rows whose common prompt is read once
 PAGE = 64  # S. Each response leaves half a page unused on average; smaller pages are more pages, and each has its overhead
 
 
@@ -232,8 +237,8 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if self.kernel and model.device.type == "cuda" else None
 
     def __call__(self, rows: Sequence[Response], tokens: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest tokens (B,) and a random number for each -> the next tokens and their log-probabilities (B,). Every row must
-        have a page for its token (see `needs_page`), and afterwards the caller counts the token in `written`."""
+        """The newest tokens (B,) and a random number for each -> the next tokens and their log-probabilities (B,). Every row
+        must have a page for its token (see `needs_page`), and afterwards the caller counts the token in `written`."""
         if self.kernel is None:
             positions = [[row.prompt.length + row.written] for row in rows]
             positions = on_device(positions, torch.int64, self.model.device)
@@ -319,8 +324,8 @@ class FixedStep(CacheView):
             self.forward()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if kernels.usable(k.device):
-            kernels.write_slots(self.store[layer], self.page, self.offset, k, v)
+        if k.device.type == "cuda":
+            write_slots(self.store[layer], self.page, self.offset, k, v)
         else:
             super().write(layer, k, v)
 
@@ -342,9 +347,169 @@ def capture_stream(device: torch.device) -> Any:
 
 
 def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
-    """`kernels.paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
-    if kernels.usable(device) and head_dim in kernels.HEAD_DIMS:
-        return kernels.paged_attention
-    if device.type == "cuda":
+    """`paged_attention` if it can run: on CUDA with Triton, with one of its head widths. Else None."""
+    if device.type != "cuda":
+        return None
+    if triton is None or head_dim not in (16, 32, 64, 128, 256):
         warnings.warn(f"sampling without Triton's kernels (head width {head_dim}), which is slower", stacklevel=1)
-    return None
+        return None
+    return paged_attention
+
+
+# ---------------------------------------------------------------------------------------------------- kernels for a GPU
+
+
+def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write k and v (B, K, E) into slots of kv (2, N, K, S, E): row b into slot offset[b] of page[b]."""
+    B, K, E = k.shape
+    _write_kernel[B,](
+        kv, page, offset, k.contiguous(), v.contiguous(), kv.stride(0), kv.stride(1), kv.stride(2),
+        K=K, E=E, K_PADDED=triton.next_power_of_2(K),
+    )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor, kv: Tensor, page_table: Tensor, prompt_length: Tensor, response_length: Tensor, splits: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v of each row over its tokens: q (B, H, E) -> (B, H, E), in q's dtype.
+
+    kv               (2, N, K, S, E): keys and values, contiguous, of q's dtype. E and S: powers of two, at least 16
+    page_table       (B, W) int32: a row's pages, those of its prompt first
+    prompt_length    (B,) int, at least 1: tokens in the prompt's pages; only the last page may be partly filled
+    response_length  (B,) int: tokens in the response's pages; again only the last may be partly filled
+    splits           programs that share the pages of a row. None: two for every multiprocessor of the GPU, but at most 16
+
+    The kernels are "flash decoding": a program goes over its pages with an online softmax (a running maximum and denominator),
+    and the results of a row's programs are then combined by their denominators. Rows with the same prompt read it together:
+    one program multiplies it with the queries of up to SHARED_ROWS neighbours. Lengths are read on the device, so a CUDA graph
+    can hold a call.
+    """
+    B, H, E = q.shape
+    _, N, K, S, _ = kv.shape
+    G = H // K
+    padded = triton.next_power_of_2(G)
+    shared = max(SHARED_ROWS, 16 // padded)  # tl.dot wants 16 rows or more
+    chunks = math.ceil(B / shared)
+    wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if splits is None else 0
+    prompt_splits = splits or min(max(wanted // (chunks * K), 1), 16)
+    own_splits = splits or min(max(wanted // (B * K), 1), 16)
+    parts = prompt_splits + own_splits
+    out = q.new_empty(B, K, parts, G, E, dtype=torch.float32)
+    lse = q.new_empty(B, K, parts, G, dtype=torch.float32)
+    q = q.contiguous()
+    shape = dict(G=G, E=E, S=S, PARTS=parts)
+    _prompt_kernel[chunks, K, prompt_splits](
+        q, kv, page_table, prompt_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1], B,
+        G_PADDED=padded, ROWS=shared, SPLITS=prompt_splits, **shape,
+    )  # fmt: skip
+    _response_kernel[B, K, own_splits](
+        q, kv, page_table, prompt_length, response_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1],
+        G_PADDED=max(16, padded), SPLITS=own_splits, **shape,
+    )  # fmt: skip
+    mixed = torch.empty_like(q)
+    _combine_kernel[B, K](out, lse, mixed, G=G, G_PADDED=padded, E=E, PARTS=parts)
+    return mixed
+
+
+if triton is not None:
+
+    @triton.jit
+    def _write_kernel(
+        kv, page, offset, k, v, value_stride, page_stride, head_stride, K: tl.constexpr, E: tl.constexpr, K_PADDED: tl.constexpr
+    ):
+        b, head, e = tl.program_id(0), tl.arange(0, K_PADDED)[:, None], tl.arange(0, E)[None, :]
+        source, holds = (b * K + head) * E + e, (head < K) & (e >= 0)
+        slot = tl.load(page + b).to(tl.int64) * page_stride + head * head_stride + tl.load(offset + b) * E + e
+        dtype = kv.dtype.element_ty
+        tl.store(kv + slot, tl.load(k + source, mask=holds).to(dtype), mask=holds)
+        tl.store(kv + slot + value_stride, tl.load(v + source, mask=holds).to(dtype), mask=holds)
+
+    @triton.jit
+    def _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed):
+        """One page of the online softmax. place: (S, E) offsets of its keys; reads (queries, S): what each query may read.
+
+        top (queries,) is the largest score so far, total the softmax's denominator relative to exp(top), mixed its numerator.
+        """
+        holds = tl.max(reads.to(tl.int32), 0)[:, None] > 0  # a slot without a token may hold anything
+        key = tl.load(kv + place, mask=holds, other=0.0)  # (S, E)
+        value = tl.load(kv + place + value_offset, mask=holds, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(reads, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink, p = tl.exp(top - new_top), tl.exp(scores - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        return new_top, total, mixed
+
+    @triton.jit
+    def _prompt_kernel(
+        q, kv, page_table, prompt_length, out, lse, scale, value_offset, table_width, B,
+        G: tl.constexpr, G_PADDED: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
+        PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """One program: ROWS neighbouring rows, key/value head k, split s. out[b, k, s] (G, E) and lse[b, k, s] (G,) cover the
+        pages s, s + SPLITS, ... of the row's prompt."""
+        chunk, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        heads = tl.num_programs(1)
+        i, e, slot = tl.arange(0, ROWS * G_PADDED), tl.arange(0, E), tl.arange(0, S)
+        b, g = chunk * ROWS + i // G_PADDED, i % G_PADDED  # of each query
+        is_query = (b < B) & (g < G)
+        query = tl.load(q + ((b * heads + k) * G + g)[:, None] * E + e[None, :], mask=is_query[:, None], other=0.0)
+        prompt = tl.load(page_table + b * table_width, mask=b < B, other=-1)  # the first page names the prompt
+        top = tl.full((ROWS * G_PADDED,), -1e30, tl.float32)  # finite: a difference of infinities would be nan
+        total = tl.zeros((ROWS * G_PADDED,), tl.float32)
+        mixed = tl.zeros((ROWS * G_PADDED, E), tl.float32)
+        for row in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, B)):
+            first_page = tl.load(page_table + row * table_width)
+            readers = prompt == first_page
+            if tl.sum((readers & (b < row)).to(tl.int32), 0) == 0:  # an earlier row of the same prompt has read it for all
+                length = tl.load(prompt_length + row)
+                for j in range(split, tl.cdiv(length, S), SPLITS):
+                    page = tl.load(page_table + row * table_width + j).to(tl.int64)
+                    place = ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
+                    reads = readers[:, None] & (slot < length - j * S)[None, :]
+                    top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
+        entry = ((b * heads + k) * PARTS + split) * G + g
+        # a split without a page has the weight exp(-inf) = 0, and its result must be 0 and not 0 / 0
+        tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=is_query[:, None])
+        tl.store(lse + entry, top + tl.log(total), mask=is_query)
+
+    @triton.jit
+    def _response_kernel(
+        q, kv, page_table, prompt_length, response_length, out, lse, scale, value_offset, table_width,
+        G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """One program: row b, key/value head k, split s, over the pages s, s + SPLITS, ... of the row's response."""
+        b, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        heads = tl.num_programs(1)
+        g, e, slot = tl.arange(0, G_PADDED), tl.arange(0, E), tl.arange(0, S)
+        query = tl.load(q + ((b * heads + k) * G + g[:, None]) * E + e[None, :], mask=(g < G)[:, None], other=0.0)  # (G, E)
+        pages, length = page_table + b * table_width + tl.cdiv(tl.load(prompt_length + b), S), tl.load(response_length + b)
+        top = tl.full((G_PADDED,), -1e30, tl.float32)
+        total = tl.zeros((G_PADDED,), tl.float32)
+        mixed = tl.zeros((G_PADDED, E), tl.float32)
+        for j in range(split, tl.cdiv(length, S), SPLITS):
+            place = ((tl.load(pages + j).to(tl.int64) * heads + k) * S + slot[:, None]) * E + e[None, :]
+            reads = (g >= 0)[:, None] & (slot < length - j * S)[None, :]
+            top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
+        entry = ((b * heads + k) * PARTS + PARTS - SPLITS + split) * G + g
+        tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=(g < G)[:, None])
+        tl.store(lse + entry, top + tl.log(total), mask=g < G)
+
+    @triton.jit
+    def _combine_kernel(out, lse, mixed, G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
+        """exp(lse) is a part's share of the whole softmax's denominator."""
+        first = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)  # row and key/value head
+        g, e = tl.arange(0, G_PADDED), tl.arange(0, E)
+        top = tl.full((G_PADDED,), -1e30, tl.float32)
+        for part in range(PARTS):
+            top = tl.maximum(top, tl.load(lse + (first * PARTS + part) * G + g, mask=g < G, other=0.0))
+        total = tl.zeros((G_PADDED,), tl.float32)
+        value = tl.zeros((G_PADDED, E), tl.float32)
+        for part in range(PARTS):
+            entry = (first * PARTS + part) * G + g
+            weight = tl.exp(tl.load(lse + entry, mask=g < G, other=0.0) - top)
+            total += weight
+            value += weight[:, None] * tl.load(out + entry[:, None] * E + e[None, :], mask=(g < G)[:, None], other=0.0)
+        place = (first * G + g)[:, None] * E + e[None, :]
+        tl.store(mixed + place, (value / total[:, None]).to(mixed.dtype.element_ty), mask=(g < G)[:, None])

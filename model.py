@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,27 +211,14 @@ class Layout:
     cache: Any  # the sampler's view of its KV cache, or None
 
 
-import os
-FUSE = os.environ.get("SGPO_FUSE", "none")
-
-
 def fused(plain: Callable) -> Callable:
-    """The function as it is on a CPU. On a GPU, where each of its operations would be a kernel that reads and writes whole
-    tensors, it is compiled into one or two, and its gradient too."""
+    """The function as it is on a CPU. On a GPU each of its operations would be a kernel that reads and writes whole tensors, so
+    there it is compiled into one, and its gradient into another (torch.compile, which needs Triton)."""
     compiled = torch.compile(plain, dynamic=True)
 
     @wraps(plain)
     def call(first: Tensor, *rest: Any) -> Any:
-        if FUSE == "triton" and first.is_cuda:
-            import kernels
-            if plain.__name__ == "rms_norm" and rest[0].dtype == first.dtype: return kernels.rms_norm(first, *rest)
-            if plain.__name__ == "add_rms_norm" and rest[0].dtype == first.dtype == rest[1].dtype: return kernels.add_rms_norm(first, *rest)
-            if plain.__name__ == "silu_mul": return kernels.silu_mul(first, *rest)
-            if plain.__name__ == "rotate" and first.dtype == rest[1].dtype:
-                q, k, cos, sin = first, *rest
-                a, b = kernels.rotate(q.flatten(0, 1), k.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1))
-                return a.view(q.shape), b.view(k.shape)
-        return (compiled if FUSE == "compile" and first.is_cuda else plain)(first, *rest)
+        return (compiled if first.is_cuda and find_spec("triton") else plain)(first, *rest)
 
     return call
 
@@ -245,11 +233,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @fused
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta and its norm."""
+    """(x + delta, its norm)."""
     x = x + delta
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return x, weight * x32.to(x.dtype)
+    return x, rms_norm.__wrapped__(x, weight, eps)
 
 
 class RMSNorm(nn.Module):
@@ -281,9 +267,12 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turn the channel pairs (e, e + E/2) of q (B, T, H, E) and k (B, T, K, E) by the angles of their position, cos and sin
     (B, T, E)."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    swapped_q, swapped_k = (torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1) for x in (q, k))
-    return q * cos + swapped_q * sin, k * cos + swapped_k * sin
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+
+    return turn(q), turn(k)
 
 
 @fused

@@ -27,9 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import kernels
+try:  # torch's CUDA builds bring it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 from kv_cache import PAGE, Decoder, PagedCache, Prompt, Response, least_pages, on_device, pages_for
 
+TILE = 4096  # tokens of the vocabulary that a program of the sampling kernel holds at once
 PREFILL_TOKENS = 16384  # prompts are computed together up to this many tokens, which bounds the activations
 
 
@@ -299,8 +305,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     top_p, and any others exactly as probable as the last of them. Temperature 0 is greedy. The log-probability is that of the
     whole distribution at this temperature (at 0: at temperature 1) [ours].
     """
-    if kernels.usable(logits.device):
-        return kernels.sample(logits, uniform, temperature, top_p)
+    if logits.device.type == "cuda" and triton is not None:
+        return sample_in_one_kernel(logits, uniform, temperature, top_p)
     # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
     # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
     scaled = logits.float()
@@ -338,6 +344,100 @@ def smallest_in_nucleus(logits: Tensor, log_total: Tensor, top_p: float) -> Tens
     p = torch.exp(best - log_total).double()
     inside = p.cumsum(-1) - p < top_p  # at least the most probable token, unless a logit is nan
     return best.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+
+
+def sample_in_one_kernel(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """`sample` in a Triton kernel: a hundred times less memory is moved, and nothing waits for the GPU."""
+    B, V = logits.shape
+    token = torch.empty(B, dtype=torch.int64, device=logits.device)
+    logprob = torch.empty(B, dtype=torch.float32, device=logits.device)
+    # a 16-bit float is an fp32 with zeros at the end, so fewer bits have to be searched
+    bits = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}[logits.dtype]
+    tile = min(TILE, triton.next_power_of_2(V))
+    _sample_kernel[B,](
+        logits.contiguous(), uniform, token, logprob, V, temperature or 1.0, top_p, GREEDY=temperature == 0, NUCLEUS=top_p < 1,
+        BITS=bits, SIZE=tile, TILES=triton.next_power_of_2(triton.cdiv(V, tile)), num_warps=8,
+    )  # fmt: skip
+    return token, logprob
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rank(x):
+        """The place of an fp32 among all of them. A negative float's bits, read as an integer, grow with its magnitude."""
+        bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 is as probable as 0.0
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+    @triton.jit
+    def _sample_kernel(
+        logits, uniform, token, logprob, V, temperature, top_p,
+        GREEDY: tl.constexpr, NUCLEUS: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
+    ):  # fmt: skip
+        """One program a row. It reads the row once for the softmax's denominator, once for every two bits of the nucleus'
+        smallest logit, and once for the draw, which inverts the cumulative distribution."""
+        row, i = tl.program_id(0), tl.arange(0, SIZE)
+        logits += row.to(tl.int64) * V
+        lane_top = tl.full((SIZE,), -1e38, tl.float32)
+        lane_total = tl.zeros((SIZE,), tl.float32)
+        lane_best = tl.zeros((SIZE,), tl.int32)
+        for start in range(0, V, SIZE):
+            x = tl.load(logits + start + i, mask=start + i < V, other=float("-inf")).to(tl.float32) / temperature
+            lane_best = tl.where(x > lane_top, start + i, lane_best)
+            new_top = tl.maximum(lane_top, x)
+            lane_total = lane_total * tl.exp(lane_top - new_top) + tl.exp(x - new_top)
+            lane_top = new_top
+        top = tl.max(lane_top, 0)
+        whole = top + tl.log(tl.sum((lane_total * tl.exp(lane_top - top)).to(tl.float64), 0)).to(tl.float32)
+        if GREEDY:
+            best = tl.min(tl.where(lane_top == top, lane_best, V - 1), 0)  # the first of equals
+            tl.store(token + row, best.to(tl.int64))
+            tl.store(logprob + row, top - whole)
+        else:
+            low = _rank(tl.full((), float("-inf"), tl.float32))
+            if NUCLEUS:  # the smallest number above which the mass is less than top_p, in units of a number's last bit
+                unit: tl.constexpr = 32 - BITS
+                low = low >> unit
+                high = _rank(top * temperature * 1.0) >> unit
+                high += 1  # the product may have rounded down
+                while high - low > 1:
+                    step = tl.maximum((high - low) >> 2, 1)
+                    cut1, cut2, cut3 = low + step, tl.minimum(low + 2 * step, high - 1), tl.minimum(low + 3 * step, high - 1)
+                    above1 = tl.zeros((SIZE,), tl.float32)
+                    above2 = tl.zeros((SIZE,), tl.float32)
+                    above3 = tl.zeros((SIZE,), tl.float32)
+                    for start in range(0, V, SIZE):
+                        x = tl.load(logits + start + i, mask=start + i < V, other=float("-inf")).to(tl.float32)
+                        p, place = tl.exp(x / temperature - whole), _rank(x) >> unit
+                        above1 += tl.where(place > cut1, p, 0.0)
+                        above2 += tl.where(place > cut2, p, 0.0)
+                        above3 += tl.where(place > cut3, p, 0.0)
+                    enough1 = tl.sum(above1.to(tl.float64), 0) >= top_p
+                    enough2 = tl.sum(above2.to(tl.float64), 0) >= top_p
+                    enough3 = tl.sum(above3.to(tl.float64), 0) >= top_p
+                    high = tl.where(enough3, high, tl.where(enough2, cut3, tl.where(enough1, cut2, cut1)))
+                    low = tl.where(enough3, cut3, tl.where(enough2, cut2, tl.where(enough1, cut1, low)))
+                low = high << unit
+            tiles = tl.arange(0, TILES)
+            mass = tl.zeros((TILES,), tl.float64)  # of each tile of the vocabulary
+            for start in range(0, V, SIZE):
+                x = tl.load(logits + start + i, mask=start + i < V, other=float("-inf")).to(tl.float32)
+                p = tl.where(_rank(x) >= low, tl.exp(x / temperature - whole), 0.0)
+                mass = tl.where(tiles == start // SIZE, tl.sum(p.to(tl.float64), 0), mass)
+            total = tl.sum(mass, 0)
+            below: tl.constexpr = 0.9999999999999998  # 1 - 2**-52: of a sum, so that a tile and a token in it are always found
+            target = tl.minimum(tl.load(uniform + row) * total, total * below)
+            passed = tl.cumsum(mass, 0) <= target
+            which = tl.minimum(tl.sum(passed.to(tl.int32), 0), (V - 1) // SIZE)
+            rest = target - tl.sum(tl.where(tiles < which, mass, 0.0), 0)
+            at = which * SIZE + i
+            x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(tl.float32)
+            p = tl.where(_rank(x) >= low, tl.exp(x / temperature - whole), 0.0).to(tl.float64)
+            rest = tl.minimum(rest, tl.sum(p, 0) * below)
+            drawn = which * SIZE + tl.sum((tl.cumsum(p, 0) <= rest).to(tl.int32), 0)
+            drawn = tl.minimum(drawn, V - 1)  # for a logit that is nan or inf
+            tl.store(token + row, drawn.to(tl.int64))
+            tl.store(logprob + row, tl.load(logits + drawn).to(tl.float32) / temperature - whole)
 
 
 def stream_seed(*names: Any) -> int:

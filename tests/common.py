@@ -93,6 +93,22 @@ def gathered_attention(q, kv, page_table, prompt_length, response_length):
     return out
 
 
+def nucleus_logits():
+    """{name: logits of 6 rows}; the widths are a multiple of the blocks of 512, and not."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    one_possible = torch.full((6, 1000), -math.inf)
+    one_possible[:, 3] = 1.0
+    return {
+        "more than 1024 in the nucleus of every second row": normal(6, 5000) * torch.tensor([[1.0], [3.0]] * 3),
+        "odd width, negative": normal(6, 257) - 50,
+        "bf16": (3 * normal(6, 1536)).bfloat16(),
+        "ties": normal(6, 1000).round(),
+        "both zeros": torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0]] * 6),
+        "impossible tokens": normal(6, 1000).masked_fill(normal(6, 1000) > 0, -math.inf),
+        "one possible token": one_possible,
+    }
+
+
 def prompt_seeds(seed, prompts=PROMPTS):
     return [seed * 1_000_003 + p for p in range(len(prompts))]
 

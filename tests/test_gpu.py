@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from tests.common import (
     ROOT,
     STOPS,
     gathered_attention,
+    nucleus_logits,
     prompt_seeds,
     random_ids,
     read_metrics,
@@ -65,39 +68,97 @@ def test_gpu_packed_kernel_equals_one_call_a_sequence(H, K, E, dtype):
     torch.testing.assert_close(*results, atol=0.1, rtol=0.1)
 
 
-@torch.no_grad()
-def test_paged_attention_kernel():
-    """The Triton kernel against a loop over keys picked one by one: on a GPU, or in Triton's interpreter."""
+@pytest.mark.parametrize("check", ["attention", "sample", "sampler"])
+def test_triton_kernels(check):
+    """On a GPU, or in Triton's interpreter, in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed (torch's CUDA builds bring it)")
+    if not torch.cuda.is_available() and tuple(map(int, np.__version__.split(".")[:2])) > (2, 3):
+        pytest.skip("Triton's interpreter cannot run with this numpy: it needs numpy<2.4")
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", "from tests import test_gpu; test_gpu.check_paged_attention_kernel()"]
+    command = [sys.executable, "-c", f"from tests import test_gpu; test_gpu.check_{check}()"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **interpret}, check=True, timeout=600)
 
 
-def check_paged_attention_kernel():  # in a process of its own: Triton reads TRITON_INTERPRET when it is imported
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompt, own = torch.tensor([1, 16, 17, 33, 0]), torch.tensor([1, 5, 16, 10, 20])
+def kernel_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def check_attention():
+    """Against a loop over keys picked one by one: rows share a prompt with a neighbour, with one further on, or not."""
+    groups, prompts, own = [0, 0, 0, 1, 0, 2, 2, 2, 3, 3, 1], [33, 1, 16, 17], [1, 5, 16, 10, 20, 1, 2, 3, 17, 4, 9]
+    prompt, own = torch.tensor([prompts[g] for g in groups]), torch.tensor(own)
     tolerances = {torch.float32: 1e-5, torch.float16: 4e-3}
-    if device.type == "cuda":  # the interpreter cannot multiply bf16
+    if torch.cuda.is_available():  # the interpreter cannot multiply bf16
         tolerances[torch.bfloat16] = 3e-2
     for dtype, tolerance in tolerances.items():
         for H, K, E in ((6, 2, 16), (9, 3, 64), (4, 4, 32), (12, 1, 128)):
             generator = torch.Generator().manual_seed(0)
-            q = torch.randn(5, H, E, generator=generator).to(dtype)
-            kv = torch.randn(2, 23, K, 16, E, generator=generator).to(dtype)
-            table = torch.randperm(23, generator=generator)[:20].view(5, 4).int()
-            want = gathered_attention(q.double(), kv.double(), table, prompt, own)
-            used = torch.zeros(23, 16, dtype=torch.bool)
-            for b in range(5):
-                for start, length in ((0, prompt[b]), (-(-prompt[b] // 16), own[b])):
+            free = iter(torch.randperm(40, generator=generator).tolist())
+            of_prompt = [list(itertools.islice(free, -(-length // 16))) for length in prompts]
+            table, used = torch.zeros(11, 5, dtype=torch.int32), torch.zeros(40, 16, dtype=torch.bool)
+            for b, group in enumerate(groups):
+                of_row = list(itertools.islice(free, -(-int(own[b]) // 16)))
+                table[b, : len(of_prompt[group] + of_row)] = torch.tensor(of_prompt[group] + of_row)
+                for pages, length in ((of_prompt[group], prompts[group]), (of_row, own[b])):
                     for t in range(length):
-                        used[table[b, start + t // 16], t % 16] = True
+                        used[pages[t // 16], t % 16] = True
+            q = torch.randn(11, H, E, generator=generator).to(dtype)
+            kv = torch.randn(2, 40, K, 16, E, generator=generator).to(dtype)
+            want = gathered_attention(q.double(), kv.double(), table, prompt, own)
             kv.transpose(2, 3)[:, ~used] = math.nan  # what holds no token is never read
-            arguments = [x.to(device) for x in (q, kv, table, prompt, own)]
+            arguments = [x.to(kernel_device()) for x in (q, kv, table, prompt, own)]
             for splits in (1, 3, 8):
                 got = kv_cache.paged_attention(*arguments, splits).cpu()
                 torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+            k, v = torch.randn(2, 4, K, E, generator=generator).to(kernel_device(), dtype)
+            page, offset = torch.tensor([[3, 1, 8, 3], [0, 15, 7, 1]]).to(kernel_device())
+            written = kv.clone().to(kernel_device())
+            kv_cache.write_slots(written, page, offset, k, v)
+            kv_cache.CacheView.write(SimpleNamespace(store=[want := kv.to(k)], page=page, offset=offset), 0, k, v)
+            torch.testing.assert_close(written, want, equal_nan=True, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def check_sample():
+    """The same tokens as without the kernel, and nothing finite from what is not."""
+    uniform = torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
+    for name, logits in nucleus_logits().items():
+        for temperature, top_p in ((0.7, 0.95), (1.0, 0.3), (1.0, 1.0), (0.0, 1.0)):
+            for dtype in (logits.dtype, torch.float16):
+                case = logits.to(dtype)
+                want = rollout.sample(case, uniform, temperature, top_p)
+                got = rollout.sample_in_one_kernel(*(x.to(kernel_device()) for x in (case, uniform)), temperature, top_p)
+                assert torch.equal(got[0].cpu(), want[0]), (name, temperature, top_p, dtype)
+                torch.testing.assert_close(got[1].cpu(), want[1], atol=2e-5, rtol=1e-5)
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
+    logits[1, 7], logits[2, 7], logits[3] = math.nan, math.inf, -math.inf
+    for temperature, top_p in ((0.7, 0.9), (1.0, 1.0), (0.0, 1.0)):
+        got = rollout.sample_in_one_kernel(*(x.to(kernel_device()) for x in (logits, uniform[:4])), temperature, top_p)
+        assert got[1].isfinite().tolist() == [True, False, False, False]
+        assert got[0].min() >= 0 and got[0].max() < 5000
+
+
+@torch.no_grad()
+def check_sampler():
+    """All of them together, on small pages: what the sampler without them draws."""
+    kv_cache.PAGE = rollout.PAGE = 16
+    config = ModelConfig.from_dict({**FAMILIES["qwen3"].to_dict(), "model_type": "qwen3", "head_dim": 32})
+    net = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=CPU)
+    settings = dict(n=3, max_new_tokens=20, temperature=1.0, top_p=0.95, eos_ids=STOPS, seed=prompt_seeds(0))
+    want = generate(net, PROMPTS, **settings)
+    if torch.cuda.is_available():
+        net.to("cuda")
+    else:
+        kv_cache.decode_kernel = lambda *_: partial(kv_cache.paged_attention, splits=2)
+        write = kv_cache.write_slots
+        kv_cache.FixedStep.write = lambda self, layer, k, v: write(self.store[layer], self.page, self.offset, k, v)
+        rollout.sample = rollout.sample_in_one_kernel
+    got = generate(net, PROMPTS, **settings)
+    assert [[row.response_ids for row in group] for group in got] == [[row.response_ids for row in group] for group in want]
+    for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
 def test_page_attention_without_the_cpu_kernel():
@@ -111,18 +172,6 @@ def test_page_attention_without_the_cpu_kernel():
     got = kv_cache.page_attention(q.as_subclass(Elsewhere), k, v, mask)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature, top_p", [(0.0, 0.95), (1.0, 1.0), (0.7, 0.95)])
-def test_a_gpu_is_not_waited_for_while_sampling(temperature, top_p, dtype):
-    """A tensor of the meta device has no values: every question about one (.any() in an if, .item()) is an error."""
-    logits = torch.empty(3, 1000, dtype=dtype, device="meta")
-    uniform = torch.empty(3, dtype=torch.float64, device="meta")
-    token, logprob = rollout.sample(logits, uniform, temperature, top_p)
-    assert (token.shape, token.dtype, logprob.shape, logprob.dtype) == ((3,), torch.int64, (3,), torch.float32)
-    with pytest.raises(RuntimeError, match="meta tensors"):  # as it is on a CPU
-        rollout.threshold_by_sorting(logits, uniform[:, None], 0.95)
 
 
 @pytest.fixture(scope="module")
