@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
@@ -102,7 +103,9 @@ class Config(Method):
     eval_temperature: float = knob(0.6, "sampling temperature in evaluation [§4.2]")
     eval_top_p: float = knob(0.95, "top-p (nucleus) sampling in evaluation [§4.2]", low=1e-3, high=1)
     # machine
-    recompute: bool = knob(True, "recompute activations in the backward pass: far less memory, a third more work")
+    micro_tokens: int = knob(0, "tokens in one pass of the update; 0: with the next two, as large as memory allows", low=0)
+    chunk_tokens: int = knob(0, "tokens in one chunk of the head; 0: as large as memory allows")
+    recompute: bool = knob(True, "recompute activations: far less memory, a third more work. With --micro_tokens 0: if needed")
     dtype: str = knob("auto", "dtype of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
     device: str = knob("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda"))
     shard_ranks: int = knob(0, "GPUs that share one copy of the weights; each such group holds a replica (HSDP); 0: all GPUs")
@@ -425,12 +428,31 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     for name, rows in ids.items():
         ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
     origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
-    model.model.recompute = cfg.recompute
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
+    cfg = settle_update(cfg, model, examples)
+    model.model.recompute = cfg.recompute
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
+
+
+def settle_update(cfg: Config, model: CausalLM, examples: Sequence[Example]) -> Config:
+    """With values for --micro_tokens 0 and --chunk_tokens 0, from the memory that is free on every rank."""
+    from tools import plan
+
+    assumed, cuda = plan.Assumptions(), model.device.type == "cuda"
+    if cuda:
+        local = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
+        memory = all_reduce({"memory": local}, model.device, dist.ReduceOp.MIN)["memory"] / 1e9
+        names = dict(prompt_tokens="auto_ids", guided_prompt_tokens="guided_ids", solution_tokens="solution_ids")
+        longest = {name: max(len(getattr(row, ids) or [1]) for row in examples) for name, ids in names.items()}
+        assumed = dataclasses.replace(assumed, gpu_memory=memory, **longest)
+    settled = plan.settle(plan.Job(plan.Shape(model.config), cfg, world()[1], assumed, cuda)).settings
+    if cuda:
+        recompute = "with" if settled.recompute else "without"
+        say(f"update: passes of {settled.micro_tokens} tokens {recompute} recomputation, the head by {settled.chunk_tokens}")
+    return settled
 
 
 def train(cfg: Config, device: torch.device) -> None:

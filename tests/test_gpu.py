@@ -93,7 +93,7 @@ def check_attention():
     if torch.cuda.is_available():  # the interpreter cannot multiply bf16
         tolerances[torch.bfloat16] = 3e-2
     for dtype, tolerance in tolerances.items():
-        for H, K, E in ((6, 2, 16), (9, 3, 64), (4, 4, 32), (12, 1, 128)):
+        for H, K, E in ((9, 3, 64), (12, 1, 128), (4, 4, 16)):
             generator = torch.Generator().manual_seed(0)
             free = iter(torch.randperm(40, generator=generator).tolist())
             of_prompt = [list(itertools.islice(free, -(-length // 16))) for length in prompts]
@@ -109,7 +109,7 @@ def check_attention():
             want = gathered_attention(q.double(), kv.double(), table, prompt, own)
             kv.transpose(2, 3)[:, ~used] = math.nan  # what holds no token is never read
             arguments = [x.to(kernel_device()) for x in (q, kv, table, prompt, own)]
-            for splits in (1, 3, 8):
+            for splits in (1, 3):
                 got = kv_cache.paged_attention(*arguments, splits).cpu()
                 torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
             k, v = torch.randn(2, 4, K, E, generator=generator).to(kernel_device(), dtype)
@@ -125,13 +125,12 @@ def check_sample():
     """The same tokens as without the kernel, and nothing finite from what is not."""
     uniform = torch.linspace(0, 1 - 2**-53, 6, dtype=torch.float64)
     for name, logits in nucleus_logits().items():
-        for temperature, top_p in ((0.7, 0.95), (1.0, 0.3), (1.0, 1.0), (0.0, 1.0)):
-            for dtype in (logits.dtype, torch.float16):
-                case = logits.to(dtype)
-                want = rollout.sample(case, uniform, temperature, top_p)
-                got = rollout.sample_in_one_kernel(*(x.to(kernel_device()) for x in (case, uniform)), temperature, top_p)
-                assert torch.equal(got[0].cpu(), want[0]), (name, temperature, top_p, dtype)
-                torch.testing.assert_close(got[1].cpu(), want[1], atol=2e-5, rtol=1e-5)
+        for temperature, top_p, dtype in ((0.7, 0.95, None), (1.0, 0.3, torch.float16), (1.0, 1.0, None), (0.0, 1.0, None)):
+            case = logits.to(dtype or logits.dtype)
+            want = rollout.sample(case, uniform, temperature, top_p)
+            got = rollout.sample_in_one_kernel(*(x.to(kernel_device()) for x in (case, uniform)), temperature, top_p)
+            assert torch.equal(got[0].cpu(), want[0]), (name, temperature, top_p, dtype)
+            torch.testing.assert_close(got[1].cpu(), want[1], atol=2e-5, rtol=1e-5)
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     logits[1, 7], logits[2, 7], logits[3] = math.nan, math.inf, -math.inf
     for temperature, top_p in ((0.7, 0.9), (1.0, 1.0), (0.0, 1.0)):
@@ -146,7 +145,7 @@ def check_sampler():
     kv_cache.PAGE = rollout.PAGE = 16
     config = ModelConfig.from_dict({**FAMILIES["qwen3"].to_dict(), "model_type": "qwen3", "head_dim": 32})
     net = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=CPU)
-    settings = dict(n=3, max_new_tokens=20, temperature=1.0, top_p=0.95, eos_ids=STOPS, seed=prompt_seeds(0))
+    settings = dict(n=2, max_new_tokens=18, temperature=1.0, top_p=0.95, eos_ids=STOPS, seed=prompt_seeds(0))
     want = generate(net, PROMPTS, **settings)
     if torch.cuda.is_available():
         net.to("cuda")

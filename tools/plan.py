@@ -203,8 +203,8 @@ def saved_bytes(job: Job, batch: MicroBatch) -> float:
     """What autograd keeps of one block."""
     shape, e = job.shape, job.itemsize
     # a norm keeps x in fp32, x / rms in the compute dtype (in fp32: before the product with its weight), and its result,
-    # which is the input of the projections
-    norm = 12 * shape.D if e == 4 else 8 * shape.D
+    # which is the input of the projections; compiled, it keeps x as it came and the result
+    norm = 2 * e * shape.D if job.cuda else 12 * shape.D if e == 4 else 8 * shape.D
     # rotated queries and keys, values, the attention's result and its log-denominators
     attention = e * (2 * shape.Q + 2 * shape.KV) + 4 * shape.config.num_attention_heads
     if not (job.cuda and e == 2):  # one call a sequence: the results are put together and transposed in a second copy
@@ -212,8 +212,8 @@ def saved_bytes(job: Job, batch: MicroBatch) -> float:
     elif batch.continued:  # one variable-length call reads gathered keys and values, counted below; the others are freed
         attention -= 2 * e * shape.KV
     if shape.config.qk_norm:
-        attention += (8 if e == 4 else 6) * (shape.Q + shape.KV)
-    mlp = 4 * e * shape.W  # gate, silu(gate), up, and their product
+        attention += (e if job.cuda else 8 if e == 4 else 6) * (shape.Q + shape.KV)
+    mlp = (3 if job.cuda else 4) * e * shape.W  # gate, up, their product, and silu(gate) if it is not compiled
     return batch.tokens * (2 * norm + 8 + attention + mlp) + 2 * e * shape.KV * batch.continued
 
 
@@ -330,6 +330,25 @@ def largest_batches(job: Job) -> list[MicroBatch]:
         T = max(settings.micro_tokens // 2, prompt + longest)
         batches.append(MicroBatch(T, continued=0, distillation=True))
     return batches
+
+
+# (recompute, micro_tokens, chunk_tokens) of the update, the fastest first: few and large passes keep a GPU busy
+UPDATE_SIZES = [(False, 65536, 2048), (False, 32768, 2048), (False, 16384, 1024)]
+UPDATE_SIZES += [(True, 65536, 2048), (True, 32768, 1024), (True, 16384, 512), (True, 8192, 256)]
+
+
+def settle(job: Job) -> Job:
+    """The job with values for --micro_tokens 0 and --chunk_tokens 0: on CUDA the fastest for which there is memory, which may
+    need no recomputation; on a CPU, which is as fast with small passes, 16,384 and 256."""
+    micro, chunk = job.settings.micro_tokens, job.settings.chunk_tokens
+    if not job.cuda or (micro and chunk):
+        return job.changed(micro_tokens=micro or 16384, chunk_tokens=chunk or 256)
+    for recompute, micro_fits, chunk_fits in UPDATE_SIZES:
+        recompute = job.settings.recompute and (recompute or micro > 0)
+        changed = job.changed(recompute=recompute, micro_tokens=micro or micro_fits, chunk_tokens=chunk or chunk_fits)
+        if max(peak(update_phases(changed, batch))[1] for batch in largest_batches(changed)) <= 0.9 * job.budget:
+            break
+    return changed
 
 
 def cache_pages(job: Job) -> tuple[int, int]:
@@ -609,7 +628,7 @@ def main(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any])
     given = {name: value for name, value in vars(args).items() if name in fields}
     try:
         config, source = model_config(args.model)
-        text = plan_text(Job(Shape(config), settings, args.gpus, Assumptions(**card | given)))
+        text = plan_text(settle(Job(Shape(config), settings, args.gpus, Assumptions(**card | given))))
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{args.model}, from {source}\n\n{text}")
