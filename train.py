@@ -450,8 +450,7 @@ def settle_update(cfg: Config, model: CausalLM, examples: Sequence[Example]) -> 
         assumed = dataclasses.replace(assumed, gpu_memory=memory, **longest)
     settled = plan.settle(plan.Job(plan.Shape(model.config), cfg, world()[1], assumed, cuda)).settings
     if cuda:
-        recompute = "with" if settled.recompute else "without"
-        say(f"update: passes of {settled.micro_tokens} tokens {recompute} recomputation, the head by {settled.chunk_tokens}")
+        say(f"update: {plan.passes_text(settled)}")
     return settled
 
 

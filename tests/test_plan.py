@@ -233,7 +233,7 @@ def test_plan_names_flags_that_fit_and_their_time(name, gpus, memory, settings, 
     own = [f"--{'no-' * (value is False)}{n}" if isinstance(value, bool) else f"--{n}={value}" for n, value in settings.items()]
     for flags, hours in offered:
         more, flags = re.match(r"(?:--gpus (\d+) ?)?(.*)", flags).groups()
-        again = train.parse_config(["--model", "x", *own, *flags.split()])
+        again = train.parse_config(["--model", "x", "--micro_tokens=16384", "--chunk_tokens=256", *own, *flags.split()])
         again = replace(job, settings=again, gpus=int(more or gpus))
         assert plan.fits(again) and f"{plan.hours_of(again):,.0f}" == hours
     took = re.findall(r"steps, takes ([\d,]+) h on", text)  # the memory and the time below are of the first way
@@ -296,7 +296,7 @@ def test_plan_of_a_training_command(capsys, monkeypatch):
     """train.py --plan: its own flags and the plan's, no weights, no GPU; anything else is an error."""
     monkeypatch.setattr(train, "prepare", None)
     flags = ["--plan", "--model", "Qwen2.5-7B-Instruct"]
-    train.main([*flags, *"--gpus 4 --gpu h200 --gpu_memory 84 --mean_response 99 --cache_tokens 32000".split()])
+    train.main([*flags, *"--gpus 4 --gpu h200 --gpu_memory 84 --mean_response 99 --cache_tokens 32000 --micro_tokens 4096".split()])
     text = capsys.readouterr().out
     assert "4 GPUs, 4 for each copy of the weights; 80.0 GB of each" in text and "GPU hours" in text
     shown = dict(re.findall(r"^  --(\w+) +(\S+)  ", text, re.M))

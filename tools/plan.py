@@ -547,6 +547,7 @@ def hours_of(job: Job) -> float:
 def plan_text(job: Job) -> str:
     """The plan in words. ValueError for values that no run could use."""
     check(job)
+    job = settle(job)
     ways = ways_to_fit(job)
     parts = [] if ways == [job] else [no_fit_lines(job, ways)]
     for way in ways[:1]:
@@ -577,6 +578,7 @@ def no_fit_lines(job: Job, ways: Sequence[Job]) -> list[str]:
 def memory_lines(job: Job) -> list[str]:
     lines = [
         f"{job.gpus} GPUs, {job.shard_ranks} for each copy of the weights; {job.budget / GB:.1f} GB of each for tensors",
+        f"update: {passes_text(job.settings)}",
         "memory of one GPU, in GB, in the largest phase of each part (not measured on a GPU)",
     ]
     for part, phases in memory_of(job).items():
@@ -587,6 +589,12 @@ def memory_lines(job: Job) -> list[str]:
         host = 16 * job.shape.shard(job.shard_ranks) / GB
         lines.append(f"  host memory for each GPU's weights, gradients and optimizer states: {host:.1f}")
     return [*lines, f"about {rows_at_once(job)} of {most_rows(job)} rows are decoded at once"]
+
+
+def passes_text(settings: Any) -> str:
+    """The sizes that `settle` chose."""
+    recompute = "with" if settings.recompute else "without"
+    return f"passes of {settings.micro_tokens:,} tokens {recompute} recomputation, the head by {settings.chunk_tokens:,}"
 
 
 def time_lines(job: Job) -> list[str]:
@@ -628,7 +636,7 @@ def main(arguments: Sequence[str], parse_config: Callable[[Sequence[str]], Any])
     given = {name: value for name, value in vars(args).items() if name in fields}
     try:
         config, source = model_config(args.model)
-        text = plan_text(settle(Job(Shape(config), settings, args.gpus, Assumptions(**card | given))))
+        text = plan_text(Job(Shape(config), settings, args.gpus, Assumptions(**card | given)))
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{args.model}, from {source}\n\n{text}")
