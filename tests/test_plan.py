@@ -296,7 +296,8 @@ def test_plan_of_a_training_command(capsys, monkeypatch):
     """train.py --plan: its own flags and the plan's, no weights, no GPU; anything else is an error."""
     monkeypatch.setattr(train, "prepare", None)
     flags = ["--plan", "--model", "Qwen2.5-7B-Instruct"]
-    train.main([*flags, *"--gpus 4 --gpu h200 --gpu_memory 84 --mean_response 99 --cache_tokens 32000 --micro_tokens 4096".split()])
+    sizes = "--gpu_memory 84 --mean_response 99 --cache_tokens 32000 --micro_tokens 4096"
+    train.main([*flags, *f"--gpus 4 --gpu h200 {sizes}".split()])
     text = capsys.readouterr().out
     assert "4 GPUs, 4 for each copy of the weights; 80.0 GB of each" in text and "GPU hours" in text
     shown = dict(re.findall(r"^  --(\w+) +(\S+)  ", text, re.M))
