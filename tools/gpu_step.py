@@ -4,8 +4,9 @@ python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's s
 python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
 sampling   256 rows: tokens/s, the share of the machine's floor (bench.py), time by kernel
-step       the two halves of sgpo_step, with their peaks of memory beside those that plan.py predicts; the update's tokens/s
-           and time by kernel, with and without recomputation; the sampler's log-probabilities against the trainer's
+step       the two halves of sgpo_step, with their peaks of memory beside those that plan.py predicts; the update's share of the
+           matrix peak and its time by kernel, with and without recomputation in passes of 16,384 tokens, and with the defaults;
+           the sampler's log-probabilities against the trainer's
 """
 
 import argparse
@@ -110,12 +111,12 @@ def sampling_part(model: CausalLM, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) -> dict[str, Any]:
+def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.Namespace) -> dict[str, Any]:
     """The two halves of sgpo_step, so that each has its own peak and time."""
     device = model.device
     V = model.config.vocab_size
     tokenizer = bench.word_tokenizer(V)
-    size = (5, 9) if quick else (300, 600)
+    size = (5, 9) if args.quick else (300, 600)
     prompts = bench.make_prompts(bench.Workload("step", settings.problems_per_step, 12, *size, 512, 512), V)
     examples = [Example(None, ids, ids + ids, None) for ids in prompts]  # with a strategy it is twice as long
     apply_gradients(model, optimizer, 0.0, 0.0, 1.0)  # a step of nothing, which makes AdamW's moments
@@ -131,28 +132,51 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) ->
 
     samples, seconds, peak = bench.measured(sampling, device)
     predicted = predicted_sampling(job, samples, settings.cache_tokens // plan.PAGE, settings.micro_tokens)
-    result = {"sampling": memory_row("sampling", predicted, peak + resident, seconds)}
-    tokens = sum(len(row.response_ids) for sample in samples for row in sample.auto)
-    for recompute, name in ((True, "update, recomputed"), (False, "update")):
-        model.model.recompute = recompute
-        predicted = predicted_update(job_of(model, settings), samples)
+    result: dict[str, Any] = {"sampling": memory_row("sampling", predicted, peak + resident, seconds)}
+    variants = {"update, recomputed": replace(settings, recompute=True), "update": replace(settings, recompute=False)}
+    if device.type == "cuda":
+        whole_card = replace(job.assumed, gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
+        automatic = replace(job.settings, recompute=True, micro_tokens=0, chunk_tokens=0)
+        variants["update, defaults"] = plan.settle(replace(job, assumed=whole_card, settings=automatic)).settings
+    flops, limit = update_flops(job, samples), bench.machine_limits(args)["matmul"]
+    for name, changed in variants.items():
+        model.model.recompute = changed.recompute
+        predicted = predicted_update(replace(job, settings=changed), samples)
+        work = partial(update, model, optimizer, changed)
         try:
-            metrics, seconds, peak = bench.measured(lambda: update(model, optimizer, settings, samples, 1e-6), device)
+            work(samples[:2], 1e-6)  # compiles
+            metrics, seconds, peak = bench.measured(partial(work, samples, 1e-6), device)
         except torch.OutOfMemoryError as error:  # without recomputation a card of 80 GB may be too small
             result[name] = {"planned_gb": predicted[1] / 1e9, "failed": repr(error)[:200]}
-            break
-        result[name] = memory_row(name, predicted, peak + resident, seconds) | {"tokens_per_s": tokens / seconds}
-        if recompute:  # of the first update alone: then the policy has moved
-            result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
-        part = partial(update, model, optimizer, settings, samples[:4], 1e-6)
-        result[name]["kernels_of_4_problems"] = time_by_kernel(part, device)
+            continue
+        sizes = {"passes": plan.passes_text(changed), "share_of_peak": flops / seconds / limit}
+        result[name] = memory_row(name, predicted, peak + resident, seconds, sizes)
+        if "logprob_error" not in result:  # of the first update alone: then the policy has moved
+            result |= {error: value for error, value in metrics.items() if "logprob_error" in error or error == "ratio_error"}
+        result[name]["kernels_of_4_problems"] = time_by_kernel(partial(work, samples[:4], 1e-6), device)
     model.zero_grad()
     return result
 
 
-def memory_row(name: str, predicted: tuple[str, float], measured: float, seconds: float) -> dict[str, Any]:
+def update_flops(job: plan.Job, samples: Sequence[ProblemSamples]) -> float:
+    """Operations that an update needs: three times a forward pass for what has a gradient, recomputation not counted."""
+    forward = partial(plan.forward_flops, job.shape)
+    total = 0.0
+    for sample in samples:
+        prompt, lengths = len(sample.example.auto_ids), [len(row.response_ids) for row in sample.auto]
+        total += 3 * forward([(0, prompt), *((prompt, length) for length in lengths)], sum(lengths))
+        for target in sample.targets:
+            length = len(sample.guided[target].response_ids)
+            guided = len(sample.example.guided_ids)
+            total += 3 * forward([(0, prompt + length)], length) + forward([(0, guided + length)], length)
+    return total
+
+
+def memory_row(
+    name: str, predicted: tuple[str, float], measured: float, seconds: float, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
     phase, planned = predicted
-    row = {"phase": phase, "planned_gb": planned / 1e9, "measured_gb": measured / 1e9, "seconds": seconds}
+    row = {"phase": phase, "planned_gb": planned / 1e9, "measured_gb": measured / 1e9, "seconds": seconds, **(more or {})}
     print(f"  {name:19} {json.dumps(row)}", flush=True)
     return row
 
@@ -168,7 +192,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     model, optimizer, method = bench.trained(model, args, method="sgpo", **changes)
     settings = Config(**vars(method), dtype="bfloat16")
     return {
-        "step": partial(step_part, model, optimizer, settings, args.quick),
+        "step": partial(step_part, model, optimizer, settings, args),
         "sampling": partial(sampling_part, model, args),
     }
 
