@@ -433,7 +433,6 @@ def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
         parts += [f"alpha {m['alpha']:.2f}", f"KL {m['kl']:.3f}", f"kept {m['kept']:.2f}"]
     elif variant.distills:
         parts.append("no guided response is right")
-    parts += [f"entropy {m['entropy']:.2f}", f"length {m['length_auto']:.0f}"]
-    if m["truncated"] > 0.5:
-        parts[-1] += f", {m['truncated']:.0%} cut off"
+    parts.append(f"entropy {m['entropy']:.2f}")
+    parts.append(f"{m['truncated']:.0%} cut off" if m["truncated"] > 0.5 else f"length {m['length_auto']:.0f}")
     return "  ".join(parts)

@@ -444,13 +444,14 @@ def train(cfg: Config, device: torch.device) -> None:
             for_sft, validation, for_rl, notes = split_examples(examples, cfg, context)
             run.folder.open(say, resume=cfg.resume)
             machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-            run.progress = run.folder.begin(run.model, run.optimizer, machine, say, resume=cfg.resume)
-            if is_finished(run, for_rl):
+            steps = rl_length(cfg, for_rl)
+            run.progress = run.folder.begin(run.model, run.optimizer, machine, say, steps=steps, resume=cfg.resume)
+            if is_finished(run, steps):
                 run.folder.close()
-                return say(f"--resume: the run in {cfg.out} is finished; with more --steps or --epochs it goes on")
+                return say(f"--resume: {cfg.out} is finished; with more --{'steps' if cfg.steps else 'epochs'} it goes on")
         except ValueError as error:
             sys.exit(f"error: {error}")
-        usual = dataclasses.asdict(Config())
+        usual = dataclasses.asdict(Config(data_seed=cfg.seed, sampling_seed=cfg.seed))
         chosen = {name: value for name, value in dataclasses.asdict(cfg).items() if value != usual[name]}
         say("\n".join(f"{name:>18}  {value}" for name, value in chosen.items()) + "\nall others as in --help")
         split = f"{len(for_sft)} problems for SFT and {len(validation)} for its validation, {len(for_rl)} for {cfg.method}"
@@ -467,12 +468,9 @@ def train(cfg: Config, device: torch.device) -> None:
                 run.folder.close()
 
 
-def is_finished(run: Run, for_rl: Sequence[Example]) -> bool:
-    """Whether nothing is left to do. A finished run that is to have more steps now keeps its model under another name.
-    ValueError if it has done more steps than it is to have."""
-    done, steps, model = run.progress.rl_steps, rl_length(run.cfg, for_rl), run.folder.out / "model"
-    if done > steps:
-        raise ValueError(f"--steps: the run in {run.folder.out} has done {done} RL steps, and is to have {steps}")
+def is_finished(run: Run, steps: int) -> bool:
+    """Whether nothing is left to do. A finished run that is to have more steps now keeps its model under another name."""
+    done, model = run.progress.rl_steps, run.folder.out / "model"
     if done == steps:
         return model.exists()
     run.progress.table.pop(f"after {run.cfg.method}", None)
