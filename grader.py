@@ -171,7 +171,7 @@ def _serve_reward(file: str, function: str) -> None:
 
     Thread(target=end_with_parent, daemon=True).start()
     sys.path = [os.path.dirname(os.path.abspath(file)), *sys.path, os.path.dirname(__file__)]
-    reward = runpy.run_path(file, run_name="reward")[function]
+    reward = runpy.run_path(file, run_name="reward").get(function) or sys.exit(f"{file}: it has no {function!r}")
     os.write(answers, b"ready\n")
     for line in questions:
         try:

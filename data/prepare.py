@@ -31,6 +31,7 @@ characters.
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import math
@@ -168,8 +169,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     elif head.lstrip().startswith(b"["):  # some files are called .jsonl and hold an array
         yield from ((f"row {number}", row) for number, row in enumerate(json.loads(path.read_bytes()), start=1))
     else:
-        lines = path.read_bytes().rstrip().splitlines()
-        yield from ((f"line {number}", line) for number, line in enumerate(lines, start=1))
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        yield from ((f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -461,7 +462,7 @@ def check_solutions(
 ) -> tuple[list[Row], dict[str, int]]:
     """(rows, {why a solution is missing: of how many rows}). With --need_solution the rows without one are dropped."""
     kept, missing = [], Counter()
-    for row in tqdm(rows, desc="solutions", unit="row", disable=all(row.solution is None for row in rows)):
+    for row in tqdm(rows, desc="solutions", unit="row", disable=all(row.solution is None for row in rows) or None):
         if fault := fault_of_solution(row, options.think, worker):
             missing[fault] += 1
             if options.need_solution:
@@ -478,7 +479,7 @@ def drop_long(rows: list[Row], tokenizer: Any, limit: int, dropped: Dropped) -> 
     from model import encode_chat, encode_text  # here: torch takes seconds, and only this needs it
 
     kept = []
-    for row in tqdm(rows, desc="tokens", unit="row"):
+    for row in tqdm(rows, desc="tokens", unit="row", disable=None):
         messages = guided_messages(row.problem, row.strategy) if row.strategy else auto_messages(row.problem)
         tokens = len(encode_chat(tokenizer, messages))
         if row.solution is not None:

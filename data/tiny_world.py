@@ -240,7 +240,7 @@ def train_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 20)
     terms = partial(sft_terms, temperature=1.0)
-    bar = tqdm(range(steps), desc="base model")
+    bar = tqdm(range(steps), desc="base model", disable=None)
     for step in bar:
         decay = min(1.0, (step + 1) / warm_up) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * decay

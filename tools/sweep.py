@@ -228,7 +228,7 @@ def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     table, curves = (args.results / f"{args.suite}{end}.csv" for end in ("", "_steps"))
     runs, code, failures = args.runs / args.results.name / args.suite, code_digest(args.world), []
     done = finished(jobs, table, curves, code)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), initial=len(done), unit="run", disable=None) as bar:
         futures = {pool.submit(run_job, job, runs): job for job in jobs if job not in done}
         try:
             for future in as_completed(futures):
