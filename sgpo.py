@@ -434,6 +434,6 @@ def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
     elif variant.distills:
         parts.append("no guided response is right")
     parts += [f"entropy {m['entropy']:.2f}", f"length {m['length_auto']:.0f}"]
-    if m["truncated"] > 0.5:
-        parts[-1] += f", {m['truncated']:.0%} cut off"
+    parts += [f"{m['truncated']:.0%} cut off"] * (m["truncated"] > 0.5)
+    parts += [f"{m['grader_timeouts']:.0f} not graded in time"] * (m["grader_timeouts"] > 0)
     return "  ".join(parts)

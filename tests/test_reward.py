@@ -14,7 +14,12 @@ from grader import RewardError, grader_of
 from tests.common import ROOT, TINY_BASE, make_run, read_metrics, run_script, tiny_rows, write_rows
 
 SOURCE = """
-import os, subprocess, time
+import multiprocessing, os, subprocess
+def half(x):
+    return x / 2
+def in_a_pool(response, row):
+    with multiprocessing.Pool(1) as pool:
+        return pool.map(half, [1])[0]
 def pay(response, row):
     print("what it prints is no answer")
     return row["pays"]
@@ -48,6 +53,8 @@ def test_what_the_function_gets_and_pays(source):
         with pytest.raises(RewardError, match="KeyError: 'pays'"):
             grader.reward("text", row())
         assert grader.reward("text", row(pays=1)) == 1 and grader.timeouts == 0
+    with grader_of(f"{source}:in_a_pool", 60) as grader:
+        assert grader.reward("text", row()) == 0.5
 
 
 def test_a_call_that_takes_too_long_pays_nothing_and_leaves_nothing_behind(source):
@@ -113,7 +120,8 @@ def test_an_evaluation_with_it(source, tmp_path):
 
 
 def test_rows_without_an_answer_need_a_reward(source, tmp_path, worker):
-    path = write_rows(tmp_path / "rows.jsonl", [{"id": "a", "problem": "q"}, {"id": "b", "problem": "p", "answer": [1]}])
+    answers = [{}, {"answer": [1]}, {"answer": ""}, {"answer": None}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": f"r{i}", "problem": f"q{i}"} | a for i, a in enumerate(answers)])
     with pytest.raises(ValueError, match="'answer' is missing"):
         load_problems(path, worker)
     with grader_of(f"{source}:pay", 60) as grader:
