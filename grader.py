@@ -134,7 +134,7 @@ class UserReward(Child):
 
     def __init__(self, name: str, timeout_s: float) -> None:
         file, _, function = name.rpartition(":")
-        if not os.path.isfile(file) or not function.isidentifier():
+        if not os.path.isfile(file):
             raise RewardError(f"--reward {name}: expected FILE.py:FUNCTION, with a file that exists")
         super().__init__(["reward", file, function], timeout_s)
         self.name = f"--reward {name}"

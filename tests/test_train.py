@@ -13,7 +13,10 @@ import parallel
 import sgpo
 import train
 from eval import figures, load_problems
+from model import encode_chat
+from strategy import format_strategy
 from tests.common import (
+    CPU,
     ROOT,
     TIMES,
     TINY_BASE,
@@ -26,6 +29,7 @@ from tests.common import (
     weights_of,
     write_rows,
 )
+from tools import resumable
 
 
 def hf_loss(model, pairs):
@@ -182,6 +186,20 @@ def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, m
     assert seen[0]["n"] == 2
     for settings in seen:
         assert (settings["max_new_tokens"], settings["temperature"], settings["top_p"]) == (3, 0.5, 0.9)
+
+
+def test_a_template_reaches_every_prompt_of_a_run_and_of_an_evaluation(tmp_path, worker):
+    file = tmp_path / "template.json"
+    file.write_text(json.dumps({"prompt": "{problem} out?", "guided": "{strategy} {problem} out?"}), encoding="utf-8-sig")
+    cfg = train.parse_config(["--template", str(file), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    run, examples, held_out = train.prepare(cfg, CPU, worker)
+    args = resumable.build_parser().parse_args(["--model", "", "--data", cfg.eval_data, "--both", "--template", str(file)])
+    alone, guided = ([*one.prompts.values()] for one in resumable.read_sets(args, worker, run.tokenizer, 512))
+    assert [(row.auto_ids, row.guided_ids) for row in held_out] == [*zip(alone, guided, strict=True)]
+    for example in (examples[0], held_out[0]):
+        problem, strategy = example.problem.problem, format_strategy(example.problem.strategy)
+        for ids, text in ((example.auto_ids, f"{problem} out?"), (example.guided_ids, f"{strategy} {problem} out?")):
+            assert ids == encode_chat(run.tokenizer, [{"role": "user", "content": text}])
 
 
 def test_settings_of_an_update_reach_both_stages(tmp_path, worker, monkeypatch):
