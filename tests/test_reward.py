@@ -176,6 +176,10 @@ def test_rows_without_an_answer_need_a_reward(source, tmp_path, worker):
         load_problems(path, worker)
     with grader_of(f"{source}:pay", 60) as grader:
         problems = load_problems(path, grader)
+        rows = [{"id": id, "problem": "q", "answer": answer} for id, answer in (("a", "1"), ("b", "1"), ("c", "1.0"))]
+        again = write_rows(tmp_path / "again.jsonl", rows)
+        with pytest.raises(ValueError, match="again.jsonl:3: same problem as line 1 but answer '1.0'"):  # not the same to all
+            load_problems(again, grader)
     assert [problem.to_row() for problem in problems] == [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -148,7 +148,8 @@ def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
         assert f"{len(left_out)} of 30 rows longer than {min(longest, 256)} tokens" in notes[0]
     longest = max(len(example.auto_ids + example.solution_ids) for example in examples[:5])
     alone = replace(run.cfg, sft_guided=0.0, sft_max_tokens=longest)
-    assert len(train.split_examples(examples[:5], alone, 256)[0]) == 5
+    kept, _, _, notes = train.split_examples(examples[:5], alone, 256)
+    assert len(kept) == 5 and "left out" not in notes[0]
     with pytest.raises(ValueError, match="5 of 5 rows longer than"):  # with their strategies they are
         train.split_examples(examples[:5], replace(alone, sft_guided=1.0), 256)
 
@@ -167,6 +168,13 @@ def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
     assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
     _, plain = make_run(tmp_path / "sft", worker, "--data", data, "--method", "sft")  # which leaves them out
     assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
+
+
+def test_the_start_says_that_a_step_has_more_problems_than_there_are():
+    cfg = train.parse_config([])  # 16 problems a step
+    assert [train.split_examples([*range(n)], cfg, 256)[3][:1] for n in (16, 15)] == [
+        [], ["15 problems for RL, fewer than --problems_per_step: some are in a step more than once"]
+    ]  # fmt: skip
 
 
 def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
@@ -299,6 +307,18 @@ def test_what_ends_a_run_is_said_in_a_line(error, monkeypatch):
         train.main([])
 
 
+def test_the_line_of_a_step():
+    names = "reward_auto reward_guided with_target alpha kl kept entropy length_auto truncated grader_timeouts".split()
+    metrics = dict(zip(names, (0.5, 0.75, 1.0, 0.25, 0.125, 1.0, 0.5, 24.0, 0.5, 0.0), strict=True)) | {"step": 2}
+    line = "step 2/60  reward 0.50  guided 0.75  alpha 0.25  KL 0.125  kept 1.00  entropy 0.50  length 24"
+    assert sgpo.step_line("sgpo", metrics, 60) == line
+    metrics |= {"with_target": 0.0, "truncated": 0.75, "grader_timeouts": 3.0}
+    line = "step 2/60  reward 0.50{}  entropy 0.50  length 24  75% cut off"
+    said = line.format("  guided 0.75  no guided response is right") + "  3 not graded in time"
+    assert sgpo.step_line("sgpo", metrics, 60) == said
+    assert sgpo.step_line("grpo", metrics | {"grader_timeouts": 0.0}, 60) == line.format("")
+
+
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--eval_n", 2)
     problems = load_problems(run.cfg.eval_data, worker)[:80]
@@ -338,6 +358,7 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
         (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
         (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
         (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
+        (tiny_rows(3), ["--template", "no-such-file"], "--template no-such-file: "),
         (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
         (
             tiny_rows(3), ["--cache_tokens", 256, "--eval_data", TINY_BASE.parent / "test.jsonl", "--eval_max_new_tokens", 150],
