@@ -85,8 +85,7 @@ class Child(AbstractContextManager):
         if self._process is not None:
             return
         # A session of its own: signals to our group are for us. When we end, so does its input.
-        pipes = {"bufsize": 0, "stdin": PIPE, "stdout": PIPE}
-        self._process = Popen(self.command, env=self.environment, start_new_session=True, **pipes)
+        self._process = Popen(self.command, bufsize=0, stdin=PIPE, stdout=PIPE, env=self.environment, start_new_session=True)
         if self._process.stdout.readline() != b"ready\n":
             self.close()
             raise RewardError(f"{self.name}: its process did not start, its error is above")

@@ -142,6 +142,7 @@ def test_a_run_ends_with_a_checkpoint_when_the_reward_raises_and_goes_on(source,
     with pytest.raises(SystemExit, match=f"row '{rows[second]['id']}': KeyError: 'no such test'"):
         train.main(flags)
     assert [record["step"] for record in read_metrics(tmp_path / "run") if record.get("stage") == "sgpo"] == [1]
+    assert (tmp_path / "run/checkpoints/step-000001").is_dir()
     monkeypatch.delenv("BROKEN_ROW")
     train.main(["--resume", "--out", str(tmp_path / "run")])
     steps = [record for record in read_metrics(tmp_path / "run") if record.get("stage") == "sgpo"]
