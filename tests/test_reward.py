@@ -139,10 +139,12 @@ def test_a_run_ends_with_a_checkpoint_when_the_reward_raises_and_goes_on(source,
     run, examples = make_run(tmp_path / "order", worker, "--data_seed", 1)
     second = train.data_order(list(range(4)), 1, 2, 1, "rl")[0][1]  # in the second step, and not in the first
     monkeypatch.setenv("BROKEN_ROW", rows[second]["id"])
+    asked = []
+    monkeypatch.setattr(train, "grader_of", lambda *given: asked.append(given) or grader_of(*given))
     with pytest.raises(SystemExit, match=f"row '{rows[second]['id']}': KeyError: 'no such test'"):
         train.main(flags)
     assert [record["step"] for record in read_metrics(tmp_path / "run") if record.get("stage") == "sgpo"] == [1]
-    assert (tmp_path / "run/checkpoints/step-000001").is_dir()
+    assert (tmp_path / "run/checkpoints/step-000001").is_dir() and asked == [(f"{source}:share_of_digits", 60)]
     monkeypatch.delenv("BROKEN_ROW")
     train.main(["--resume", "--out", str(tmp_path / "run")])
     steps = [record for record in read_metrics(tmp_path / "run") if record.get("stage") == "sgpo"]

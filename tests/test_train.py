@@ -185,13 +185,13 @@ def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
 
 
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
-    flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9]
+    flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9, "--correct_at", 0.25]
     (run, examples), seen = make_run(tmp_path, worker, *flags), []
     for name in ("evaluate", "show_responses"):
         monkeypatch.setattr(train, name, lambda *_, **settings: seen.append(settings) or {})
     train.measure(run, [], guided=False)
     train.show(run, examples[0], "before")
-    assert seen[0]["n"] == 2
+    assert seen[0]["n"] == 2 and seen[0]["correct_at"] == 0.25
     for settings in seen:
         assert (settings["max_new_tokens"], settings["temperature"], settings["top_p"]) == (3, 0.5, 0.9)
 
