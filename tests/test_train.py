@@ -261,6 +261,7 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     norm = parallel.apply_gradients(run.model, run.optimizer, 0.0, 1e-3, 1.0)
     assert norm == pytest.approx(math.sqrt(sum(parameter.numel() for parameter in run.model.parameters())), rel=1e-4)
     assert math.sqrt(sum(seen)) == pytest.approx(1.0, rel=1e-3)
+    assert parallel.may_step(0.0, 2.0, skip_above=2.0) and not parallel.may_step(0.0, 2.1, skip_above=2.0)
 
 
 def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
