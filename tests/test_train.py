@@ -308,6 +308,12 @@ def test_what_ends_a_run_is_said_in_a_line(error, monkeypatch):
         train.main([])
 
 
+def test_a_machine_without_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda: torch .* finds no CUDA device here"):
+        parallel.start_ranks("cuda", 1.0)
+
+
 def test_the_line_of_a_step():
     names = "reward_auto reward_guided with_target alpha kl kept entropy length_auto truncated grader_timeouts".split()
     metrics = dict(zip(names, (0.5, 0.75, 1.0, 0.25, 0.125, 1.0, 0.5, 24.0, 0.5, 0.0), strict=True)) | {"step": 2}
