@@ -106,7 +106,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     assert checkpoint.stored_config(longer)["steps"] == 2  # a run that was refused has changed nothing
 
 
-def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path):
+def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path, monkeypatch):
     run = uninterrupted  # its last checkpoint is of its last step
     export.main([str(run), "--out", str(tmp_path / "last")])
     files = {file.name for file in (run / "model").iterdir()}
@@ -120,6 +120,10 @@ def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path):
         with pytest.raises(SystemExit, match=message):
             export.main([str(run), "--out", str(out), "--step", "9"])
     assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(export, "stored_config", lambda run: checkpoint.stored_config(run) | {"dtype": "bfloat16"})
+    export.main([str(run), "--out", str(tmp_path / "half")])
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert {weights.dtype for weights in half.parameters()} == {torch.bfloat16}
 
 
 def test_every_checkpoint_that_is_kept_finds_the_best_weights_that_it_names(tmp_path, worker):

@@ -100,6 +100,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
+    file, _, function = args.reward.rpartition(":")
     settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
@@ -108,7 +109,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
-        "reward": args.reward and hashlib.sha256(Path(args.reward.rpartition(":")[0]).read_bytes()).hexdigest(),
+        "reward": args.reward and f"{function} of {hashlib.sha256(Path(file).read_bytes()).hexdigest()}",
         "correct_at": args.correct_at,
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
