@@ -320,7 +320,7 @@ def test_the_line_of_a_step():
     line = "step 2/60  reward 0.50  guided 0.75  alpha 0.25  KL 0.125  kept 1.00  entropy 0.50  length 24"
     assert sgpo.step_line("sgpo", metrics, 60) == line
     metrics |= {"with_target": 0.0, "truncated": 0.75, "grader_timeouts": 3.0}
-    line = "step 2/60  reward 0.50{}  entropy 0.50  length 24  75% cut off"
+    line = "step 2/60  reward 0.50{}  entropy 0.50  75% cut off"
     said = line.format("  guided 0.75  no guided response is right") + "  3 not graded in time"
     assert sgpo.step_line("sgpo", metrics, 60) == said
     assert sgpo.step_line("grpo", metrics | {"grader_timeouts": 0.0}, 60) == line.format("")
