@@ -119,10 +119,10 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint says how long it is
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, machine: str, say: Say, *, resume: bool) -> Progress:
+    def begin(self, model: nn.Module, optimizer: Optimizer, machine: str, say: Say, *, steps: int, resume: bool) -> Progress:
         """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: load it, and cut the
-        logs to where they were then. Returns the progress so far; `say` prints what was found. ValueError if the checkpoint is
-        of other data or prompts."""
+        logs to where they were then. Returns the progress so far; `say` prints what was found. ValueError, before anything is
+        written, if the checkpoint is of other data or prompts, or of more RL steps than the run is to have, `steps`."""
         path, state, damaged = find_checkpoint(self.out / "checkpoints")
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
@@ -130,6 +130,8 @@ class RunFolder:
         if changes:
             made_from = "its data differs, or its prompts do (some chat templates write today's date)"
             raise ValueError("\n".join([f"{path}: {made_from}", *changes]))
+        if path and (done := state["progress"]["rl_steps"]) > steps:
+            raise ValueError(f"--steps: the run in {self.out} has done {done} RL steps, and is to have {steps}")
         sizes = state.get("logs", {})
         if resume and dist.get_rank() == 0 and not (self.out / "model").exists():  # a finished run has logged its last word
             for file in self._logs():

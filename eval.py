@@ -198,8 +198,9 @@ def show_responses(
 
 
 def plus_minus(figures: dict) -> str:
-    """An accuracy with its standard error, which a single problem does not have."""
-    return f"{figures['accuracy']:.3f} +- {figures['standard_error'] or 0.0:.3f}"
+    """An accuracy with its standard error, which a single problem does not have, and whether most responses were cut off."""
+    cut = f", {figures['truncation']:.0%} cut off" if figures["truncation"] > 0.5 else ""
+    return f"{figures['accuracy']:.3f} +- {figures['standard_error'] or 0.0:.3f}{cut}"
 
 
 def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:

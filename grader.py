@@ -8,11 +8,11 @@ Numbers, units, names, lists, intervals and matrices are taken apart here. Only 
 it cannot misread them. One thing is still paid: an expression that is not worked out (2^{10} for 1024). Copy this file alone.
 """
 
+import importlib
 import json
 import os
 import re
 import resource
-import runpy
 import signal
 import sys
 import time
@@ -55,15 +55,20 @@ def _undress(text: str) -> str:
     return wrapped[2].strip() if wrapped else text
 
 
+class RewardError(RuntimeError):
+    """The grader's process did not start, or a reward function raised or returned no number in [0, 1]: names the row."""
+
+
 class Child(AbstractContextManager):
     """A process that answers questions, a line of JSON for each, started at the first one. For one thread.
 
     timeout_s limits a question: then the child and all that it has started are killed, and the next question starts a new one
-    (RuntimeError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
+    (RewardError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
     """
 
     def __init__(self, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
         self.command, self.timeout_s, self.environment = [sys.executable, "-P", __file__, *command], timeout_s, environment
+        self.name = "the grader"
         self.timeouts, self._process = 0, None
 
     def close(self, *_: object) -> None:
@@ -80,11 +85,10 @@ class Child(AbstractContextManager):
         if self._process is not None:
             return
         # A session of its own: signals to our group are for us. When we end, so does its input.
-        pipes = {"bufsize": 0, "stdin": PIPE, "stdout": PIPE}
-        self._process = Popen(self.command, env=self.environment, start_new_session=True, **pipes)
+        self._process = Popen(self.command, bufsize=0, stdin=PIPE, stdout=PIPE, env=self.environment, start_new_session=True)
         if self._process.stdout.readline() != b"ready\n":
             self.close()
-            raise RuntimeError("the grader's process did not start, its error is above")
+            raise RewardError(f"{self.name}: its process did not start, its error is above")
 
     def ask(self, question: object, limit_s: float | None = None) -> object:
         """Its answer to something JSON can hold. None if there is none in time, and counted."""
@@ -120,27 +124,20 @@ class MathWorker(Child):
         return float(is_correct(response, problem.answer, self))
 
 
-class RewardError(RuntimeError):
-    """There is no such reward function, or it raised, or returned no number in [0, 1]. Names the row."""
-
-
 class UserReward(Child):
     """A function of yours as the reward, named FILE:FUNCTION, in a child process. What it prints goes to standard error.
 
-    It is called with (response, row) and returns a number in [0, 1]. row is the problem's line of the data as a dict, fields of
-    its own included. RewardError if there is no such function. A call that takes longer than timeout_s pays 0.
+    It is called with (response, row) and returns a number in [0, 1]. row is the problem's line of the data as a dict, with its
+    own fields. RewardError if there is no such function. A call longer than timeout_s pays 0, and the file is read again.
     """
 
     def __init__(self, name: str, timeout_s: float) -> None:
         file, _, function = name.rpartition(":")
-        if not os.path.isfile(file) or not function.isidentifier():
+        if not os.path.isfile(file):
             raise RewardError(f"--reward {name}: expected FILE.py:FUNCTION, with a file that exists")
         super().__init__(["reward", file, function], timeout_s)
-        self.name = name
-        try:
-            self.start()
-        except RuntimeError as error:
-            raise RewardError(f"--reward {name}: {error}") from error
+        self.name = f"--reward {name}"
+        self.start()
 
     def reward(self, response: str, problem: object) -> float:
         """What the function pays. RewardError if it does not return a number in [0, 1]."""
@@ -149,7 +146,7 @@ class UserReward(Child):
             return 0.0
         if isinstance(answer, str) or not 0 <= answer <= 1:
             what = answer if isinstance(answer, str) else f"returned {answer}, which is not in [0, 1]"
-            raise RewardError(f"--reward {self.name}: row {problem.id!r}: {what}")
+            raise RewardError(f"{self.name}: row {problem.id!r}: {what}")
         return answer
 
 
@@ -170,13 +167,16 @@ def _serve_reward(file: str, function: str) -> None:
         os.killpg(0, signal.SIGKILL)  # and whatever the function has started
 
     Thread(target=end_with_parent, daemon=True).start()
-    sys.path = [os.path.dirname(os.path.abspath(file)), *sys.path, os.path.dirname(__file__)]
-    reward = runpy.run_path(file, run_name="reward")[function]
+    folder, name = os.path.split(os.path.abspath(file))
+    sys.path = [folder, *sys.path, os.path.dirname(__file__)]
+    module = importlib.import_module(name.removesuffix(".py"))  # by its name, as a pool of processes finds it
+    reward = getattr(module, function, None) or sys.exit(f"{file}: it has no {function!r}")
     os.write(answers, b"ready\n")
     for line in questions:
         try:
             answer = float(reward(*json.loads(line)))
         except BaseException as error:  # sys.exit too
+            sys.excepthook(*sys.exc_info())
             answer = f"{type(error).__name__}: {error}"[:1000]
         os.write(answers, json.dumps(answer).encode() + b"\n")
 

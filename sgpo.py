@@ -424,7 +424,7 @@ def responses_of(sample: ProblemSamples, step: int, tokenizer: Any) -> Iterator[
 
 
 def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
-    """A step in at most 100 columns, without the figures that the method does not have."""
+    """A step in a line, of 100 columns if nothing is wrong, without the figures that the method does not have."""
     m, variant = metrics, METHODS[method]
     parts = [f"step {m['step']}/{steps}", f"reward {m['reward_auto']:.2f}"]
     if variant.guided:
@@ -433,7 +433,7 @@ def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
         parts += [f"alpha {m['alpha']:.2f}", f"KL {m['kl']:.3f}", f"kept {m['kept']:.2f}"]
     elif variant.distills:
         parts.append("no guided response is right")
-    parts += [f"entropy {m['entropy']:.2f}", f"length {m['length_auto']:.0f}"]
-    if m["truncated"] > 0.5:
-        parts[-1] += f", {m['truncated']:.0%} cut off"
+    parts.append(f"entropy {m['entropy']:.2f}")
+    parts.append(f"{m['truncated']:.0%} cut off" if m["truncated"] > 0.5 else f"length {m['length_auto']:.0f}")
+    parts += [f"{m['grader_timeouts']:.0f} not graded in time"] * (m["grader_timeouts"] > 0)
     return "  ".join(parts)

@@ -119,8 +119,8 @@ class Template:
         fields = {"prompt": ["problem"], "guided": ["strategy", "problem"], "system": []}
         for name, expected in fields.items():
             if re.findall(SLOT, getattr(self, name)) != expected:
-                places = " and then ".join(f"{{{field}}}" for field in expected) or "neither {problem} nor {strategy}"
-                raise ValueError(f"template field {name!r}: expected {places}, each once, got {getattr(self, name)!r}")
+                places = " and then ".join(f"{{{field}}} once" for field in expected) or "neither {problem} nor {strategy}"
+                raise ValueError(f"template field {name!r}: expected {places}, got {getattr(self, name)!r}")
         ends = [text[text.index("{problem}") :] for text in (self.prompt, self.guided)]
         if ends[0] != ends[1]:
             raise ValueError(f"template: both prompts must be the same from {{problem}} on, got {ends[0]!r} and {ends[1]!r}")

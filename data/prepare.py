@@ -31,6 +31,7 @@ characters.
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import math
@@ -168,8 +169,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     elif head.lstrip().startswith(b"["):  # some files are called .jsonl and hold an array
         yield from ((f"row {number}", row) for number, row in enumerate(json.loads(path.read_bytes()), start=1))
     else:
-        lines = path.read_bytes().rstrip().splitlines()
-        yield from ((f"line {number}", line) for number, line in enumerate(lines, start=1))
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        yield from ((f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -461,7 +462,7 @@ def check_solutions(
 ) -> tuple[list[Row], dict[str, int]]:
     """(rows, {why a solution is missing: of how many rows}). With --need_solution the rows without one are dropped."""
     kept, missing = [], Counter()
-    for row in tqdm(rows, desc="solutions", unit="row", disable=all(row.solution is None for row in rows)):
+    for row in tqdm(rows, desc="solutions", unit="row", disable=all(row.solution is None for row in rows) or None):
         if fault := fault_of_solution(row, options.think, worker):
             missing[fault] += 1
             if options.need_solution:
@@ -478,7 +479,7 @@ def drop_long(rows: list[Row], tokenizer: Any, limit: int, dropped: Dropped) -> 
     from model import encode_chat, encode_text  # here: torch takes seconds, and only this needs it
 
     kept = []
-    for row in tqdm(rows, desc="tokens", unit="row"):
+    for row in tqdm(rows, desc="tokens", unit="row", disable=None):
         messages = guided_messages(row.problem, row.strategy) if row.strategy else auto_messages(row.problem)
         tokens = len(encode_chat(tokenizer, messages))
         if row.solution is not None:
@@ -652,7 +653,8 @@ PARTS = {"gsm8k": ("train", "test"), "math": ("train", "test"), "mawps": ("singl
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Published data into this project's rows.", allow_abbrev=False)
+    more = "`prepare.py jsonl --help` shows the flags of a command, data/README.md what each reads"
+    parser = argparse.ArgumentParser(description="Published data into this project's rows.", epilog=more, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (*LAYOUTS, "benchmarks"):
         sub = commands.add_parser(command, allow_abbrev=False)
@@ -671,11 +673,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
+def _training_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command in PARTS:
-        sub.add_argument("--part", choices=PARTS[command], default=PARTS[command][0], help="which file of the data set")
+        parser.add_argument("--part", choices=PARTS[command], default=PARTS[command][0], help="default: %(default)s")
+    sub = parser.add_argument_group("which rows")
     sub.add_argument("--count", type=int, help="draw a random sample of this many rows (default: all)")
-    sub.add_argument("--seed", type=int, default=0, help="of the sample")
+    sub.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     sub.add_argument("--against", nargs="+", default=[], metavar="FILE", help="test files in our format: drop what is in them")
     long = "drop rows whose prompt and solution have more than N tokens under the tokenizer and chat template of a model"
     sub.add_argument("--max_tokens", nargs=2, metavar=("MODEL", "N"), help=long)
@@ -683,18 +686,20 @@ def _training_arguments(sub: argparse.ArgumentParser, command: str) -> None:
         sub.add_argument("--need_solution", action="store_true", help="drop rows without a solution that is right")
     if command == "openr1":
         sub.add_argument("--file", help="the file's name in the hub's repository")
-        strip = "strip: only what follows </think>, if it has the box"
+        strip = "strip: only what follows </think>, if it has the box (default: keep)"
         sub.add_argument("--think", choices=("keep", "strip"), default="keep", help=strip)
     if command == "jsonl":
-        sub.add_argument("--part", default="train", help="name of the output file, without .jsonl")
+        sub.add_argument("--part", default="train", help="name of the output file, without .jsonl (default: train)")
     if command in ("jsonl", "solutions"):
-        ours = command == "solutions"
-        sub.add_argument("--problem_column", default="problem")
-        sub.add_argument("--answer_column", default="expected_answer" if ours else "answer")
-        sub.add_argument("--solution_column", default="reasoning_trace" if ours else "solution", help="default: %(default)s")
-        help_text = "with type, strategy and steps, as strategy.py writes them; default: %(default)s"
-        sub.add_argument("--strategy_column", default=None if ours else "strategy", help=help_text)
-        sub.add_argument("--id_column", default=None if ours else "id", help="without it ids are made from the row's number")
+        columns = parser.add_argument_group("columns of the file")
+        ours, text = command == "solutions", "(default: %(default)s)"
+        columns.add_argument("--problem_column", default="problem", help=text)
+        columns.add_argument("--answer_column", default="expected_answer" if ours else "answer", help=text)
+        columns.add_argument("--solution_column", default="reasoning_trace" if ours else "solution", help=text)
+        help_text = f"with type, strategy and steps, as strategy.py writes them {text}"
+        columns.add_argument("--strategy_column", default=None if ours else "strategy", help=help_text)
+        no_id = f"without it ids are made from the row's number {text}"
+        columns.add_argument("--id_column", default=None if ours else "id", help=no_id)
 
 
 def find_benchmarks(folder: Path) -> dict[str, Path]:

@@ -103,8 +103,8 @@ def read_row(raw: bytes, *, math: bool = True) -> Problem:
         raise ValueError(f"not a line of JSON ({error}), {raw[:80].decode(errors='replace')!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, {row!r}")
-    names = ["id", "problem", "answer", "solution", "strategy"]
-    if not math and not isinstance(row.get("answer"), str):
+    names, answer = ["id", "problem", "answer", "solution", "strategy"], row.get("answer")
+    if not (math or isinstance(answer, str) and answer.strip()):
         names.remove("answer")  # one that is no text is a field like any other
     if missing := [name for name in names[:-2] if name not in row]:
         raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
@@ -127,7 +127,7 @@ def read_row(raw: bytes, *, math: bool = True) -> Problem:
 def load_template(path: str) -> Template:
     """The wording of the policy's prompts, from a JSON file; "" for the usual one. ValueError naming the file."""
     try:
-        return Template.from_dict(json.loads(Path(path).read_text("utf-8"))) if path else Template()
+        return Template.from_dict(json.loads(Path(path).read_text("utf-8-sig"))) if path else Template()
     except (OSError, ValueError) as error:
         raise ValueError(f"--template {path}: {error}") from error
 

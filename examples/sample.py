@@ -39,4 +39,6 @@ def main(folder: str, text: str, n: int = 4) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -103,9 +103,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     assert after == [1, 2]
     with pytest.raises(SystemExit, match="has done 2 RL steps, and is to have 1"):
         train.main(["--out", str(longer), "--resume", "--steps", "1"])
+    assert checkpoint.stored_config(longer)["steps"] == 2  # a run that was refused has changed nothing
 
 
-def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path):
+def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path, monkeypatch):
     run = uninterrupted  # its last checkpoint is of its last step
     export.main([str(run), "--out", str(tmp_path / "last")])
     files = {file.name for file in (run / "model").iterdir()}
@@ -119,6 +120,10 @@ def test_a_checkpoint_can_be_written_as_a_model_folder(uninterrupted, tmp_path):
         with pytest.raises(SystemExit, match=message):
             export.main([str(run), "--out", str(out), "--step", "9"])
     assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(export, "stored_config", lambda run: checkpoint.stored_config(run) | {"dtype": "bfloat16"})
+    export.main([str(run), "--out", str(tmp_path / "half")])
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert {weights.dtype for weights in half.parameters()} == {torch.bfloat16}
 
 
 def test_every_checkpoint_that_is_kept_finds_the_best_weights_that_it_names(tmp_path, worker):
@@ -280,9 +285,9 @@ def test_a_disk_without_locks_is_used_and_a_lock_that_is_held_is_not(name, tmp_p
 def test_what_is_written_is_strict_json_and_is_read_as_it_was(tmp_path, worker):
     run, _ = make_run(tmp_path, worker, "--delta", "inf", "--checkpoint_minutes", "inf")
     metrics = run.folder.out / "metrics.jsonl"
-    run.folder.begin(run.model, run.optimizer, "", print, resume=False)
+    run.folder.begin(run.model, run.optimizer, "", print, steps=8, resume=False)
     run.folder.log({"loss": 1.0})
-    assert run.folder.begin(run.model, run.optimizer, "", print, resume=True).best_step == 0  # no checkpoint: from the start
+    assert run.folder.begin(run.model, run.optimizer, "", print, steps=8, resume=True).best_step == 0  # from the start
     run.folder.log({"loss": math.nan, "inner": [{"kl": math.inf, "norm": -math.inf}], "text": "NaN", "none": None, "k": 0.1})
     run.folder.save(run.model, run.optimizer, run.progress)
     head, line = metrics.read_text().splitlines()
@@ -293,7 +298,7 @@ def test_what_is_written_is_strict_json_and_is_read_as_it_was(tmp_path, worker):
         metrics.write_text(f"{first}\n")
         cfg = train.parse_config(["--out", str(run.folder.out), "--resume"])
         assert (cfg.delta, cfg.checkpoint_minutes, cfg.alpha_0) == (math.inf, math.inf, 0.5)
-    assert run.folder.begin(run.model, run.optimizer, "", print, resume=True).best_loss == math.inf
+    assert run.folder.begin(run.model, run.optimizer, "", print, steps=8, resume=True).best_loss == math.inf
 
 
 def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, worker, monkeypatch):
@@ -312,13 +317,13 @@ def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, wo
         again = made()
         again.folder.out = run.folder.out
         try:
-            again.folder.begin(again.model, again.optimizer, "", print, resume=True)
+            again.folder.begin(again.model, again.optimizer, "", print, steps=8, resume=True)
         except ValueError as error:
             return [line.strip().split(":")[0] for line in str(error).splitlines()[1:]]
 
     run = made()
     run.folder.out = (tmp_path / "run").rename(tmp_path / "first")
-    run.folder.begin(run.model, run.optimizer, "", print, resume=False)
+    run.folder.begin(run.model, run.optimizer, "", print, steps=8, resume=False)
     write_rows(rows, tiny_rows(5))
     run.folder.save(run.model, run.optimizer, run.progress)  # with the digests of what was read, not of what is there by now
     assert changes() == ["data", "eval_data", "prompts", "eval_prompts"]

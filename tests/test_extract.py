@@ -465,7 +465,7 @@ def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
 
     monkeypatch.setattr(rollout, "generate", counting)
     problems = load_problems(ROOT / "data/tiny/test.jsonl")[:6]
-    with ThreadPoolExecutor(6) as pool, MathWorker() as worker:
+    with ThreadPoolExecutor(6) as pool, MathWorker(60) as worker:
         answers = list(pool.map(ask, problems))
         assert sum(sizes) == 6 and len(sizes) < 6
         # greedy and guided, the tiny base is always right, so each got the answer to its own question

@@ -3,6 +3,7 @@
 Nothing here runs code that comes with data: ruff looks for that (pyproject.toml).
 """
 
+import argparse
 import ast
 import re
 import runpy
@@ -22,7 +23,9 @@ SCRIPTS = {  # every program, and the flags without which it does not get as far
     "train.py": "",
     "eval.py": "--model x --data x",
     "strategy.py": "--data x --out x --model x --endpoint http://localhost:1",
+    "checkpoint.py": "x --out x",
     "tools/bench.py": "--out x",
+    "tools/track.py": "x --to wandb",
     "tools/sweep.py": "table --results x",
     "tools/report.py": "rows x.csv --out x",
     "tools/faults.py": "--out x --log x",
@@ -108,8 +111,10 @@ def test_leaves_load_few_packages():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_program_has_help_and_refuses_a_flag_that_it_does_not_know(script, monkeypatch, capsys):
+def test_every_program_has_help_with_its_defaults_and_refuses_a_flag_that_it_does_not_know(script, monkeypatch, capsys):
     """As `python script` runs it, but in this process, which has loaded torch already."""
+    parsers, print_help = [], argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: parsers.append(self) or print_help(self))
     monkeypatch.setattr(sys, "path", [*sys.path])
     for flags, status in ("--help", 0), (SCRIPTS[script] + " --no_such_flag", 2):
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
@@ -118,6 +123,12 @@ def test_every_program_has_help_and_refuses_a_flag_that_it_does_not_know(script,
         assert end.value.code == status
     said = capsys.readouterr()
     assert "usage:" in said.out and "unrecognized arguments: --no_such_flag" in said.err
+    for parser in parsers:  # those of subcommands are added on the way
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.nargs != 0 and action.default and action.default != argparse.SUPPRESS:
+                assert "default: " in action.help, action
 
 
 def test_the_readme_names_files_that_are_there():

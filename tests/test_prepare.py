@@ -117,6 +117,9 @@ def test_jsonl_keeps_ids_strategies_and_columns_of_the_user(tmp_path):
     row |= {"strategy": {"type": "sum", "strategy": "Add.", "steps": ["Add them."]}}
     rows, _ = run_prepare(tmp_path / "a", "jsonl", [row, {"problem": "2?", "answer": 2}])
     assert rows == [row, {"id": "jsonl-train-1", "problem": "2?", "answer": "2"}]
+    path = tmp_path / "bom.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n \n\n", encoding="utf-8-sig")
+    assert run_prepare(tmp_path / "c", "jsonl", path)[0] == [row]  # blank lines and a BOM are passed over
     with pytest.raises(ValueError, match="no row has the column --solution_column answr"):
         run_prepare(tmp_path / "b", "jsonl", [{"problem": "1?", "answer": 1}], "--solution_column", "answr")
     with pytest.raises(ValueError, match="column 'problem' is not used, and has the name of a field"):

@@ -74,6 +74,17 @@ def test_a_templates_end_of_turn_ends_responses_and_solutions(make, special):
         assert tokenizer.decode(example.solution_ids, skip_special_tokens=True) == problem.solution, kind
 
 
+def test_thoughts_that_the_prompt_opens_are_not_opened_again_by_a_solution(make):
+    folder, problem = make(), Problem("p", "What is 1 + 2?", "3", "<think>\nhm</think> 3.", None)
+    cfg = Config(model="", data="", out="", sft_guided=0.0, method="grpo")
+    for opening, solution in (("", problem.solution), ("<think>\n", "hm</think> 3.")):
+        template = TEMPLATES["chatml"][0] + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        tokenizer = load_tokenizer(folder)
+        (example,) = encode_examples([problem], tokenizer, cfg, end_id=0)
+        assert tokenizer.decode(example.solution_ids[:-1]) == solution
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizerFast", "Unheard"])
 def test_ids_are_those_of_tokenizer_json(make, family, name):

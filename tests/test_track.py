@@ -16,9 +16,10 @@ EVAL = {"stage": "eval", "step": 2, "guided": True, "accuracy": 0.5, "pass_at": 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """{"runs": the arguments of init, "logged": (step, values)}."""
-    seen = {"runs": [], "logged": []}
-    run = types.SimpleNamespace(log=lambda values, step: seen["logged"].append((step, values)))
+    """{"runs": the arguments of init, "axis": of define_metric, "logged": (step, values)}."""
+    seen = {"runs": [], "axis": [], "logged": []}
+    run = types.SimpleNamespace(log=lambda values: seen["logged"].append((values.pop("step"), values)))
+    run.define_metric = lambda *names, **axis: seen["axis"].append((names, axis))
     module = types.SimpleNamespace(init=lambda **settings: seen["runs"].append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return seen
@@ -31,8 +32,8 @@ def write(folder, *records, end="\n"):
 def test_each_line_is_sent_once_whatever_the_run_goes_through(tmp_path, wandb):
     write(tmp_path, HEAD, *SFT, RL[0], RL[1], EVAL, end="")  # the last line is not whole yet
     assert track.track(tmp_path, "wandb", "p", follow=False) == 4
-    # cut back to step 1 by a resumed run, and one step further
-    write(tmp_path, HEAD, *SFT, *RL[:2], EVAL, {**HEAD, "stage": "resume"}, RL[2])
+    # cut back to SFT's end by a run that goes on with other settings, and a step further
+    write(tmp_path, HEAD, *SFT, {**HEAD, "stage": "resume"}, *RL[:2], EVAL, RL[2])
     assert track.track(tmp_path, "wandb", "p", follow=False) == 2
     assert track.track(tmp_path, "wandb", "p", follow=False) == 0
     assert [step for step, _ in wandb["logged"]] == [1, 2, 3, 4, 4, 5]  # RL goes on from SFT's steps
@@ -40,7 +41,12 @@ def test_each_line_is_sent_once_whatever_the_run_goes_through(tmp_path, wandb):
     assert wandb["logged"][4][1] == {"eval/guided/accuracy": 0.5}
     first, *others = wandb["runs"]
     assert first["project"] == "p" and first["config"] == HEAD["config"] and first["resume"] == "allow"
-    assert all(other["id"] == first["id"] for other in others)
+    assert all(other["id"] == first["id"] for other in others) and wandb["axis"][0] == (("*",), {"step_metric": "step"})
+    # a new run with the same settings in a folder of the same name is another one
+    again = tmp_path / "again"
+    again.mkdir()
+    write(again, HEAD, *SFT)
+    assert track.track(again, "wandb", "p", follow=False) == 2 and wandb["runs"][-1]["id"] != first["id"]
 
 
 def test_following_a_file_that_grows_and_is_cut(tmp_path, monkeypatch):

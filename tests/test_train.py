@@ -13,7 +13,10 @@ import parallel
 import sgpo
 import train
 from eval import figures, load_problems
+from model import encode_chat
+from strategy import format_strategy
 from tests.common import (
+    CPU,
     ROOT,
     TIMES,
     TINY_BASE,
@@ -26,6 +29,7 @@ from tests.common import (
     weights_of,
     write_rows,
 )
+from tools import resumable
 
 
 def hf_loss(model, pairs):
@@ -144,7 +148,8 @@ def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
         assert f"{len(left_out)} of 30 rows longer than {min(longest, 256)} tokens" in notes[0]
     longest = max(len(example.auto_ids + example.solution_ids) for example in examples[:5])
     alone = replace(run.cfg, sft_guided=0.0, sft_max_tokens=longest)
-    assert len(train.split_examples(examples[:5], alone, 256)[0]) == 5
+    kept, _, _, notes = train.split_examples(examples[:5], alone, 256)
+    assert len(kept) == 5 and "left out" not in notes[0]
     with pytest.raises(ValueError, match="5 of 5 rows longer than"):  # with their strategies they are
         train.split_examples(examples[:5], replace(alone, sft_guided=1.0), 256)
 
@@ -165,6 +170,13 @@ def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
     assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
 
 
+def test_the_start_says_that_a_step_has_more_problems_than_there_are():
+    cfg = train.parse_config([])  # 16 problems a step
+    assert [train.split_examples([*range(n)], cfg, 256)[3][:1] for n in (16, 15)] == [
+        [], ["15 problems for RL, fewer than --problems_per_step: some are in a step more than once"]
+    ]  # fmt: skip
+
+
 def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
     want = {"sgpo": (25_165_824, 12), "luffy": (14_680_064, 7), "sft": (0, 0)}  # 128 problems, 16,384 tokens a response
     for method, (tokens, responses) in want.items():
@@ -173,15 +185,29 @@ def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
 
 
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
-    flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9]
+    flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9, "--correct_at", 0.25]
     (run, examples), seen = make_run(tmp_path, worker, *flags), []
     for name in ("evaluate", "show_responses"):
         monkeypatch.setattr(train, name, lambda *_, **settings: seen.append(settings) or {})
     train.measure(run, [], guided=False)
     train.show(run, examples[0], "before")
-    assert seen[0]["n"] == 2
+    assert seen[0]["n"] == 2 and seen[0]["correct_at"] == 0.25
     for settings in seen:
         assert (settings["max_new_tokens"], settings["temperature"], settings["top_p"]) == (3, 0.5, 0.9)
+
+
+def test_a_template_reaches_every_prompt_of_a_run_and_of_an_evaluation(tmp_path, worker):
+    file = tmp_path / "template.json"
+    file.write_text(json.dumps({"prompt": "{problem} out?", "guided": "{strategy} {problem} out?"}), encoding="utf-8-sig")
+    cfg = train.parse_config(["--template", str(file), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    run, examples, held_out = train.prepare(cfg, CPU, worker)
+    args = resumable.build_parser().parse_args(["--model", "", "--data", cfg.eval_data, "--both", "--template", str(file)])
+    alone, guided = ([*one.prompts.values()] for one in resumable.read_sets(args, worker, run.tokenizer, 512))
+    assert [(row.auto_ids, row.guided_ids) for row in held_out] == [*zip(alone, guided, strict=True)]
+    for example in (examples[0], held_out[0]):
+        problem, strategy = example.problem.problem, format_strategy(example.problem.strategy)
+        for ids, text in ((example.auto_ids, f"{problem} out?"), (example.guided_ids, f"{strategy} {problem} out?")):
+            assert ids == encode_chat(run.tokenizer, [{"role": "user", "content": text}])
 
 
 def test_settings_of_an_update_reach_both_stages(tmp_path, worker, monkeypatch):
@@ -235,6 +261,7 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     norm = parallel.apply_gradients(run.model, run.optimizer, 0.0, 1e-3, 1.0)
     assert norm == pytest.approx(math.sqrt(sum(parameter.numel() for parameter in run.model.parameters())), rel=1e-4)
     assert math.sqrt(sum(seen)) == pytest.approx(1.0, rel=1e-3)
+    assert parallel.may_step(0.0, 2.0, skip_above=2.0) and not parallel.may_step(0.0, 2.1, skip_above=2.0)
 
 
 def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
@@ -281,6 +308,24 @@ def test_what_ends_a_run_is_said_in_a_line(error, monkeypatch):
         train.main([])
 
 
+def test_a_machine_without_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda: torch .* finds no CUDA device here"):
+        parallel.start_ranks("cuda", 1.0)
+
+
+def test_the_line_of_a_step():
+    names = "reward_auto reward_guided with_target alpha kl kept entropy length_auto truncated grader_timeouts".split()
+    metrics = dict(zip(names, (0.5, 0.75, 1.0, 0.25, 0.125, 1.0, 0.5, 24.0, 0.5, 0.0), strict=True)) | {"step": 2}
+    line = "step 2/60  reward 0.50  guided 0.75  alpha 0.25  KL 0.125  kept 1.00  entropy 0.50  length 24"
+    assert sgpo.step_line("sgpo", metrics, 60) == line
+    metrics |= {"with_target": 0.0, "truncated": 0.75, "grader_timeouts": 3.0}
+    line = "step 2/60  reward 0.50{}  entropy 0.50  75% cut off"
+    said = line.format("  guided 0.75  no guided response is right") + "  3 not graded in time"
+    assert sgpo.step_line("sgpo", metrics, 60) == said
+    assert sgpo.step_line("grpo", metrics | {"grader_timeouts": 0.0}, 60) == line.format("")
+
+
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--eval_n", 2)
     problems = load_problems(run.cfg.eval_data, worker)[:80]
@@ -320,6 +365,7 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
         (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
         (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
         (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
+        (tiny_rows(3), ["--template", "no-such-file"], "--template no-such-file: "),
         (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
         (
             tiny_rows(3), ["--cache_tokens", 256, "--eval_data", TINY_BASE.parent / "test.jsonl", "--eval_max_new_tokens", 150],

@@ -29,6 +29,9 @@ def write_model(run: Path, out: Path, step: int | None) -> None:
                 raise CheckpointError("\n".join([f"{run}: no whole checkpoint", *damaged]))
         else:
             path = run / "checkpoints" / f"step-{step:06d}"
+            if not path.exists():
+                there = ", ".join(sorted(found.name for found in path.parent.glob("step-*"))) or "none"
+                raise CheckpointError(f"{path}: not there; there are {there}")
             verified(path)
         model, tokenizer = blank_model(resolve_model(config["model"]))
         load_checkpoint(path, model.to_empty(device="cpu"), None)

@@ -305,6 +305,8 @@ class LocalModel:
 
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
         self.stop = threading.Event()  # of the run; no question waits for another time here
         self.arrived, self.turn = SimpleQueue(), threading.Lock()
@@ -718,33 +720,37 @@ def build_parser() -> ArgumentParser:
     # There is no flag for the key: command lines end up in shell histories, process lists and logs.
     about = "Strategies extracted by a strong model, and a report on their quality."
     parser = ArgumentParser(prog="strategy.py", description=about, allow_abbrev=False)
-    add = parser.add_argument
     default = " (default: %(default)s)"
+    add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="FILE", help="jsonl with id and problem, and with answer and solution if there are any")
-    add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1 (needs pip install openai)")
-    add("--local", metavar="DIR", help="instead of a server: a model folder or hub name, sampled here")
-    add("--model", metavar="NAME", help="the model's name at the server")
     add("--out", metavar="FILE", help="rows with strategies; the journal is written beside it, as FILE.log.jsonl")
+    add("--limit", type=int, metavar="N", help="only the first N rows (default: all)")
     add("--report", metavar="FILE", help="only print the quality of such a file")
     add("--dry_run", action="store_true", help="print the first prompts and an estimate, send nothing")
-    add("--candidates", type=int, default=5, help="strategies asked for in a round; 5 is the paper's number")
+    add("--samples", type=int, default=5, metavar="N", help="--report: strategies, --dry_run: rows to show" + default)
+    add = parser.add_argument_group("questions").add_argument
+    add("--candidates", type=int, default=5, help="strategies asked for in a round [the paper's number]" + default)
     add("--rounds", type=int, default=2, help="rounds at most; another if no candidate is left or no score is read" + default)
     add("--solution_tries", type=int, default=3, help="solutions asked for at most, for a row without one" + default)
     add("--temperature", type=float, default=0.6, help="sampling temperature of all but the scores, which get 0" + default)
     add("--top_p", type=float, default=0.95, help="nucleus sampling" + default)
     add("--max_tokens", type=int, default=8192, help="longest answer, thoughts included; a cut one is not used" + default)
-    add("--seed", type=int, default=0, help="candidate i is asked for with seed + i; also draws the report's samples")
+    seed = "candidate i is asked for with seed + i; also draws the report's samples"
+    add("--seed", type=int, default=0, help=seed + default)
+    add("--workers", type=int, default=8, help="rows worked on at once; with --local the batch" + default)
+    add = parser.add_argument_group("a server").add_argument
+    add("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1 (needs pip install openai)")
+    add("--model", metavar="NAME", help="the model's name at the server")
+    add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of the key" + default)
     body = """fields for every request; null removes one: '{"max_tokens": null, "max_completion_tokens": 8192}'"""
     add("--body", type=json.loads, default={}, metavar="JSON", help=body)
-    add("--workers", type=int, default=8, help="rows worked on at once; with --local the batch" + default)
     add("--retries", type=int, default=10, help="repeats of a request after HTTP 429 or 5xx, or no connection" + default)
     add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server" + default)
-    add("--key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of the key" + default)
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
-    add("--limit", type=int, metavar="N", help="only the first N rows")
-    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="--local: dtype" + default)
-    add("--device", default="auto", help="--local: auto takes cuda if there is one, else cpu")
-    add("--samples", type=int, default=5, metavar="N", help="--report: print N strategies; --dry_run: the prompts of N rows")
+    add = parser.add_argument_group("a model here").add_argument
+    add("--local", metavar="DIR", help="instead of a server: a model folder or hub name, sampled here")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the model" + default)
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU" + default)
     return parser
 
 

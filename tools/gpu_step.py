@@ -200,7 +200,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
     parser.add_argument("--quick", action="store_true", help="a toy shape: does it run; times nothing")
     args = parser.parse_args(arguments)
     args.shape = "toy" if args.quick else "Qwen2.5-1.5B-Instruct"

@@ -298,14 +298,13 @@ def draw_rows(rows: Mapping[str, Sequence[float]]) -> Any:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    options = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     more = "tokens, divergence: where the strategy speaks along a response; see `report.py tokens --help`"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more, **options)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser("curves", help="training curves, a line for each method, mean and band over seeds", **options)
+    curves = commands.add_parser("curves", help="training curves, a line for each method, over seeds", allow_abbrev=False)
     curves.add_argument("groups", nargs="+", metavar="FOLDER", help="the runs of one method, which the folder is named after")
-    curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none")
-    rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", **options)
+    curves.add_argument("--smooth", type=int, default=5, help="trailing mean over this many steps; 1: none (default: 5)")
+    rows = commands.add_parser("rows", help="the accuracies of a sweep's csv, every row with its seeds", allow_abbrev=False)
     rows.add_argument("csv", type=Path, help="table.csv of sweep.py")
     for command in (curves, rows):
         command.add_argument("--out", type=Path, required=True, help="the picture without its ending; .png and .svg are added")
@@ -328,7 +327,7 @@ def main(arguments: Sequence[str]) -> Any:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as problem_with_input:
+    except (ValueError, OSError) as problem_with_input:
         sys.exit(f"report.py: {problem_with_input}")
     except ModuleNotFoundError as missing:  # matplotlib
         sys.exit(f"report.py: {missing}; `pip install -r requirements-dev.txt` has what draws")

@@ -100,6 +100,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
     """All that responses and verdicts depend on."""
     folder = resolve_model(args.model).resolve()
     packages = ("torch", "transformers", "math-verify", "sympy", "latex2sympy2_extended")
+    file, _, function = args.reward.rpartition(":")
     settings = {
         "model": str(folder),
         "model_sha256": model_sha256(folder),
@@ -108,7 +109,7 @@ def settings_of(args: argparse.Namespace, sets: Sequence[EvalSet], tokenizer: ob
         "top_p": args.top_p,
         "seed": args.seed,
         "timeout": args.timeout,
-        "reward": args.reward and hashlib.sha256(Path(args.reward.rpartition(":")[0]).read_bytes()).hexdigest(),
+        "reward": args.reward and f"{function} of {hashlib.sha256(Path(file).read_bytes()).hexdigest()}",
         "correct_at": args.correct_at,
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
     }
@@ -330,26 +331,32 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--model", help="model folder or hub name")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files: the paired difference, B minus A")
     what.add_argument("--table", nargs="+", metavar="FILE", help="result files: Markdown rows beside the paper's")
-    add = parser.add_argument
+    add = parser.add_argument_group("problems").add_argument
     add("--data", nargs="+", metavar="FILE", default=[], help="jsonl files of problems")
     add("--benchmarks", metavar="FOLDER", help="data/prepare.py's benchmark files, each with the paper's n and length")
+    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones (default: all)")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--template", default="", help="JSON file with their wording, as in the training (data/README.md)")
+    group = prompts.add_mutually_exclusive_group()
+    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
+    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
+    add = parser.add_argument_group("sampling").add_argument
     add("--n", type=at_least(1), nargs="+", help="samples a problem, one number for all files or one for each (default: 1)")
     add("--temperature", type=at_least(0, float), default=TEMPERATURE, help="0 is greedy (default: %(default)s, the paper's)")
     add("--top_p", type=at_least(0, float), default=TOP_P, help="nucleus to sample from (default: %(default)s, the paper's)")
     add("--max_new_tokens", type=at_least(1), help=f"longest response, cut to the context (default: {MAX_NEW_TOKENS})")
     add("--seed", type=at_least(0), default=0, help="seed of the sampling, or with --compare of the resampling (default: 0)")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
-    group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
-    add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
-    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
-    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
+    add = parser.add_argument_group("grading").add_argument
     add("--reward", default="", help="FILE.py:FUNCTION(response, row) -> a number in [0, 1], instead of comparing answers")
     add("--correct_at", type=at_least(1e-6, float), default=1.0, help="least reward of a correct response (default: 1)")
-    add("--template", default="", help="JSON file with the wording of both prompts, as in the training (data/README.md)")
     add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds to grade one response (default: 5)")
+    add = parser.add_argument_group("machine and results").add_argument
+    types = ("auto", "float32", "bfloat16")
+    add("--dtype", default="auto", choices=types, help="auto: bfloat16 on CUDA, else float32 (default: auto)")
+    devices = ("auto", "cpu", "cuda")
+    add("--device", default="auto", choices=devices, help="auto: CUDA if there is one, else the CPU (default: auto)")
+    add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
+    add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
     add("--timeout_minutes", type=at_least(0.001, float), default=1440.0, help="longest wait for a rank (default: 1440)")
     add("--out", help="results file, must not exist (default: eval-MODEL.json, with -guided or -both after it)")
     return parser

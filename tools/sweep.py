@@ -228,7 +228,7 @@ def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     table, curves = (args.results / f"{args.suite}{end}.csv" for end in ("", "_steps"))
     runs, code, failures = args.runs / args.results.name / args.suite, code_digest(args.world), []
     done = finished(jobs, table, curves, code)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), initial=len(done), unit="run", disable=None) as bar:
         futures = {pool.submit(run_job, job, runs): job for job in jobs if job not in done}
         try:
             for future in as_completed(futures):
@@ -574,13 +574,13 @@ def token_claim(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("suite", choices=tuple(SUITES))
-    parser.add_argument("--world", choices=tuple(WORLDS), default="tiny", help="the toy world of rates and table")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="tiny", help="of rates and table (default: tiny)")
     parser.add_argument("--results", type=Path, required=True, help="folder for the csv files and the page, e.g. results/tiny")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs themselves")
-    parser.add_argument("--seeds", type=int, default=0, help="seeds for each row; 0: rates 2, the tiny world's table 5, else 3")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs themselves (default: runs)")
+    parser.add_argument("--seeds", type=int, default=0, help="for each row (default: rates 2, the tiny table 5, else 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (default: one a core)")
     parser.add_argument("--base", default="", help="model: train.py flags of every run, --model among them")
-    parser.add_argument("--steps", type=int, default=0, help="model: SGPO's steps; the others take half as many again")
+    parser.add_argument("--steps", type=int, default=0, help="model: SGPO's steps, half as many again for the others")
     args = parser.parse_args(argv)
     if not args.seeds:
         args.seeds = {"rates": 2, "table": SEEDS[args.world]}.get(args.suite, 3)

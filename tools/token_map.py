@@ -301,24 +301,23 @@ def write_divergence(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    options = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tokens = commands.add_parser("tokens", help="token map of one problem's reachable target, as an HTML page", **options)
-    divergence = commands.add_parser("divergence", help="mean d_t of every token over many problems, as a csv", **options)
+    tokens = commands.add_parser("tokens", help="token map of one problem's target, as an HTML page", allow_abbrev=False)
+    divergence = commands.add_parser("divergence", help="mean d_t of each token over problems, as a csv", allow_abbrev=False)
     for command in (tokens, divergence):
         command.add_argument("--data", required=True, help="jsonl file of problems with strategies")
-        command.add_argument("--id", help="only this problem; None: tokens takes the first that has a target")
+        command.add_argument("--id", help="only this problem (default: tokens takes the first that has a target)")
         command.add_argument("--model", required=True, help="model folder or hub name")
         command.add_argument("--out", type=Path, required=True, help="the file to write")
-        command.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; the colours end there too")
-        command.add_argument("--seed", type=int, default=0, help="of the sampling")
-        command.add_argument("--group_guided", type=int, default=4, help="guided responses, for p_guide and the target")
-        command.add_argument("--max_new_tokens", type=int, default=2048, help="longest response, cut to the context")
+        command.add_argument("--delta", type=float, default=1.0, help="of the KL clip, in nats; ends the colours (default: 1)")
+        command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+        command.add_argument("--group_guided", type=int, default=4, help="guided, for p_guide and the target (default: 4)")
+        command.add_argument("--max_new_tokens", type=int, default=2048, help="cut to the context (default: 2048)")
     tokens.add_argument("--after", help="the trained model, to compare on the same tokens")
-    tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto")
-    tokens.add_argument("--top", type=int, default=5, help="next tokens to list")
-    divergence.add_argument("--problems", type=int, default=100, help="the first with a correct guided response, this many")
+    tokens.add_argument("--group_auto", type=int, default=8, help="responses alone, for p_auto (default: 8)")
+    tokens.add_argument("--top", type=int, default=5, help="next tokens to list (default: 5)")
+    divergence.add_argument("--problems", type=int, default=100, help="with a correct guided response (default: 100)")
     return parser
 
 

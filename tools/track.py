@@ -4,14 +4,14 @@
     python tools/track.py runs/x --to wandb --follow         as they are written, until Ctrl-C (pip install wandb)
     python tools/track.py runs/x --to trackio                (pip install trackio)
 
-A run is one run of the tracker, whatever it went through: how many lines were sent is kept beside the metrics (.sent-wandb or
-the like), and the same command sends the rest. A run that was resumed writes some lines again, with the same figures: they are
-not sent twice.
+A run is one run of the tracker, whatever it went through: how many lines were sent, and to which run there, is kept beside the
+metrics (.sent-wandb or the like), and the same command sends the rest. A run that was resumed writes some lines again, with the
+same figures: they are not sent twice.
 """
 
 import argparse
-import hashlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,9 @@ def to_wandb(run: Path, project: str, key: str, config: dict[str, Any]) -> Log:
     import wandb
 
     tracked = wandb.init(project=project, id=key, name=run.name, config=config, resume="allow")
-    return lambda values, step: tracked.log(values, step=step)
+    # as our own axis: a run of wandb's that goes on would drop what else belongs to its last step
+    tracked.define_metric("*", step_metric="step")
+    return lambda values, step: tracked.log({**values, "step": step})
 
 
 def to_trackio(run: Path, project: str, key: str, config: dict[str, Any]) -> Log:
@@ -83,12 +85,12 @@ def track(run: Path, to: str, project: str, follow: bool) -> int:
     path, sent_path = run / "metrics.jsonl", run / f".sent-{to}"
     if not path.exists():
         raise ValueError(f"{run}: no metrics.jsonl")
-    sent, before, count, log = int(sent_path.read_text()) if sent_path.exists() else 0, 0, 0, None
+    sent, key = sent_path.read_text().split() if sent_path.exists() else (0, secrets.token_hex(8))
+    sent, seen, before, count, log = int(sent), 0, 0, 0, None
     for number, record in read_lines(path, follow):
         if number == 0:
-            before = 0
+            seen = before = 0
             if log is None:
-                key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
                 try:
                     log = TRACKERS[to](run, project, key, record["config"])
                 except ModuleNotFoundError as error:
@@ -97,11 +99,11 @@ def track(run: Path, to: str, project: str, follow: bool) -> int:
             values, step = figures_of(record, before)
             if record["stage"] == "sft":
                 before = max(before, record["step"])
-            if number >= sent:
+            seen += 1
+            if seen > sent:
                 log(values, step)
-                count += 1
-        sent = max(sent, number + 1)
-        sent_path.write_text(str(sent))
+                sent, count = seen, count + 1
+        sent_path.write_text(f"{sent} {key}")
     return count
 
 
