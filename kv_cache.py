@@ -309,7 +309,7 @@ class FixedStep(CacheView):
 
     def capture(self) -> None:
         """Record `forward` as a graph. It is run once before, to load the kernels, and what that changed is put back; the
-        replay writes the same slots again."""
+        replay writes the same slots again. Not with torch.cuda.graph, which waits for the GPU and collects garbage first."""
         before = self.tokens.clone(), self.state.clone()
         stream = capture_stream(self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -319,9 +319,12 @@ class FixedStep(CacheView):
         self.tokens.copy_(before[0])
         self.state.copy_(before[1])
         self.graph = torch.cuda.CUDAGraph()
-        settings = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")  # other threads may use CUDA
-        with torch.cuda.graph(self.graph, **settings):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may use CUDA
             self.forward()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         if k.device.type == "cuda":
@@ -459,16 +462,18 @@ if triton is not None:
         top = tl.full((ROWS * G_PADDED,), -1e30, tl.float32)  # finite: a difference of infinities would be nan
         total = tl.zeros((ROWS * G_PADDED,), tl.float32)
         mixed = tl.zeros((ROWS * G_PADDED, E), tl.float32)
-        for row in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, B)):
-            first_page = tl.load(page_table + row * table_width)
-            readers = prompt == first_page
-            if tl.sum((readers & (b < row)).to(tl.int32), 0) == 0:  # an earlier row of the same prompt has read it for all
-                length = tl.load(prompt_length + row)
-                for j in range(split, tl.cdiv(length, S), SPLITS):
-                    page = tl.load(page_table + row * table_width + j).to(tl.int64)
-                    place = ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
-                    reads = readers[:, None] & (slot < length - j * S)[None, :]
-                    top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
+        waiting = b  # the rows whose prompt has not been read yet; B for all others
+        row = chunk * ROWS
+        while row < B:
+            readers = prompt == tl.load(page_table + row * table_width)
+            length = tl.load(prompt_length + row)
+            for j in range(split, tl.cdiv(length, S), SPLITS):
+                page = tl.load(page_table + row * table_width + j).to(tl.int64)
+                place = ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
+                reads = readers[:, None] & (slot < length - j * S)[None, :]
+                top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
+            waiting = tl.where(readers, B, waiting)
+            row = tl.min(waiting, 0)
         entry = ((b * heads + k) * PARTS + split) * G + g
         # a split without a page has the weight exp(-inf) = 0, and its result must be 0 and not 0 / 0
         tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=is_query[:, None])

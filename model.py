@@ -24,6 +24,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
 from importlib.util import find_spec
@@ -343,13 +344,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * E, D, bias=config.out_bias)
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.joined: tuple[Tensor, Tensor | None] | None = None  # the first three as one, see CausalLM.joined_projections
+
+    def join(self) -> None:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
+        self.joined = torch.cat([part.weight for part in parts]), bias
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        if self.joined is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return F.linear(x, *self.joined).split([part.out_features for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        q, k = rotate(q, k, layout.cos, layout.sin)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
+        q, k = rotate(self.q_norm(q), self.k_norm(k), layout.cos, layout.sin)
         if layout.cache is not None:  # the new tokens, packed (prefill) or one a row (decode), go to the sampler's cache
             layout.cache.write(layer, k.flatten(0, 1), v.flatten(0, 1))  # (B T, K, E) each
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, E) and (B, K, T, E)
@@ -474,6 +484,18 @@ class CausalLM(nn.Module):
         cos, sin = self.rotary(positions)
         hidden = self.model(input_ids, Layout(self.compute_dtype, cos, sin, packing, cache))  # (B, T, D)
         return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
+
+    @contextmanager
+    def joined_projections(self) -> Iterator[None]:
+        """Here queries, keys and values are one product instead of three, with a copy of its weights: for decoding, whose small
+        products take as long as it takes to start them."""
+        for layer in self.model.layers:
+            layer.self_attn.join()
+        try:
+            yield
+        finally:
+            for layer in self.model.layers:
+                layer.self_attn.joined = None
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines and sines of positions (B, T): (B, T, E) each."""

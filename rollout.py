@@ -17,6 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -107,16 +108,17 @@ def generate(
     if not (max_rows >= 1 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"max_rows={max_rows}, temperature={temperature} or top_p={top_p} is out of range")
     groups = _rows(prompts, n, max_new_tokens, seed, model.config.max_position_embeddings)
-    pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
     draw = partial(sample, temperature=temperature, top_p=top_p)
     was_training = model.training
     model.eval()
-    sampler = _Sampler(model, groups, pages, width, max_rows, draw, eos_ids, on_row)
+    # model.py's has it. Not on a CPU, which gains nothing
+    joined = getattr(model, "joined_projections", nullcontext) if model.device.type == "cuda" else nullcontext
     try:
-        sampler.run()
+        with joined():
+            pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
+            _Sampler(model, groups, pages, width, max_rows, draw, eos_ids, on_row).run()
     finally:
         model.train(was_training)
-        del sampler
         if model.device.type == "cuda":
             # what training allocates next would settle in the middle of the cache's memory and leave only small pieces free
             torch.cuda.empty_cache()

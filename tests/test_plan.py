@@ -162,9 +162,10 @@ def test_plan_of_the_largest_terms_by_hand():
     P, D, W, V, L = 7_615_616_512, 3584, 18944, 152064, 28
     token = 2 * L * 4 * 128 * 2  # keys and values, layers, heads, width, bytes
     assert plan.page_bytes(job) == 64 * token
-    assert sampling["KV cache"] == pytest.approx(0.9 * (76e9 - 12 * P / 8 - 2 * P), rel=1e-3)
+    joined = 2 * L * D * (D + 2 * 512)
+    assert sampling["KV cache"] == pytest.approx(0.9 * (76e9 - 12 * P / 8 - 2 * P - joined), rel=1e-3)
     captured = 8 + 16 + 24 + 32 + 48 + 64 + 96 + 128 + 192  # sizes of a decode step up to 16 problems' 12 rows
-    assert sampling["logits"] == V * (2 * captured + 192 * (2 + 4 + 4 + 8))
+    assert sampling["logits"] == V * (2 * captured + 192 * 2) and sampling["joined projections"] == joined
     scoring = sum(parts["sampling"]["scoring the guided trajectories"].values())
     assert scoring == pytest.approx(12 * P / 8 + 2 * P + (200 + 16384) * (6 * (D + W) + 520), rel=1e-3)
     T = 500 + 16384  # a prompt and the longest response

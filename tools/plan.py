@@ -294,17 +294,23 @@ def sampling_phases(job: Job, *, pages: int, rows: int, prefill_tokens: int, sco
     # queries, keys, values and the attention's results
     working = e * max(3 * shape.D + 3 * shape.W, 2 * shape.D + 4 * shape.Q + 2 * shape.KV)
     working += 2 * e * shape.config.head_dim + 8  # positions with their cosines and sines
-    # for each logit: fp32, its exponential, and the same in fp64, from which the sums over blocks of the vocabulary are made
-    drawn = shape.V * (e + 16)
+    # for each logit on a CPU: fp32, its exponential, and the same in fp64, from which the sums over blocks are made
+    drawn = shape.V * (e if job.cuda else e + 16)
     # a CUDA graph is captured for every size of a decode step, and keeps its logits
     sizes = {padded_batch_size(n) for n in range(1, rows + 1)} if job.cuda else {}
     weights = resident(job) | {"whole weights in the compute dtype": shape.parameters * e}
-    cache = {"KV cache": pages * page_bytes(job)}
+    cache = {"joined projections": joined_bytes(job), "KV cache": pages * page_bytes(job)}
     return {
         "reading the prompts": weights | cache | {"activations": prefill_tokens * working},
         "decoding": weights | cache | {"logits": rows * drawn + shape.V * e * sum(sizes)},
         "scoring the guided trajectories": weights | {"activations": scored_tokens * working},
     }
+
+
+def joined_bytes(job: Job) -> int:
+    """The copy of the weights of queries, keys and values with which a GPU decodes."""
+    shape = job.shape
+    return shape.L * shape.D * (shape.Q + 2 * shape.KV) * job.itemsize if job.cuda else 0
 
 
 def page_bytes(job: Job) -> int:
@@ -358,7 +364,7 @@ def cache_pages(job: Job) -> tuple[int, int]:
     needed = [least_pages(prompt, longest) for prompt in prompts]
     if job.settings.cache_tokens:  # it is taken whole, needed or not
         return job.settings.cache_tokens // PAGE, max(needed)
-    free = job.budget - sum(resident(job).values()) - job.shape.parameters * job.itemsize
+    free = job.budget - sum(resident(job).values()) - job.shape.parameters * job.itemsize - joined_bytes(job)
     room = max(int(0.9 * free / page_bytes(job)), 0)
     return min(room, sum(needed) + pages_for(longest) * most_rows(job)), max(needed)
 
