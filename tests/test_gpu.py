@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -158,6 +159,41 @@ def check_sampler():
     assert [[row.response_ids for row in group] for group in got] == [[row.response_ids for row in group] for group in want]
     for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("rms_norm", [(3, 5, 48), (48,)]),
+        ("add_rms_norm", [(3, 5, 48), (3, 5, 48), (48,)]),
+        ("rotate", [(1, 5, 6, 32), (1, 5, 2, 32), (1, 5, 32), (1, 5, 32)]),
+        ("silu_mul", [(3, 50), (3, 50)]),
+    ],
+)
+def test_fused_functions_are_the_plain_ones(name, shapes):
+    """Compiled, with their gradients. On a GPU `fused` does so itself; a CPU needs a C++ compiler."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    function = getattr(models, name)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(kernel_device()).requires_grad_() for shape in shapes]
+    more = (1e-6,) if "norm" in name else ()
+    results = []
+    for call in (function.__wrapped__, function if on_gpu else torch.compile(function.__wrapped__, dynamic=True)):
+        out = call(*inputs, *more)
+        out = out if isinstance(out, tuple) else (out,)
+        results.append([*out, *torch.autograd.grad(sum(x.square().sum() for x in out), inputs)])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_projections_joined_for_decoding_are_the_three(reference):
+    _, ours, _ = reference
+    ids = random_ids(2, 9, 0)
+    with torch.no_grad(), ours.joined_projections():
+        joined = ours(ids)
+    torch.testing.assert_close(joined, ours(ids), atol=1e-5, rtol=1e-5)
+    assert ours.model.layers[0].self_attn.joined is None
 
 
 def test_page_attention_without_the_cpu_kernel():
