@@ -176,10 +176,14 @@ class Packing:
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
+
+        def on_device(tensor: Tensor) -> Tensor:  # from pinned memory: a plain copy to a GPU waits for all its work so far
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
         # (tokens of its prefix, own tokens) of each sequence
         sizes = [(0 if prefix is None else lengths[prefix], own) for prefix, own in zip(prefixes, lengths, strict=True)]
         # (1, T): a token's place in its sequence, the prefix included
-        self.positions = torch.cat([torch.arange(before, before + own, device=device) for before, own in sizes])[None]
+        self.positions = on_device(torch.cat([torch.arange(before, before + own) for before, own in sizes])[None])
         if kernel is None:
             self.masks = {}  # by size: (own, both), added to the scores
             for before, own in {size for size in sizes if size[0]}:
@@ -189,7 +193,7 @@ class Packing:
         ends = [0, *itertools.accumulate(lengths)]
         both = [before + own for before, own in sizes]
         # (sequences + 1,) int32 each: the first query of each sequence, and its first key
-        self.starts = [torch.tensor(s, dtype=torch.int32).to(device) for s in (ends, [0, *itertools.accumulate(both)])]
+        self.starts = [on_device(torch.tensor(s, dtype=torch.int32)) for s in (ends, [0, *itertools.accumulate(both)])]
         self.longest = max(lengths), max(both)
         # (T_k,) the keys of each sequence, its prefix's and then its own. None: no prefixes, so they are those of the row
         self.keys = None
@@ -198,7 +202,7 @@ class Packing:
             keys = []
             for prefix, own in zip(prefixes, spans, strict=True):
                 keys += [own] if prefix is None else [spans[prefix], own]
-            self.keys = torch.cat(keys).to(device)
+            self.keys = on_device(torch.cat(keys))
 
 
 @dataclass(frozen=True)

@@ -553,9 +553,7 @@ def pack(contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], 
         targets += response
         sequence += [index] * len(response)
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
+    tensor = partial(on_device, dtype=torch.int64, device=device)
     return Packed(tensor(ids)[None], lengths, prefixes, tensor(predict), tensor(targets), tensor(sequence))
 
 
