@@ -178,7 +178,7 @@ class Packing:
         self.lengths, self.prefixes, self.kernel = tuple(lengths), tuple(prefixes), kernel
 
         def on_device(tensor: Tensor) -> Tensor:  # from pinned memory: a plain copy to a GPU waits for all its work so far
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
         # (tokens of its prefix, own tokens) of each sequence
         sizes = [(0 if prefix is None else lengths[prefix], own) for prefix, own in zip(prefixes, lengths, strict=True)]
