@@ -239,8 +239,7 @@ def code_commit() -> str:
 
 
 def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Write folder/name (step-000040 or the like): the weights that are trained, the moments and `state`
-    (anything JSON can hold).
+    """Write folder/name (step-000040 or the like): weights that are not frozen, moments, and `state` (anything JSON can hold).
 
     The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs". Those of a later step
     are removed too: a resumed run has left them. What is not ours stays: if it is in the way, it gets another name.

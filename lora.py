@@ -67,13 +67,13 @@ def initial_adapters(model: nn.Module, generator: torch.Generator) -> Iterator[t
 def merge(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """All weights of the model by name, whole -> those of a plain model: W + scale * B A in place of W, A and B.
 
-    The tensors W are changed: they must be copies. The product is fp32, of A and B as the forward pass rounds them, and the
-    sum is rounded once, to W's dtype. In bf16 that loses what is below half of a unit in the last place of W.
+    The tensors W are changed: they must be copies. Product and sum are fp32, and rounded once, to W's dtype: in bf16 that loses
+    what is below half of a unit in the last place of W.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             W = weights[f"{name}.weight"]
-            A, B = (weights.pop(f"{name}.{adapter}").to(W.dtype).float() for adapter in ("lora_A", "lora_B"))
+            A, B = (weights.pop(f"{name}.{adapter}").float() for adapter in ("lora_A", "lora_B"))
             W.copy_(torch.addmm(W.float(), B, A, alpha=layer.scale))
     return weights
 

@@ -9,8 +9,7 @@ process is the same with N = 1. Three rules keep the ranks together:
     uneven work     sampling takes each rank another time: it runs on a whole copy of the weights, without communication
                     (`whole_model`), and afterwards the ranks wait for each other (`Control.barrier`)
 
-There is no tensor, pipeline or context parallelism: the activations of one micro-batch must fit on one GPU. Imports model.py
-and lora.py.
+There is no tensor, pipeline or context parallelism: the activations of a micro-batch must fit on one GPU. Imports model, lora.
 """
 
 import itertools
@@ -268,9 +267,8 @@ def local_rows(parameter: Tensor) -> slice:
 
 @contextmanager
 def whole_model(model: CausalLM) -> Iterator[CausalLM]:
-    """The model with all weights gathered in the compute dtype, adapters merged, for work that differs from rank to rank: a
-    second module around the gathered tensors themselves, without FSDP's hooks, which communicate. All ranks enter and leave
-    together."""
+    """The model with all weights gathered in the compute dtype and adapters merged, for work that differs from rank to rank: a
+    second module around the gathered tensors, without FSDP's hooks, which communicate. All ranks enter and leave together."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()

@@ -538,13 +538,12 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         evaluate_as(f"after {cfg.method}", progress.rl_steps)
     show(run, shown, "after")
     gathered = model_on_host(run.model, compute_dtype(cfg.dtype, run.model.device))  # in the dtype it sampled in
-    trained_here = trained(run.model) if cfg.lora_rank else {}
-    adapters = {name: whole_tensor(weight.detach()).cpu() for name, weight in trained_here.items()}
+    adapters = {name: whole_tensor(weight.detach()).cpu() for name, weight in trained(run.model).items() if cfg.lora_rank}
     if gathered is not None:
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
-        if cfg.lora_rank:
+        if adapters:
             save_adapters(adapters, part / "adapter", rank=cfg.lora_rank, alpha=cfg.lora_alpha, base=cfg.model)
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         saved = run.folder.out / "checkpoints"
