@@ -47,7 +47,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtyp
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     for parent in [*model.model.layers.modules()]:
-        for name, layer in [*parent.named_children()]:
+        for name, layer in [*parent.named_children()]:  # a list, because the children change
             if isinstance(layer, nn.Linear):
                 setattr(parent, name, LoraLinear(layer, rank, alpha))
 
@@ -67,15 +67,30 @@ def initial_adapters(model: nn.Module, generator: torch.Generator) -> Iterator[t
 def merge(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """All weights of the model by name, whole -> those of a plain model: W + scale * B A in place of W, A and B.
 
-    The tensors W are changed: they must be copies. Product and sum are fp32, and rounded once, to W's dtype: in bf16 that loses
-    what is below half of a unit in the last place of W.
+    The tensors W are changed: they must be copies. Product and sum are fp32, and rounded once, to W's dtype (see round_to).
     """
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             W = weights[f"{name}.weight"]
             A, B = (weights.pop(f"{name}.{adapter}").float() for adapter in ("lora_A", "lora_B"))
-            W.copy_(torch.addmm(W.float(), B, A, alpha=layer.scale))
+            W.copy_(round_to(W.dtype, torch.addmm(W.float(), B, A, alpha=layer.scale)))  # in place: no third copy of the model
     return weights
+
+
+def round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """x, fp32 and contiguous, in another dtype. bf16: up or down, with a fixed threshold between for each place in x.
+
+    W holds bf16 numbers, and an update moves most of them by less than half of the distance to the next. Rounded to the nearest
+    they would all stay as they are, and whoever samples would not see what was learned. With thresholds that are spread evenly
+    the right share of the entries moves, so that sums over them are right. What is a bf16 number stays.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    # a bf16 number is the upper half of an fp32 one. A hash of the place (Knuth's, in int32, which wraps) is the same on all
+    # ranks and in every step
+    place = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    threshold = (place * -1640531535 >> 13) & 0xFFFF
+    return (x.view(torch.int32) + threshold >> 16 << 16).view(torch.float32).to(dtype)
 
 
 def save_adapters(adapters: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, base: str) -> None:
