@@ -241,7 +241,7 @@ def code_commit() -> str:
 
 
 def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Write folder/name (step-000040 or the like): the weights, the moments and `state` (anything JSON can hold).
+    """Write folder/name (step-000040 or the like): weights that are not frozen, moments, and `state` (anything JSON can hold).
 
     The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs". Those of a later step
     are removed too: a resumed run has left them. What is not ours stays: if it is in the way, it gets another name.
@@ -309,10 +309,10 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one."""
+    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Frozen weights stay as they are."""
     updates = _content(path)["updates"]
     if optimizer and updates:
-        for parameter in model.parameters():
+        for _, parameter in _trained(model):
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter]["step"] = torch.tensor(updates, device=parameter.device)
     tensors = _tensors(model, optimizer)
@@ -322,11 +322,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None) -
 def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """What to save, or to load into, by its name in the checkpoint."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         tensors[f"weight.{name}"] = parameter.detach()
         if optimizer and parameter in optimizer.state:
             tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
     return tensors
+
+
+def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Each parameter with its name, but for the frozen ones: no checkpoint holds those."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _together(work: Callable[[], Any], only: int | None = None) -> list[Any]:

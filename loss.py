@@ -217,7 +217,8 @@ class _WithGradient(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None  # a second backward pass must be an error, because these are scaled in place:
         # at V = 152,064 a copy of the head's gradient would be the largest tensor of the whole loss
-        return grad_hidden.mul_(upstream), grad_weight.mul_(upstream), None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.mul_(upstream)
+        return grad_hidden.mul_(upstream), grad_weight, None, None, None
 
 
 def chunked_head(
@@ -250,7 +251,7 @@ def chunked_head(
     with torch.no_grad(), torch.autocast(kind, enabled=False):
         h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
         grad_hidden = torch.zeros_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight) if wants_grad else None
+        grad_weight = torch.zeros_like(weight) if wants_grad and weight.requires_grad else None  # the head may be frozen
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         collected: list[dict[str, Tensor]] = []
         for start in range(0, h.shape[0], chunk_tokens):
@@ -266,9 +267,9 @@ def chunked_head(
                 (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
                 grad_logits = grad_logits.to(dtype)
                 grad_hidden[span] = grad_logits @ w
-                if grad_weight.dtype == dtype:
+                if grad_weight is not None and grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad_logits.T, h[span])  # no (V, D) temporary
-                else:
+                elif grad_weight is not None:
                     grad_weight += grad_logits.T @ h[span]
                 grad_logits = None
             loss += chunk_loss.detach()

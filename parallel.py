@@ -9,16 +9,17 @@ process is the same with N = 1. Three rules keep the ranks together:
     uneven work     sampling takes each rank another time: it runs on a whole copy of the weights, without communication
                     (`whole_model`), and afterwards the ranks wait for each other (`Control.barrier`)
 
-There is no tensor, pipeline or context parallelism: the activations of one micro-batch must fit on one GPU. Imports model.py.
+There is no tensor, pipeline or context parallelism: the activations of a micro-batch must fit on one GPU. Imports model, lora.
 """
 
+import itertools
 import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lora import merge
 from model import CausalLM, inverse_frequencies, read_weights
 
 
@@ -234,16 +236,21 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
     return model
 
 
-def load_sharded(model: CausalLM, folder: Path, *, device: torch.device, offload: bool) -> None:
-    """Fill a sharded model on the meta device from a model folder. Each rank reads its own rows only, so no host ever holds N
-    copies. device and offload as in `shard`; ValueError as in model.read_weights."""
+def load_sharded(
+    model: CausalLM, folder: Path, *, device: torch.device, offload: bool, adapters: Iterable[tuple[str, Tensor]] = ()
+) -> None:
+    """Fill a sharded model on the meta device from a model folder, and from `adapters`, which are whole. Each rank reads its
+    own rows only, so no host ever holds N copies. device and offload as in `shard`; ValueError as in model.read_weights."""
     place = torch.device("cpu") if offload else device
     rows = {name: local_rows(parameter) for name, parameter in model.named_parameters()}
     model.to_empty(device=place)
     model.inv_freq = inverse_frequencies(model.config).to(device)  # on the device even with offload
     parameters = dict(model.named_parameters())
+    with torch.device("meta"):
+        plain = CausalLM(model.config)  # whose tensors are in the folder
+    tensors = read_weights(plain, folder, device=place, rows=rows.__getitem__)
     with torch.no_grad():
-        for name, tensor in read_weights(model, folder, device=place, rows=rows.__getitem__):
+        for name, tensor in itertools.chain(tensors, ((name, whole[rows[name]]) for name, whole in adapters)):
             local = parameters[name].to_local()
             if len(local):  # with more ranks than rows, the last ranks hold none
                 local.copy_(tensor)
@@ -260,8 +267,8 @@ def local_rows(parameter: Tensor) -> slice:
 
 @contextmanager
 def whole_model(model: CausalLM) -> Iterator[CausalLM]:
-    """The model with all weights gathered in the compute dtype, for work that differs from rank to rank: a second module around
-    the gathered tensors themselves, without FSDP's hooks, which communicate. All ranks enter and leave together."""
+    """The model with all weights gathered in the compute dtype and adapters merged, for work that differs from rank to rank: a
+    second module around the gathered tensors, without FSDP's hooks, which communicate. All ranks enter and leave together."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()
@@ -289,9 +296,10 @@ def model_on_host(model: CausalLM, dtype: torch.dtype) -> CausalLM | None:
 
 
 def _rebuilt(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
+    """A plain model of these weights. Adapters are merged into the tensors given, which therefore are copies."""
     with torch.device("meta"):
         whole = CausalLM(model.config)
-    whole.load_state_dict(weights, strict=True, assign=True)
+    whole.load_state_dict(merge(model, weights), strict=True, assign=True)
     whole.inv_freq = model.inv_freq
     return whole.requires_grad_(False).eval()
 
@@ -306,7 +314,7 @@ def apply_gradients(
 ) -> float:
     """Clip the gradients, which are summed over the ranks already, by their norm over all parameters and ranks, and step if
     may_step. Returns the norm before clipping. `loss` must be over all ranks too, so that all of them step or none does."""
-    parameters = list(model.parameters())
+    parameters = list(trained(model).values())
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -317,6 +325,11 @@ def apply_gradients(
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def trained(model: CausalLM) -> dict[str, Tensor]:
+    """The parameters that are not frozen: all of them, or the adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def may_step(loss: float, norm: float, skip_above: float = math.inf) -> bool:

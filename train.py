@@ -34,9 +34,10 @@ from data.examples import check_rows, data_order, encode_examples, encode_rows, 
 from data.problems import digests, load_problems, load_template
 from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
 from grader import MathWorker, RewardError, UserReward, grader_of
+from lora import add_adapters, initial_adapters, save_adapters
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
-from model import CausalLM, blank_model, resolve_model, save_model
+from model import CausalLM, blank_model, resolve_model, save_model, weight_files
 from parallel import (
     Control,
     Preempted,
@@ -52,7 +53,9 @@ from parallel import (
     pad_micro_batches,
     ranks_of,
     shard,
+    trained,
     whole_model,
+    whole_tensor,
     world,
 )
 from rollout import micro_batches, pack, stream_seed
@@ -85,6 +88,9 @@ class Config(Method):
     lr_warmup_steps: int = knob(0, "steps of linear learning-rate warm-up in RL [ours]")
     lr_decay: str = knob("constant", "learning rate of RL after the warm-up [ours]", ("constant", "linear"))
     weight_decay: float = knob(0.01, "decoupled weight decay of AdamW [ours]")
+    # adapters
+    lora_rank: int = knob(0, "train adapters of this rank on frozen weights (lora.py); 0: train all weights [ours]")
+    lora_alpha: float = knob(32.0, "the adapters' product is scaled by this over the rank [ours]", low=1e-6)
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: no warm-up", high=1)
     sft_epochs: float = knob(10.0, "passes over the SFT problems [app E]; all problems with --method sft", low=1e-6, high=1e6)
@@ -132,9 +138,13 @@ TINY = TINY_FILES | dict(
 HELP_GROUPS = {  # the first setting of each group in --help
     "method": "method", "group_auto": "sampling", "aggregate": "policy loss", "delta": "distillation",
     "distill": "ablations of sgpo", "hpt_gate": "hpt", "problems_per_step": "update", "model": "files and seeds",
-    "epochs": "schedule", "sft_fraction": "supervised stage", "eval_every": "evaluation", "recompute": "machine",
-    "resume": "crashes",
+    "epochs": "schedule", "lora_rank": "adapters", "sft_fraction": "supervised stage", "eval_every": "evaluation",
+    "recompute": "machine", "resume": "crashes",
 }  # fmt: skip
+# published comparisons of LoRA with full training find its best rate at about ten times the other, in SFT and in RL. With a
+# scale of 32 over the rank it is nearly the same for all ranks, which is why --lora_alpha does not grow with the rank
+LORA_RATE = 10
+LORA_RATES = ("learning_rate", "sft_learning_rate")
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
 FIRST_RUN = dict(sft_epochs=1.0, max_new_tokens=1024, problems_per_step=16, eval_limit=64, eval_max_new_tokens=1024)
 
@@ -178,7 +188,7 @@ def parse_config(argv: Sequence[str] | None) -> Config:
             changed = differences({name: stored.get(name) for name in fixed}, fixed)
             if changed:
                 parser.error("\n".join([f"--resume: {given['out']} holds a run with other settings", *changed]))
-            preset = stored
+            preset = asked = stored
     try:
         cfg = Config(**{**preset, **given})
     except ValueError as error:
@@ -186,8 +196,10 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     except TypeError as error:  # a stored setting that this version does not have
         parser.error(f"--resume: {given['out']} holds a run of another version of this code: {error}")
     for name in given.keys() & idle_flags(cfg):
-        parser.error(f"--{name} does nothing to {cfg.method} with --weight {cfg.weight}")
+        parser.error(f"--{name} does nothing to {cfg.method} with --weight {cfg.weight} and --lora_rank {cfg.lora_rank}")
     derived: dict[str, Any] = {}
+    for name in set(LORA_RATES) - asked.keys() if cfg.lora_rank else ():
+        derived[name] = float(f"{LORA_RATE * getattr(cfg, name):.6g}")  # 1e-05, not 9.999999999999999e-06
     for name in ("data_seed", "sampling_seed"):
         if getattr(cfg, name) == -1:
             derived[name] = cfg.seed
@@ -199,14 +211,26 @@ def parse_config(argv: Sequence[str] | None) -> Config:
 
 
 def idle_flags(cfg: Config) -> set[str]:
-    """The settings that do nothing to this method with this weight."""
+    """The settings that do nothing to this method with this weight and rank."""
     variant, idle = METHODS[cfg.method], set()
     idle |= set() if variant.distills else {"distill", "target", "weight", "autonomous"}
     idle |= set() if variant.guided else {"shuffle_strategies"}
+    idle |= set() if cfg.lora_rank else {"lora_alpha"}
     idle |= set() if cfg.weight == "adaptive" else {"gamma"}
     idle |= {"alpha_0"} if cfg.weight in ("fixed", "group_advantage") else set()
     idle |= {"alpha_max"} if cfg.weight == "fixed" else set()
     return idle | ({"aggregate"} if variant.demonstrates or variant.advantages is None else set())
+
+
+def lora_notes(cfg: Config) -> list[str]:
+    """What a run with adapters says of its learning rates, with a warning for those that are too small."""
+    notes = []
+    for name in LORA_RATES if cfg.lora_rank else ():
+        rate = getattr(cfg, name)
+        notes.append(f"adapters of rank {cfg.lora_rank}: --{name} {rate:g}, by default {LORA_RATE} times that of full training")
+        if rate < LORA_RATE / 2 * getattr(Config(), name):
+            notes.append(f"warning: --{name} {rate:g} suits full training; adapters learn next to nothing with it")
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -428,9 +452,15 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     for name, rows in ids.items():
         ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
     origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
-    shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
-    load_sharded(model, model_folder, device=device, offload=cfg.offload)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    dtype = compute_dtype(cfg.dtype, device)
+    if cfg.lora_rank:
+        add_adapters(model, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dtype=dtype)
+    shard(model, device=device, dtype=dtype, shard_ranks=cfg.shard_ranks, offload=cfg.offload)
+    adapters = initial_adapters(model, torch.Generator().manual_seed(stream_seed(cfg.seed, "adapters")))
+    load_sharded(model, model_folder, device=device, offload=cfg.offload, adapters=adapters)
+    if cfg.lora_rank:  # the checkpoints do not hold the frozen weights
+        origin["data"] |= origin_of({f"base/{file.name}": str(file) for file in weight_files(model_folder)})["data"]
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
     cfg = settle_update(cfg, model, examples)
     model.model.recompute = cfg.recompute
@@ -476,7 +506,8 @@ def train(cfg: Config, device: torch.device) -> None:
         chosen = {name: value for name, value in dataclasses.asdict(cfg).items() if value != usual[name]}
         say("\n".join(f"{name:>18}  {value}" for name, value in chosen.items()) + "\nall others as in --help")
         split = f"{len(for_sft)} problems for SFT and {len(validation)} for its validation, {len(for_rl)} for {cfg.method}"
-        say("\n".join([*notes, f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]))
+        notes = [*notes, *lora_notes(cfg), f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]
+        say("\n".join(notes))
         with run.control.catch_signals():
             try:
                 stages(run, for_sft, validation, for_rl, held_out)
@@ -526,10 +557,13 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         evaluate_as(f"after {cfg.method}", progress.rl_steps)
     show(run, shown, "after")
     gathered = model_on_host(run.model, compute_dtype(cfg.dtype, run.model.device))  # in the dtype it sampled in
+    adapters = {name: whole_tensor(weight.detach()).cpu() for name, weight in trained(run.model).items() if cfg.lora_rank}
     if gathered is not None:
         part = run.folder.out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
+        if adapters:
+            save_adapters(adapters, part / "adapter", rank=cfg.lora_rank, alpha=cfg.lora_alpha, base=cfg.model)
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         saved = run.folder.out / "checkpoints"
         size = sum(file.stat().st_size for file in saved.rglob("*")) / 1e9

@@ -14,7 +14,7 @@ import pytest
 
 from tests.common import ROOT
 
-LEAVES = "model kv_cache rollout loss weighting strategy grader checkpoint".split()
+LEAVES = "model lora kv_cache rollout loss weighting strategy grader checkpoint".split()
 PACKAGES = {"strategy": set(), "grader": set(), "loss": {"torch"}, "weighting": {"torch"}}  # that a leaf is loaded with
 COMMANDS = ("train.py", "eval.py", "strategy.py")  # they may call tools/, inside a function
 LINES = {"sgpo.py": 460, "train.py": 620, "README.md": 230}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kv_cache
+import lora
 import parallel
 import sgpo
 import train
@@ -70,8 +71,12 @@ def planned_run(shape, **settings):
     generator = torch.Generator().manual_seed(0)
     model = build_model(ModelConfig.from_dict(raw), generator=generator, dtype=torch.float32, device=CPU)
     model.model.recompute = cfg.recompute
-    parallel.shard(model, device=CPU, dtype=parallel.compute_dtype(cfg.dtype, CPU), shard_ranks=cfg.shard_ranks, offload=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
+    dtype = parallel.compute_dtype(cfg.dtype, CPU)
+    if cfg.lora_rank:
+        lora.add_adapters(model, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dtype=dtype)
+        model.load_state_dict(dict(lora.initial_adapters(model, generator)), strict=False)
+    parallel.shard(model, device=CPU, dtype=dtype, shard_ranks=cfg.shard_ranks, offload=False)
+    optimizer = torch.optim.AdamW(parallel.trained(model).values(), lr=1e-6, weight_decay=0.01, fused=True)
     run = SimpleNamespace(cfg=cfg, model=model, optimizer=optimizer)
     update(run, planned_samples(run, 3, 3, 2, 4), 1e-6)
     return run

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, stored_config, verified
-from model import blank_model, resolve_model, save_model
-from parallel import compute_dtype, ranks_of
+from checkpoint import CheckpointError, differences, find_checkpoint, load_checkpoint, origin_of, stored_config, verified
+from lora import add_adapters
+from model import blank_model, resolve_model, save_model, weight_files
+from parallel import compute_dtype, load_sharded, model_on_host, ranks_of, shard
 
 
 def write_model(run: Path, out: Path, step: int | None) -> None:
@@ -24,7 +25,7 @@ def write_model(run: Path, out: Path, step: int | None) -> None:
     machine = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["device"]
     with ranks_of("cpu", 60.0):
         if step is None:
-            path, _, damaged = find_checkpoint(run / "checkpoints")
+            path, state, damaged = find_checkpoint(run / "checkpoints")
             if path is None:
                 raise CheckpointError("\n".join([f"{run}: no whole checkpoint", *damaged]))
         else:
@@ -32,13 +33,20 @@ def write_model(run: Path, out: Path, step: int | None) -> None:
             if not path.exists():
                 there = ", ".join(sorted(found.name for found in path.parent.glob("step-*"))) or "none"
                 raise CheckpointError(f"{path}: not there; there are {there}")
-            verified(path)
-        model, tokenizer = blank_model(resolve_model(config["model"]))
-        load_checkpoint(path, model.to_empty(device="cpu"), None)
+            state = verified(path)["state"]
+        folder, cpu = resolve_model(config["model"]), torch.device("cpu")
+        model, tokenizer = blank_model(folder)
         dtype = compute_dtype(config["dtype"], torch.device("cpu" if machine.startswith("cpu") else "cuda"))
-        for parameter in model.parameters():  # not model.to: the rotary frequencies stay in fp32
-            parameter.data = parameter.data.to(dtype)
-        save_model(model, tokenizer, out)
+        if config.get("lora_rank"):  # the checkpoint has the adapters alone
+            base = {name: digest for name, digest in state["data"].items() if name.startswith("base/")}
+            here = origin_of({f"base/{file.name}": str(file) for file in weight_files(folder)})["data"]
+            if changes := differences(base, here):
+                raise ValueError("\n".join([f"{folder}: not the weights that {path} was trained on", *changes]))
+            add_adapters(model, rank=config["lora_rank"], alpha=config["lora_alpha"], dtype=dtype)
+        shard(model, device=cpu, dtype=dtype, shard_ranks=0, offload=False)
+        load_sharded(model, folder, device=cpu, offload=False)
+        load_checkpoint(path, model, None)
+        save_model(model_on_host(model, dtype), tokenizer, out)
     print(f"{out}: the weights of {path}")
 
 

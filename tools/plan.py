@@ -71,10 +71,15 @@ class Shape:
         self.head = model.head_weight.numel()
         self.matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)  # of all blocks
         self.rows = [(p.shape[0], p[0].numel()) for p in model.parameters()]  # how many, and numbers in each
+        self.linear = [tuple(p.shape) for p in model.model.layers[0].parameters() if p.dim() == 2]  # (out, in), of a block
 
     def shard(self, ranks: int) -> int:
         """Numbers that each rank holds: FSDP2 cuts the first dimension of every parameter, and pads it."""
         return sum(math.ceil(rows / ranks) * width for rows, width in self.rows)
+
+    def adapters(self, rank: int, ranks: int = 1) -> int:
+        """Numbers of the adapters of a block, A (rank, in) and B (out, rank), that each of `ranks` holds."""
+        return sum(math.ceil(rank / ranks) * inputs + math.ceil(outputs / ranks) * rank for outputs, inputs in self.linear)
 
 
 # ---------------------------------------------------------------------------------------------------- what is planned
@@ -139,6 +144,27 @@ class Job:
         """Ranks that share one copy of the weights. With 1, FSDP copies instead of gathering."""
         return self.settings.shard_ranks or self.gpus
 
+    @property
+    def adapters(self) -> int:
+        """Numbers of the adapters of a block; 0 if all weights are trained."""
+        return self.shape.adapters(self.settings.lora_rank)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that each rank trains: its part of the adapters, or of all weights."""
+        rank, ranks = self.settings.lora_rank, self.shard_ranks
+        return self.shape.L * self.shape.adapters(rank, ranks) if rank else self.shape.shard(ranks)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the weights that each rank holds and does not train."""
+        return self.itemsize * self.shape.shard(self.shard_ranks) if self.settings.lora_rank else 0
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of all weights in the compute dtype. Merging the adapters into them leaves the gathered adapters in memory."""
+        return self.itemsize * (self.shape.parameters + self.shape.L * self.adapters)
+
     def changed(self, **settings: Any) -> "Job":
         return replace(self, settings=replace(self.settings, **settings))
 
@@ -195,8 +221,8 @@ def resident(job: Job) -> Phase:
     """What a rank holds all the time."""
     if job.settings.offload:
         return {}
-    shard = job.shape.shard(job.shard_ranks)
-    return {"weights, fp32 shard": 4.0 * shard, "AdamW's two moments, fp32 shard": 8.0 * shard}
+    trained = {"trained weights, fp32 shard": 4.0 * job.trained, "AdamW's two moments, fp32 shard": 8.0 * job.trained}
+    return {"frozen weights, shard": job.frozen_bytes} | trained
 
 
 def saved_bytes(job: Job, batch: MicroBatch) -> float:
@@ -205,6 +231,7 @@ def saved_bytes(job: Job, batch: MicroBatch) -> float:
     # a norm keeps x in fp32, x / rms in the compute dtype (in fp32: before the product with its weight), and its result,
     # which is the input of the projections; compiled, it keeps x as it came and the result
     norm = 2 * e * shape.D if job.cuda else 12 * shape.D if e == 4 else 8 * shape.D
+    norm -= e * shape.D if job.adapters and not job.cuda else 0  # x / rms is kept for the weight's gradient
     # rotated queries and keys, values, the attention's result and its log-denominators
     attention = e * (2 * shape.Q + 2 * shape.KV) + 4 * shape.config.num_attention_heads
     if not (job.cuda and e == 2):  # one call a sequence: the results are put together and transposed in a second copy
@@ -214,14 +241,15 @@ def saved_bytes(job: Job, batch: MicroBatch) -> float:
     if shape.config.qk_norm:
         attention += (e if job.cuda else 8 if e == 4 else 6) * (shape.Q + shape.KV)
     mlp = (3 if job.cuda else 4) * e * shape.W  # gate, up, their product, and silu(gate) if it is not compiled
-    return batch.tokens * (2 * norm + 8 + attention + mlp) + 2 * e * shape.KV * batch.continued
+    low = e * job.settings.lora_rank * len(shape.linear)  # A x of each layer
+    return batch.tokens * (2 * norm + 8 + attention + mlp + low) + 2 * e * shape.KV * batch.continued
 
 
 def update_phase(job: Job, batch: MicroBatch, blocks: int, reduced: int) -> Phase:
     """What is in memory in every phase of a pass, with the activations of this many blocks kept and the gradients of this many
     parameters reduced."""
     shape, e, T = job.shape, job.itemsize, batch.tokens
-    gradients = 0 if job.settings.offload else 4 * shape.shard(job.shard_ranks)
+    gradients = 0 if job.settings.offload else 4 * job.trained
     # HSDP: FSDP keeps what it summed over the copies to the end of the pass
     summed = 4 * reduced / job.shard_ranks if job.shard_ranks < job.gpus else 0
     kept = T * shape.D * e if job.settings.recompute else saved_bytes(job, batch)
@@ -230,7 +258,7 @@ def update_phase(job: Job, batch: MicroBatch, blocks: int, reduced: int) -> Phas
         "gradients, fp32 shard": gradients,
         "gradients summed over the copies": summed,
         "embedding and head, gathered": shape.R * e,
-        "gradient of the head": shape.head * e,
+        "gradient of the head": 0 if job.adapters else shape.head * e,
         "positions": T * (2 * e * shape.config.head_dim + 8),  # with their cosines and sines
         "activations kept for the backward pass": blocks * kept,
     }
@@ -242,6 +270,8 @@ def update_phases(job: Job, batch: MicroBatch) -> dict[str, Phase]:
     phases = {"loss at the head": head_phase(job, batch)}
     for i in reversed(range(shape.L)):
         phases[f"backward pass of block {i + 1} of {shape.L}, in its MLP"] = block_phase(job, batch, i)
+    if job.adapters:  # embedding and head have no gradients
+        return phases
     blocks_done = update_phase(job, batch, 0, shape.S * shape.L)
     phases["gradient of the embedding"] = blocks_done | {
         "gradient of the hidden states": batch.tokens * shape.D * e,
@@ -265,23 +295,24 @@ def head_phase(job: Job, batch: MicroBatch) -> Phase:
         "chunks of logits": tensors * 4.0 * min(job.settings.chunk_tokens, T) * shape.V,
         "hidden states and their gradient": 3 * T * D * e,
         "hidden states of the guided pass": T * D * e if batch.distillation else 0,
-        "blocks, gathered": shape.S * e if job.shard_ranks > 1 else 0,
+        "blocks, gathered": (shape.S + job.adapters) * e if job.shard_ranks > 1 else 0,
         "activations of the final norm": T * (8 * D if e == 4 else 6 * D),
     }
 
 
 def block_phase(job: Job, batch: MicroBatch, i: int) -> Phase:
     """In the backward pass of block i (from 0), when it is at the MLP."""
-    shape, e, S, D, W = job.shape, job.itemsize, job.shape.S, job.shape.D, job.shape.W
+    shape, e, D, W = job.shape, job.itemsize, job.shape.D, job.shape.W
+    S, trained = shape.S + job.adapters, job.adapters or shape.S
     ahead = S * e if job.shard_ranks > 1 and i > 0 else 0  # the next block is gathered ahead, in a flat buffer
-    done = S * (shape.L - 1 - i)  # parameters of the blocks whose backward pass is over
-    pending = 4 * S if done else 0  # the fp32 input of a reduction is kept until the next block's
+    done = trained * (shape.L - 1 - i)  # parameters of the blocks whose backward pass is over
+    pending = 4 * trained if done else 0  # the fp32 input of a reduction is kept until the next block's
     computed_again = saved_bytes(job, batch) if job.settings.recompute else 0
     return {
         **update_phase(job, batch, i + 1, done),
         "blocks, gathered": S * e + ahead,
         "activations of the block": batch.tokens * (2 * W + D) * e + computed_again,
-        "gradients of the block": W * D * e + pending,
+        "gradients of the block": (job.adapters or W * D) * e + pending,
     }
 
 
@@ -298,7 +329,7 @@ def sampling_phases(job: Job, *, pages: int, rows: int, prefill_tokens: int, sco
     drawn = shape.V * (e if job.cuda else e + 16)
     # a CUDA graph is captured for every size of a decode step, and keeps its logits
     sizes = {padded_batch_size(n) for n in range(1, rows + 1)} if job.cuda else {}
-    weights = resident(job) | {"whole weights in the compute dtype": shape.parameters * e}
+    weights = resident(job) | {"whole weights in the compute dtype": job.whole_bytes}
     cache = {"joined projections": joined_bytes(job), "KV cache": pages * page_bytes(job)}
     return {
         "reading the prompts": weights | cache | {"activations": prefill_tokens * working},
@@ -364,7 +395,7 @@ def cache_pages(job: Job) -> tuple[int, int]:
     needed = [least_pages(prompt, longest) for prompt in prompts]
     if job.settings.cache_tokens:  # it is taken whole, needed or not
         return job.settings.cache_tokens // PAGE, max(needed)
-    free = job.budget - sum(resident(job).values()) - job.shape.parameters * job.itemsize - joined_bytes(job)
+    free = job.budget - sum(resident(job).values()) - job.whole_bytes - joined_bytes(job)
     room = max(int(0.9 * free / page_bytes(job)), 0)
     return min(room, sum(needed) + pages_for(longest) * most_rows(job)), max(needed)
 
@@ -519,11 +550,12 @@ def update_seconds(job: Job) -> float:
 def training_seconds(job: Job, forward: float, tokens: float, head_tokens: float) -> float:
     """Seconds of forward and backward passes over this many tokens, from the operations of the forward pass. Exchanges overlap
     with the products, and only those with host memory may be longer: every pass copies the fp32 shard to the GPU twice, and its
-    gradient back."""
+    gradient back. Frozen matrices have no gradients: a third of the products is not made."""
     again = forward - 2 * job.shape.head * head_tokens if job.settings.recompute else 0  # the blocks, not the head
     passes = math.ceil(tokens / job.settings.micro_tokens)
-    copied = passes * 12 * job.shape.shard(job.shard_ranks) if job.settings.offload else 0
-    products = (3 * forward + again) / (job.assumed.flops * job.assumed.update_share)
+    copied = passes * (12 * job.trained + 2 * job.frozen_bytes) if job.settings.offload else 0
+    frozen = 2 * (job.shape.matrices * tokens + job.shape.head * head_tokens) if job.adapters else 0
+    products = (3 * forward + again - frozen) / (job.assumed.flops * job.assumed.update_share)
     return max(products, copied / job.assumed.host_bandwidth)
 
 
@@ -592,7 +624,7 @@ def memory_lines(job: Job) -> list[str]:
         lines.append(f"  {part}, {name}: {total / GB:.1f}")
         lines += [f"    {nbytes / GB:8.2f}  {term}" for term, nbytes in phases[name].items() if nbytes]
     if job.settings.offload:
-        host = 16 * job.shape.shard(job.shard_ranks) / GB
+        host = (16 * job.trained + job.frozen_bytes) / GB
         lines.append(f"  host memory for each GPU's weights, gradients and optimizer states: {host:.1f}")
     return [*lines, f"about {rows_at_once(job)} of {most_rows(job)} rows are decoded at once"]
 
