@@ -37,6 +37,7 @@ from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
 from model import CausalLM, blank_model, resolve_model, save_model
 from parallel import (
+    FIRST_SCALE,
     Control,
     Preempted,
     RankLost,
@@ -45,6 +46,7 @@ from parallel import (
     compute_dtype,
     leave,
     load_sharded,
+    loss_scale,
     may_step,
     model_on_host,
     my_share,
@@ -103,7 +105,7 @@ class Config(Method):
     eval_top_p: float = knob(0.95, "top-p (nucleus) sampling in evaluation [§4.2]", low=1e-3, high=1)
     # machine
     recompute: bool = knob(True, "recompute activations in the backward pass: far less memory, a third more work")
-    dtype: str = knob("auto", "dtype of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
+    dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16", "float16"))
     device: str = knob("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda"))
     shard_ranks: int = knob(0, "GPUs that share one copy of the weights; each such group holds a replica (HSDP); 0: all GPUs")
     offload: bool = knob(False, "keep fp32 weights, gradients and optimizer states in host memory")
@@ -249,11 +251,15 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
         learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
+        scale = loss_scale(run.optimizer)
         loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
         norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
-        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped)
-        run.folder.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
-        say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}")
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "loss_scale": loss_scale(run.optimizer)}
+        overflow = metrics["loss_scale"] < scale
+        progress.count_skipped(not (overflow or may_step(loss, norm)), cfg.max_skipped)
+        run.folder.log({"stage": "sft", "step": step + 1, **metrics})
+        left_out = f": overflow, loss scale {metrics['loss_scale']:g}" if overflow else ""
+        say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}{left_out}")
         progress.sft_steps = step + 1
         last, epoch = step + 1 == steps, (step + 1) * cfg.sft_batch // len(examples)
         if validation and (last or epoch > step * cfg.sft_batch // len(examples)):
@@ -298,6 +304,7 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
             inputs=(packed.targets, weight),
             at=packed.predict,
             chunk_tokens=cfg.chunk_tokens,
+            loss_scale=loss_scale(run.optimizer),
         )
         loss, _ = run.model(**packed.layout, head=head)
         if torch.is_grad_enabled():
@@ -429,6 +436,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     shard(model, device=device, dtype=compute_dtype(cfg.dtype, device), shard_ranks=cfg.shard_ranks, offload=cfg.offload)
     load_sharded(model, model_folder, device=device, offload=cfg.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    if cfg.dtype == "float16":
+        optimizer.param_groups[0]["loss_scale"] = FIRST_SCALE
     folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
     return Run(cfg, model, tokenizer, optimizer, worker, folder, Control(cfg.timeout_minutes)), examples, held_out
 

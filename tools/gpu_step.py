@@ -143,7 +143,7 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, quick: bool) ->
             break
         result[name] = memory_row(name, predicted, peak + resident, seconds) | {"tokens_per_s": tokens / seconds}
         if recompute:  # of the first update alone: then the policy has moved
-            result |= {error: metrics[error] for error in ("logprob_error", "ratio_error")}
+            result |= {error: metrics[error] for error in ("logprob_error_mean", "logprob_error_p999", "logprob_error")}
         part = partial(update, model, optimizer, settings, samples[:4], 1e-6)
         result[name]["kernels_of_4_problems"] = time_by_kernel(part, device)
     model.zero_grad()

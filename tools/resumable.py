@@ -342,7 +342,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--guided", action="store_true", help="put each row's strategy into the prompt")
     group.add_argument("--both", action="store_true", help="evaluate without and with the strategies, and compare")
     add("--limit", type=at_least(1), help="only this many problems of each file, the first ones")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA, else float32")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: bfloat16 on CUDA or float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if there is one, else the CPU")
     add("--max_rows", type=at_least(1), default=Method.max_rows, help="responses decoded at once (default: %(default)s)")
     add("--cache_tokens", type=at_least(1), help="size of the KV cache in tokens, if memory is short (default: what is needed)")
