@@ -236,11 +236,10 @@ def chunked_head(
     terms    terms(logits (m, V), *inputs of the chunk) -> tensors (m,), one of them "loss"
     inputs   tensors (M, ...), cut into the same chunks
     teacher  (M, D) hidden states of another pass; terms gets their logits too, before the inputs and without gradient
-    loss_scale  the gradient's factor, not the loss's: float16 has no numbers between 0 and 6e-8, and many gradients are there
+    loss_scale  a factor of the gradient alone: in float16 anything below 3e-8 would be 0
 
-    Returns (sum of loss, every term as (M,) without gradient). The gradient is computed in the forward pass, while a chunk's
-    logits exist, because recomputing them in the backward pass would be one more matrix product. Peak memory: four to five
-    tensors of (chunk_tokens, V) in fp32 and one gradient of the head.
+    Returns (sum of loss, every term as (M,) without gradient). The gradient is computed in the forward pass, so no logits are
+    computed twice. Peak memory: four to five tensors of (chunk_tokens, V) in fp32 and one gradient of the head.
     """
     hidden = hidden if at is None else hidden[0, at]
     # without a gradient (scoring, evaluation) the loop below only computes values

@@ -34,15 +34,16 @@ def gradients(run, examples, stage):
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("stage, scale", [("rl", 2.0**16), ("rl", 1.0), ("sft", 2.0**9)])
-def test_float16_gradients_are_those_of_fp32(stage, scale, tmp_path, worker):
-    """The norm of the difference is below 1 % of the gradient's: float16's rounding. Without a scale small ones are lost."""
+@pytest.mark.parametrize("stage, scale, tolerance", [("rl", 2.0**16, 0.01), ("rl", 1.0, 0.01), ("sft", 2.0**9, 0.1)])
+def test_float16_gradients_are_those_of_fp32(stage, scale, tolerance, tmp_path, worker):
+    """The norm of the difference, as a share of the gradient's: float16's rounding. In SFT on text that the model finds most
+    improbable it is 0.08 (bf16: 0.58) with any scale. In RL without a scale the small numbers are lost."""
     exact, examples = make_run(tmp_path / "a", worker, *SEVERAL_PASSES)
     run, _ = make_run(tmp_path / "b", worker, *SEVERAL_PASSES, "--dtype", "float16")
     assert (parallel.loss_scale(exact.optimizer), parallel.loss_scale(run.optimizer)) == (1, 2**16)
     run.optimizer.param_groups[0]["loss_scale"] = scale
     want, found = gradients(exact, examples, stage), gradients(run, examples, stage)
-    assert ((found - want).norm() / want.norm() < 0.01) == (scale > 1)
+    assert ((found - want).norm() / want.norm() < tolerance) == (scale > 1)
 
 
 def test_a_scale_that_is_too_large_is_halved_until_it_fits_and_leaves_no_trace(tmp_path, worker):
@@ -50,12 +51,12 @@ def test_a_scale_that_is_too_large_is_halved_until_it_fits_and_leaves_no_trace(t
     other, _ = make_run(tmp_path / "b", worker, "--dtype", "float16", *SEVERAL_PASSES)
     samples, before, tried = fake_samples(run, examples)[:2], weights_of(run.model), []
     run.optimizer.param_groups[0]["loss_scale"] = 2.0**30
-    while not run.optimizer.state:
+    while not run.optimizer.state and len(tried) < 30:
         assert all(torch.equal(a, b) for a, b in zip(weights_of(run.model), before, strict=True))
         metrics = update(run, samples, 1e-3)
         tried.append(metrics["loss_scale"])
         assert metrics["overflows"] == metrics["left_out"] == float(not run.optimizer.state) and not metrics["not_finite"]
-    assert tried == [2.0 ** (29 - i) for i in range(len(tried) - 1)] + tried[-2:-1] and len(tried) > 4
+    assert tried == [2.0 ** (29 - i) for i in range(len(tried) - 1)] + tried[-2:-1] and 4 < len(tried) < 30
     other.optimizer.param_groups[0]["loss_scale"] = tried[-1]
     assert update(other, samples, 1e-3)["grad_norm"] == metrics["grad_norm"] < 100
     assert all(torch.equal(a, b) for a, b in zip(weights_of(run.model), weights_of(other.model), strict=True))
