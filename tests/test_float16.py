@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import parallel
+import sgpo
 import train
 from tests.common import fake_samples, make_run, read_metrics, update, weights_of
 from tools import faults
 
 SEVERAL_PASSES = ("--micro_tokens", 400, "--max_grad_norm", 1e9)
+STEP = dict.fromkeys(("step", "reward_auto", "reward_guided", "with_target", "length_auto", "truncated"), 0)
 
 
 def gradients(run, examples, stage):
@@ -56,6 +58,8 @@ def test_a_scale_that_is_too_large_is_halved_until_it_fits_and_leaves_no_trace(t
         metrics = update(run, samples, 1e-3)
         tried.append(metrics["loss_scale"])
         assert metrics["overflows"] == metrics["left_out"] == float(not run.optimizer.state) and not metrics["not_finite"]
+        said = sgpo.step_line("sgpo", STEP | metrics, 9)
+        assert (f"overflow, loss scale {tried[-1]:g}" in said) == bool(metrics["overflows"]), said
     assert tried == [2.0 ** (29 - i) for i in range(len(tried) - 1)] + tried[-2:-1] and 4 < len(tried) < 30
     other.optimizer.param_groups[0]["loss_scale"] = tried[-1]
     assert update(other, samples, 1e-3)["grad_norm"] == metrics["grad_norm"] < 100
