@@ -279,7 +279,8 @@ def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimi
     digests = {}
     for of_rank in _together(lambda: {file.name: _sha256(file) for file in mine}):
         digests |= of_rank
-    content = json.loads(to_json({"name": name, "state": state, "updates": updates, "files": digests}))
+    content = {"name": name, "state": state, "updates": updates, "files": digests}
+    content = json.loads(to_json(content | {"loss_scale": optimizer.param_groups[0].get("loss_scale")}))
     _together(complete, only=0)
 
 
@@ -309,8 +310,11 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Load a checkpoint's weights, and its moments into a fresh AdamW if there is one. Frozen weights stay as they are."""
-    updates = _content(path)["updates"]
+    """Load a checkpoint's weights, and its moments and loss scale into a fresh AdamW if there is one. Frozen weights stay."""
+    content = _content(path)
+    updates = content["updates"]
+    if optimizer and content.get("loss_scale"):  # of a run in float16
+        optimizer.param_groups[0]["loss_scale"] = content["loss_scale"]
     if optimizer and updates:
         for _, parameter in _trained(model):
             optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}

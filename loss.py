@@ -157,12 +157,9 @@ def policy_terms(
     return {"loss": weight * token_loss, **stats}
 
 
-def diagnostics(
-    stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor
-) -> tuple[dict[str, float], dict[str, float]]:
-    """(sums, largest values) of the diagnostics of policy_terms over the chosen tokens; all (M,), `chosen` bool."""
-    if not chosen.any():
-        return {}, {}
+def diagnostics(stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Of the m chosen tokens: sums of the diagnostics of policy_terms, and by how much each log-probability differs from the
+    old one (m,). The arguments are (M,), `chosen` bool."""
     ratio = stats["ratio"][chosen]
     log_ratio = stats["logprob"][chosen] - old_logprobs[chosen]
     sums = {
@@ -170,8 +167,9 @@ def diagnostics(
         "entropy": stats["entropy"][chosen].sum().item(),
         "clip_fraction": stats["clipped"][chosen].sum().item(),
         "policy_kl": (ratio - 1 - log_ratio).sum().item(),  # an unbiased estimate of KL(old || new), never negative
+        "logprob_error_mean": log_ratio.abs().sum().item(),
     }
-    return sums, {"ratio_error": (ratio - 1).abs().max().item(), "logprob_error": log_ratio.abs().max().item()}
+    return sums, log_ratio.abs()
 
 
 def distillation_terms(
@@ -230,6 +228,7 @@ def chunked_head(
     chunk_tokens: int,
     at: Tensor | None = None,
     teacher: Tensor | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Apply the language-model head and a per-token loss chunk by chunk, so that (M, V) logits never exist at once [ours].
 
@@ -238,10 +237,10 @@ def chunked_head(
     terms    terms(logits (m, V), *inputs of the chunk) -> tensors (m,), one of them "loss"
     inputs   tensors (M, ...), cut into the same chunks
     teacher  (M, D) hidden states of another pass; terms gets their logits too, before the inputs and without gradient
+    loss_scale  a factor of the gradient alone: in float16 anything below 3e-8 would be 0
 
-    Returns (sum of loss, every term as (M,) without gradient). The gradient is computed in the forward pass, while a chunk's
-    logits exist, because recomputing them in the backward pass would be one more matrix product. Peak memory: four to five
-    tensors of (chunk_tokens, V) in fp32 and one gradient of the head.
+    Returns (sum of loss, every term as (M,) without gradient). The gradient is computed in the forward pass, so no logits are
+    computed twice. Peak memory: four to five tensors of (chunk_tokens, V) in fp32 and one gradient of the head.
     """
     hidden = hidden if at is None else hidden[0, at]
     # without a gradient (scoring, evaluation) the loop below only computes values
@@ -264,7 +263,7 @@ def chunked_head(
                 chunk_loss = values["loss"].sum()
             guided = None  # frees the teacher's logits before the gradient is computed
             if wants_grad:
-                (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
+                (grad_logits,) = torch.autograd.grad(chunk_loss, logits, torch.full_like(chunk_loss, loss_scale))
                 grad_logits = grad_logits.to(dtype)
                 grad_hidden[span] = grad_logits @ w
                 if grad_weight is not None and grad_weight.dtype == dtype:

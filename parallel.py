@@ -35,6 +35,8 @@ from torch.distributed.tensor import DTensor
 from lora import merge
 from model import CausalLM, inverse_frequencies, read_weights
 
+FIRST_SCALE, SCALE_UPDATES = 2.0**16, 100  # float16's loss scale, and after how many updates it is doubled [ours]
+
 
 def start_ranks(device: str, timeout_minutes: float) -> torch.device:
     """Join the other ranks if torchrun started us, else form a group of one. Returns this rank's device: "cpu", "cuda", or
@@ -94,8 +96,10 @@ def leave(status: int = 0) -> NoReturn:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of activations and of the gathered weights: float32 or bfloat16; "auto" is bfloat16 on CUDA."""
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and device.type == "cuda") else torch.float32
+    """Dtype of activations and of the gathered weights, by its name in torch; "auto" is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def world() -> tuple[int, int]:
@@ -313,16 +317,25 @@ def apply_gradients(
     skip_above: float = math.inf,
 ) -> float:
     """Clip the gradients, which are summed over the ranks already, by their norm over all parameters and ranks, and step if
-    may_step. Returns the norm before clipping. `loss` must be over all ranks too, so that all of them step or none does."""
-    parameters = list(trained(model).values())
+    may_step. Returns the norm before clipping. `loss` must be over all ranks too, so that all of them step or none does.
+
+    The gradients are divided by loss_scale first. If they overflowed, it is halved; every SCALE_UPDATES updates it is doubled.
+    """
+    parameters, scale = list(trained(model).values()), loss_scale(optimizer)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if scale != 1:
+            parameter.grad /= scale  # exact, because the scale is a power of two
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if may_step(loss, norm, skip_above):
         optimizer.step()
+        if "loss_scale" in group and optimizer.state[group["params"][0]]["step"] % SCALE_UPDATES == 0:
+            group["loss_scale"] = 2 * scale
+    elif math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
+        group["loss_scale"] = scale / 2
     optimizer.zero_grad()
     return norm
 
@@ -330,6 +343,12 @@ def apply_gradients(
 def trained(model: CausalLM) -> dict[str, Tensor]:
     """The parameters that are not frozen: all of them, or the adapters."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> float:
+    """What the gradients of the next update are to be multiplied by: 1, unless the optimizer was given a "loss_scale", a power
+    of two. Float16 needs one: most gradients of a mean over many tokens are too small for it."""
+    return optimizer.param_groups[0].get("loss_scale", 1.0)
 
 
 def may_step(loss: float, norm: float, skip_above: float = math.inf) -> bool:

@@ -20,6 +20,7 @@ Marks: [eq N], [alg 1], [app X] in the paper; [code] in a baseline's public code
 Axes: P problems, G autonomous group (8), J guided group (4), M response tokens, D width.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +28,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
 from methods import METHODS, Method
 from model import CausalLM
-from parallel import all_reduce, apply_gradients, may_step, pad_micro_batches, whole_model
+from parallel import all_gather, all_reduce, apply_gradients, loss_scale, may_step, pad_micro_batches, whole_model
 from rollout import Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
 from weighting import random_target, reach_gap, reachable_target
 
@@ -223,7 +224,7 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
 # ---------------------------------------------------------------------------------------------------- the update
 
 # metrics that are means over tokens, and the number of those tokens; they are sums until `update` divides them
-MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl"), "own_tokens")
+MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl", "logprob_error_mean"), "own_tokens")
 MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
 
 
@@ -239,20 +240,33 @@ def update(
     policy, targets = policy_items(samples, settings), target_items(samples, settings)
     local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
     count = all_reduce(local, model.device)
-    sums, worst = backward_policy(model, settings, policy, count)
-    sums |= backward_distillation(model, settings, targets, count["problems"])
+    scale = loss_scale(optimizer)
+    sums, errors = backward_policy(model, settings, policy, count, scale)
+    sums |= backward_distillation(model, settings, targets, count["problems"], scale)
     sums = all_reduce(sums, model.device)
     loss = sums["policy_loss"] + sums["distillation_loss"]  # L [eq 7]
     skip_above = METHODS[settings.method].skip_above
     norm = apply_gradients(model, optimizer, loss, learning_rate, settings.max_grad_norm, skip_above)
+    overflow = loss_scale(optimizer) < scale
     return sums | {
         **{name: sums[name] / max(sums[tokens], 1) for name, tokens in MEAN_OVER.items()},
-        **all_reduce(worst, model.device, dist.ReduceOp.MAX),
+        **largest_errors(errors, int(sums["own_tokens"])),
         "loss": loss,
         "grad_norm": norm,
+        "loss_scale": loss_scale(optimizer),
+        "overflows": float(overflow),
         "left_out": float(not may_step(loss, norm, skip_above)),
-        "not_finite": float(not may_step(loss, norm)),
+        "not_finite": float(not overflow and not may_step(loss, norm)),
     }
+
+
+def largest_errors(errors: Tensor, tokens: int) -> dict[str, float]:
+    """The 99.9th percentile and the largest of every rank's errors (m,), which are of so many tokens on all ranks. The
+    percentile is the smallest value that at most one token in a thousand exceeds."""
+    above = tokens // 1000
+    mine = errors.topk(min(above + 1, len(errors))).values.tolist()  # no rank has more of those above than all ranks together
+    largest = sorted(itertools.chain(*all_gather(mine)), reverse=True) or [0.0]
+    return {"logprob_error": largest[0], "logprob_error_p999": largest[above]}
 
 
 def policy_items(samples: list[ProblemSamples], settings: Method) -> list[PolicyItem]:
@@ -286,10 +300,10 @@ def target_items(samples: list[ProblemSamples], settings: Method) -> list[Target
 
 
 def backward_policy(
-    model: CausalLM, settings: Method, items: list[PolicyItem], count: dict[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Accumulate the gradient of the policy loss [eq 1] over micro-batches: (sums, largest values) of this rank's diagnostics.
-    count: "tokens" and "problems" of the whole update.
+    model: CausalLM, settings: Method, items: list[PolicyItem], count: dict[str, float], scale: float
+) -> tuple[dict[str, float], Tensor]:
+    """Accumulate the gradient of the policy loss [eq 1], times `scale`, over micro-batches. Returns sums of this rank's
+    diagnostics, and each of its tokens' |log pi - log pi_old|. count: "tokens" and "problems" of the whole update.
 
     log pi_old is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations
     differ is the metric logprob_error.
@@ -297,9 +311,10 @@ def backward_policy(
     variant, device = METHODS[settings.method], model.device
     bonus = variant.entropy_bonus
     terms = partial(policy_terms, loss=variant.loss(settings), temperature=settings.temperature, entropy_bonus=bonus)
-    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
+    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens, loss_scale=scale)
     sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
-    worst = {"ratio_error": 0.0, "logprob_error": 0.0}
+    sums["logprob_error_mean"] = 0.0
+    errors = [torch.zeros(0, device=device)]
     # a group of equal rewards has no gradient: it counts in the divisors and diagnostics, but needs no backward pass [ours]
     moves = [item.advantage != 0 or bonus > 0 for item in items]
     for gradient in (True, False):
@@ -324,10 +339,10 @@ def backward_policy(
             if indices:
                 sums["policy_loss"] += loss.item()
                 sums["solutions"] += sum(item.is_solution for item in chosen)
-                found, largest = diagnostics(stats, old, ~solution)  # a solution has no sampler to differ from
+                found, error = diagnostics(stats, old, ~solution)  # a solution has no sampler to differ from
                 sums |= {name: sums[name] + value for name, value in found.items()}
-                worst |= {name: max(worst[name], value) for name, value in largest.items()}
-    return sums, worst
+                errors.append(error)
+    return sums, torch.cat(errors)
 
 
 def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) -> float:
@@ -337,16 +352,18 @@ def token_weight(settings: Method, item: PolicyItem, count: dict[str, float]) ->
     return 1 / (count["problems"] * item.group * len(item.trajectory.response_ids))  # 1 / (P G1 |o_i|) [eq 1, 7]
 
 
-def backward_distillation(model: CausalLM, settings: Method, items: list[TargetItem], problems: float) -> dict[str, float]:
-    """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7] over micro-batches.
-    Returns sums of this rank's diagnostics.
+def backward_distillation(
+    model: CausalLM, settings: Method, items: list[TargetItem], problems: float, scale: float
+) -> dict[str, float]:
+    """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7], times `scale`, over
+    micro-batches. Returns sums of this rank's diagnostics.
 
     There are two forwards over the same response tokens: the guided one, at the current theta and without gradient [eq 3], is
     kept as hidden states; then the head of the unguided one turns both into logits, chunk by chunk.
     """
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
-    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens)
+    head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens, loss_scale=scale)
     costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in items]
     for indices in pad_micro_batches(micro_batches(costs, settings.micro_tokens), device):
         chosen = [items[i] for i in indices] or [NO_TARGET]
@@ -376,10 +393,11 @@ def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     metrics = {name: value / len(updates) for name, value in total.items()}
     for name, tokens in MEAN_OVER.items():
         metrics[name] = sum(one[name] * one[tokens] for one in updates) / max(total[tokens], 1)
-    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions", "not_finite")}
-    metrics |= {name: max(one[name] for one in updates) for name in ("ratio_error", "logprob_error")}
+    metrics |= {name: total[name] for name in ("own_tokens", "target_tokens", "solutions", "overflows", "not_finite")}
+    metrics |= {name: max(one[name] for one in updates) for name in ("logprob_error", "logprob_error_p999")}
+    metrics |= {"loss_scale": updates[-1]["loss_scale"]}
     # at the first update the policy has not moved yet: the ratio differs from 1 only by numerical noise against the sampler
-    return metrics | {f"first_{name}": updates[0][name] for name in ("ratio_error", "logprob_error")}
+    return metrics | {f"first_{name}": updates[0][name] for name in metrics if name.startswith("logprob_error")}
 
 
 def describe(settings: Method, samples: list[ProblemSamples], device: torch.device) -> dict[str, float]:
@@ -436,4 +454,5 @@ def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
     parts.append(f"entropy {m['entropy']:.2f}")
     parts.append(f"{m['truncated']:.0%} cut off" if m["truncated"] > 0.5 else f"length {m['length_auto']:.0f}")
     parts += [f"{m['grader_timeouts']:.0f} not graded in time"] * (m["grader_timeouts"] > 0)
+    parts += [f"overflow, loss scale {m['loss_scale']:g}"] * (m["overflows"] > 0)
     return "  ".join(parts)

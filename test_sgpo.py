@@ -418,8 +418,8 @@ def test_policy_loss_on_both_sides_of_both_clips():
     want_grad = torch.where(clipped, 0.0, -advantage * ratio)  # d(-r A) / d logp = -r A where no clip holds
     torch.testing.assert_close(new.grad, want_grad, atol=1e-5, rtol=1e-5)
     stats = {"ratio": got_ratio, "logprob": new.detach(), "entropy": ratio, "clipped": clipped}
-    _, largest = losses.diagnostics(stats, old, ratio > 0)
-    assert largest == pytest.approx({"ratio_error": 0.6, "logprob_error": -math.log(0.4)})  # on either side of 1
+    _, errors = losses.diagnostics(stats, old, ratio < 1.3)
+    assert errors.tolist() == pytest.approx([abs(math.log(r)) for r in (0.4, 0.9, 1.2)] * 2, rel=1e-4)
 
 
 SFT_TERMS = partial(losses.sft_terms, temperature=0.9)
@@ -623,7 +623,8 @@ def test_what_an_update_logs_by_transformers_and_a_slow_loop(distill, tmp_path, 
         "entropy": np.mean(entropies),
         "clip_fraction": np.mean(clipped),
         "policy_kl": np.mean([r - 1 - math.log(r) for r in rho]),
-        "ratio_error": max(abs(r - 1) for r in rho),
+        "logprob_error_mean": np.mean([abs(math.log(r)) for r in rho]),
+        "logprob_error_p999": max(abs(math.log(r)) for r in rho),  # of fewer than 1,000 tokens
         "logprob_error": max(abs(math.log(r)) for r in rho),
         "kl": np.mean(divergences),
         "kept": np.mean(kept),
@@ -904,9 +905,19 @@ def test_first_update_has_ratio_one(tmp_path, worker):
     """Below top_p 1 too: what is stored is the full softmax's log-probability, as the losses take it."""
     run, examples = make_run(tmp_path, worker, "--temperature", 0.7, "--top_p", 0.95)
     metrics = train.rl_step(run, list(enumerate(examples[:4])), 1, 1e-3)
-    assert metrics["first_ratio_error"] < 1e-3
-    assert metrics["first_logprob_error"] < 1e-3
+    mean, percentile, largest = (metrics[f"first_logprob_error{kind}"] for kind in ("_mean", "_p999", ""))
+    assert 0 < mean < percentile <= largest < 1e-3
     assert metrics["clip_fraction"] == 0
+
+
+def test_the_percentile_over_ranks_is_that_of_all_their_tokens(monkeypatch):
+    """3,000 tokens with the values 0 to 2999, of which three may be larger: all on this rank, or some on another."""
+    want = {"logprob_error": 2999.0, "logprob_error_p999": 2996.0}
+    assert sgpo.largest_errors(torch.arange(3000.0), 3000) == want
+    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, [2996.0, 2997.0, 2998.0, 2999.0]])
+    assert sgpo.largest_errors(torch.arange(2960.0), 3000) == want
+    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, []])
+    assert sgpo.largest_errors(torch.zeros(0), 0) == {"logprob_error": 0.0, "logprob_error_p999": 0.0}
 
 
 def test_a_new_method_is_one_entry_and_a_reward_of_ones_own_is_one_argument(tmp_path, worker, monkeypatch):
@@ -945,9 +956,9 @@ def test_a_setting_is_checked_without_the_command_line_too():
 
 def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
     run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
-    both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2}
-    first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "ratio_error": 0.1, "logprob_error": 0.3}
-    second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "ratio_error": 0.2, "logprob_error": 0.2}
+    both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2, "overflows": 1, "logprob_error_mean": 0.1}
+    first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "logprob_error_p999": 0.1, "logprob_error": 0.3, "loss_scale": 4}
+    second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "logprob_error_p999": 0.2, "logprob_error": 0.2, "loss_scale": 2}
     first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0}
     second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1}
     places = []
@@ -960,10 +971,11 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     metrics = train.rl_step(run, list(enumerate(examples[:5])), 1, 0.0)
     assert places == [[0, 1, 2], [3, 4]]
     want = {"loss": 2.5, "grad_norm": 2.5, "left_out": 0.5}  # means over the updates
-    want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "skipped": 2}  # sums
+    want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "overflows": 2, "skipped": 2}  # sums
     want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0}  # means over tokens
-    want |= {"ratio_error": 0.2, "logprob_error": 0.3}  # the largest
-    want |= {"first_ratio_error": 0.1, "first_logprob_error": 0.3}
+    want |= {"logprob_error_p999": 0.2, "logprob_error": 0.3}  # the largest
+    want |= {"first_logprob_error_mean": 0.1, "first_logprob_error_p999": 0.1, "first_logprob_error": 0.3}
+    want |= {"loss_scale": 2}  # the last
     assert {name: metrics[name] for name in want} == pytest.approx(want)
     assert run.progress.skipped == 2
     places.clear()

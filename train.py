@@ -39,6 +39,7 @@ from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
 from model import CausalLM, blank_model, resolve_model, save_model, weight_files
 from parallel import (
+    FIRST_SCALE,
     Control,
     Preempted,
     RankLost,
@@ -47,6 +48,7 @@ from parallel import (
     compute_dtype,
     leave,
     load_sharded,
+    loss_scale,
     may_step,
     model_on_host,
     my_share,
@@ -112,7 +114,7 @@ class Config(Method):
     micro_tokens: int = knob(0, "tokens in one pass of the update; 0: with the next two, as large as memory allows", low=0)
     chunk_tokens: int = knob(0, "tokens in one chunk of the head; 0: as large as memory allows")
     recompute: bool = knob(True, "recompute activations: far less memory, a third more work. With --micro_tokens 0: if needed")
-    dtype: str = knob("auto", "dtype of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16"))
+    dtype: str = knob("auto", "of activations; weights and optimizer are fp32", ("auto", "float32", "bfloat16", "float16"))
     device: str = knob("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda"))
     shard_ranks: int = knob(0, "GPUs that share one copy of the weights; each such group holds a replica (HSDP); 0: all GPUs")
     offload: bool = knob(False, "keep fp32 weights, gradients and optimizer states in host memory")
@@ -276,11 +278,15 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
         batch = data_order(examples, step, cfg.sft_batch, cfg.data_seed, "sft")
         batch = my_share(batch, [len(example.solution_ids) for _, example in batch])
         learning_rate = learning_rate_at(cfg.sft_learning_rate, step, steps, round(cfg.sft_warmup_ratio * steps), "linear")
+        scale = loss_scale(run.optimizer)
         loss = sft_loss(run, [sft_pair(example, step, place, cfg) for place, example in batch])
         norm = apply_gradients(run.model, run.optimizer, loss, learning_rate, cfg.max_grad_norm)
-        progress.count_skipped(not may_step(loss, norm), cfg.max_skipped)
-        run.folder.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
-        say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}")
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "loss_scale": loss_scale(run.optimizer)}
+        overflow = metrics["loss_scale"] < scale
+        progress.count_skipped(not (overflow or may_step(loss, norm)), cfg.max_skipped)
+        run.folder.log({"stage": "sft", "step": step + 1, **metrics})
+        left_out = f": overflow, loss scale {metrics['loss_scale']:g}" if overflow else ""
+        say(f"sft {step + 1:>4}/{steps}  loss {loss:.4f}  grad norm {norm:.2f}{left_out}")
         progress.sft_steps = step + 1
         last, epoch = step + 1 == steps, (step + 1) * cfg.sft_batch // len(examples)
         if validation and (last or epoch > step * cfg.sft_batch // len(examples)):
@@ -325,6 +331,7 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
             inputs=(packed.targets, weight),
             at=packed.predict,
             chunk_tokens=cfg.chunk_tokens,
+            loss_scale=loss_scale(run.optimizer),
         )
         loss, _ = run.model(**packed.layout, head=head)
         if torch.is_grad_enabled():
@@ -461,6 +468,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     if cfg.lora_rank:  # the checkpoints do not hold the frozen weights
         origin["data"] |= origin_of({f"base/{file.name}": str(file) for file in weight_files(model_folder)})["data"]
     optimizer = torch.optim.AdamW(trained(model).values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    if cfg.dtype == "float16":
+        optimizer.param_groups[0]["loss_scale"] = FIRST_SCALE
     folder = RunFolder(Path(cfg.out), dataclasses.asdict(cfg), origin)
     cfg = settle_update(cfg, model, examples)
     model.model.recompute = cfg.recompute

@@ -152,7 +152,7 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.
         sizes = {"passes": plan.passes_text(changed), "share_of_peak": flops / seconds / limit}
         result[name] = memory_row(name, predicted, peak + resident, seconds, sizes)
         if "logprob_error" not in result:  # of the first update alone: then the policy has moved
-            result |= {error: value for error, value in metrics.items() if "logprob_error" in error or error == "ratio_error"}
+            result |= {error: metrics[error] for error in ("logprob_error_mean", "logprob_error_p999", "logprob_error")}
         result[name]["kernels_of_4_problems"] = time_by_kernel(partial(work, samples[:4], 1e-6), device)
     model.zero_grad()
     return result

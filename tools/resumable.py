@@ -351,7 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--correct_at", type=at_least(1e-6, float), default=1.0, help="least reward of a correct response (default: 1)")
     add("--timeout", type=at_least(0.001, float), default=5.0, help="seconds to grade one response (default: 5)")
     add = parser.add_argument_group("machine and results").add_argument
-    types = ("auto", "float32", "bfloat16")
+    types = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=types, help="auto: bfloat16 on CUDA, else float32 (default: auto)")
     devices = ("auto", "cpu", "cuda")
     add("--device", default="auto", choices=devices, help="auto: CUDA if there is one, else the CPU (default: auto)")
