@@ -157,19 +157,19 @@ def policy_terms(
     return {"loss": weight * token_loss, **stats}
 
 
-def diagnostics(stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Of the m chosen tokens: sums of the diagnostics of policy_terms, and by how much each log-probability differs from the
-    old one (m,). The arguments are (M,), `chosen` bool."""
-    ratio = stats["ratio"][chosen]
-    log_ratio = stats["logprob"][chosen] - old_logprobs[chosen]
-    sums = {
-        "own_tokens": ratio.numel(),
-        "entropy": stats["entropy"][chosen].sum().item(),
-        "clip_fraction": stats["clipped"][chosen].sum().item(),
-        "policy_kl": (ratio - 1 - log_ratio).sum().item(),  # an unbiased estimate of KL(old || new), never negative
-        "logprob_error_mean": log_ratio.abs().sum().item(),
+def diagnostics(stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums of the diagnostics of policy_terms over the chosen tokens, and by how much each one's log-probability differs from
+    the old one; 0 for the others. The arguments and the last result are (M,), `chosen` bool. Nothing waits for a GPU."""
+    log_ratio = torch.where(chosen, stats["logprob"] - old_logprobs, 0.0)
+    ratio = torch.where(chosen, stats["ratio"], 1.0)
+    values = {
+        "own_tokens": chosen,
+        "entropy": torch.where(chosen, stats["entropy"], 0.0),
+        "clip_fraction": torch.where(chosen, stats["clipped"], 0.0),
+        "policy_kl": ratio - 1 - log_ratio,  # an unbiased estimate of KL(old || new), never negative
+        "logprob_error_mean": log_ratio.abs(),
     }
-    return sums, log_ratio.abs()
+    return {name: value.sum(dtype=torch.float64) for name, value in values.items()}, log_ratio.abs()
 
 
 def distillation_terms(

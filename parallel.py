@@ -107,10 +107,10 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce(values: dict[str, float], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+def all_reduce(values: dict[str, float | Tensor], device: torch.device, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
     """Each value summed (or another op) over the ranks, in float64. Every rank must call it with the same names."""
     names = sorted(values)
-    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    total = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
     if dist.is_initialized():
         dist.all_reduce(total, op)
     return dict(zip(names, total.tolist(), strict=True))

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kv_cache import on_device
 from loss import chunked_head, diagnostics, distillation_terms, policy_terms, sft_terms
 from methods import METHODS, Method
 from model import CausalLM
@@ -327,17 +328,18 @@ def backward_policy(
             rows = [item.trajectory for item in chosen]
             packed = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows], device=device)
             # one value per token, (M,) each, picked by its sequence
-            old = torch.tensor([value for row in rows for value in row.logprobs], device=device)  # log pi_old
-            advantages = torch.tensor([item.advantage for item in chosen], device=device)[packed.sequence]  # A_i
-            weight = torch.tensor(weights, device=device)[packed.sequence]
-            solution = torch.tensor([item.is_solution for item in chosen], device=device)[packed.sequence]
+            tensor = partial(on_device, dtype=torch.float32, device=device)
+            old = tensor([value for row in rows for value in row.logprobs])  # log pi_old
+            advantages = tensor([item.advantage for item in chosen])[packed.sequence]  # A_i
+            weight = tensor(weights)[packed.sequence]
+            solution = tensor([item.is_solution for item in chosen])[packed.sequence] > 0
             inputs = (packed.targets, old, advantages, weight, *[solution] * variant.demonstrates)
             with torch.set_grad_enabled(gradient):
                 loss, stats = model(**packed.layout, head=partial(head, inputs=inputs, at=packed.predict))
             if gradient:
                 loss.backward()
             if indices:
-                sums["policy_loss"] += loss.item()
+                sums["policy_loss"] += loss.detach().double()  # not .item(), here and below: it would wait for the GPU
                 sums["solutions"] += sum(item.is_solution for item in chosen)
                 found, error = diagnostics(stats, old, ~solution)  # a solution has no sampler to differ from
                 sums |= {name: sums[name] + value for name, value in found.items()}
@@ -373,14 +375,14 @@ def backward_distillation(
         with torch.no_grad():
             teacher = model(**guided.layout, head=lambda hidden, _, at=guided.predict: hidden[0, at])  # (M, D), sg[] of [eq 3]
         weight = [item.alpha / (problems * len(item.response_ids)) for item in chosen]  # alpha(q) / (P |o+|) [eq 5, 7]
-        inputs = (unguided.targets, torch.tensor(weight, device=device)[unguided.sequence])
+        inputs = (unguided.targets, on_device(weight, torch.float32, device)[unguided.sequence])
         loss, stats = model(**unguided.layout, head=partial(head, inputs=inputs, at=unguided.predict, teacher=teacher))
         loss.backward()
         if indices:
-            sums["distillation_loss"] += loss.item()
+            sums["distillation_loss"] += loss.detach().double()
             sums["target_tokens"] += stats["divergence"].numel()
-            sums["kl"] += stats["divergence"].sum().item()
-            sums["kept"] += stats["kept"].sum().item()
+            sums["kl"] += stats["divergence"].sum(dtype=torch.float64)
+            sums["kept"] += stats["kept"].sum(dtype=torch.float64)
     return sums
 
 
