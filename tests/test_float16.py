@@ -12,7 +12,7 @@ from tests.common import fake_samples, make_run, read_metrics, update, weights_o
 from tools import faults
 
 SEVERAL_PASSES = ("--micro_tokens", 400, "--max_grad_norm", 1e9)
-STEP = dict.fromkeys(("step", "reward_auto", "reward_guided", "with_target", "length_auto", "truncated"), 0)
+STEP = dict.fromkeys(("step", "grader_timeouts", "reward_auto", "reward_guided", "with_target", "length_auto", "truncated"), 0)
 
 
 def gradients(run, examples, stage):
