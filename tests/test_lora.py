@@ -87,17 +87,14 @@ def test_adapters_start_as_the_base_and_merge_into_it(dtype):
 
 
 def test_a_change_below_the_spacing_of_bf16_is_kept_on_average():
-    """Rounded to the nearest, hardly an entry would change. Also in rows whose width is a power of two."""
+    """In rows whose width is a power of two, too. Rounded to the nearest, 8 % of it would be kept."""
     generator = torch.Generator().manual_seed(0)
-    for width in (320, 512):
-        W = (0.02 * torch.randn(400, width, generator=generator)).bfloat16().float()
-        change = 2e-6 * torch.randn(400, 1, generator=generator) @ torch.randn(1, width, generator=generator)
-        rounded = lora.round_to(torch.bfloat16, W + change)
-        kept = ((rounded.float() - W) * change).sum() / change.square().sum()
-        nearest = (((W + change).bfloat16().float() - W) * change).sum() / change.square().sum()
-        print(kept, nearest)
-        assert rounded.dtype == torch.bfloat16 and abs(kept - 1) < 0.1 and nearest < 0.5
-        assert torch.equal(lora.round_to(torch.bfloat16, W).float(), W)
+    W = (0.02 * torch.randn(400, 512, generator=generator)).bfloat16().float()
+    change = 2e-6 * torch.randn(400, 1, generator=generator) @ torch.randn(1, 512, generator=generator)
+    rounded = lora.round_to(torch.bfloat16, W + change)
+    assert rounded.dtype == torch.bfloat16
+    assert abs(((rounded.float() - W) * change).sum() / change.square().sum() - 1) < 0.1
+    assert torch.equal(lora.round_to(torch.bfloat16, W).float(), W)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
