@@ -910,16 +910,6 @@ def test_first_update_has_ratio_one(tmp_path, worker):
     assert metrics["clip_fraction"] == 0
 
 
-def test_the_percentile_over_ranks_is_that_of_all_their_tokens(monkeypatch):
-    """3,000 tokens with the values 0 to 2999, of which three may be larger: all on this rank, or some on another."""
-    want = {"logprob_error": 2999.0, "logprob_error_p999": 2996.0}
-    assert sgpo.largest_errors(torch.arange(3000.0), 3000) == want
-    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, [2996.0, 2997.0, 2998.0, 2999.0]])
-    assert sgpo.largest_errors(torch.arange(2960.0), 3000) == want
-    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, []])
-    assert sgpo.largest_errors(torch.zeros(0), 0) == {"logprob_error": 0.0, "logprob_error_p999": 0.0}
-
-
 def test_a_new_method_is_one_entry_and_a_reward_of_ones_own_is_one_argument(tmp_path, worker, monkeypatch):
     """REINFORCE with the batch's mean as baseline, from the command line to the update. Every second response is right."""
 

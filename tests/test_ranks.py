@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import parallel
 import rollout
+import sgpo
 from data.examples import shuffled
 from model import ModelConfig, blank_model, build_model, load_model
 from tests.common import CPU, ROOT, TIMES, TINY_BASE, on_ranks, read_metrics, run_script, tiny_rows, write_rows
@@ -25,6 +26,16 @@ def test_balance_gives_every_rank_a_fair_share():
         shares = parallel.balance(costs, ranks)
         assert sorted(itertools.chain(*shares)) == list(range(count)) and len(shares) == ranks
         assert max(map(len, shares)) - min(map(len, shares)) <= 1 and (not count or 0 in shares[0])
+
+
+def test_the_percentile_over_ranks_is_that_of_all_their_tokens(monkeypatch):
+    """3,000 tokens with the values 0 to 2999, of which three may be larger: all on this rank, or some on another."""
+    want = {"logprob_error": 2999.0, "logprob_error_p999": 2996.0}
+    assert sgpo.largest_errors(torch.arange(3000.0), 3000) == want
+    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, [2996.0, 2997.0, 2998.0, 2999.0]])
+    assert sgpo.largest_errors(torch.arange(2960.0), 3000) == want
+    monkeypatch.setattr(sgpo, "all_gather", lambda own: [own, []])
+    assert sgpo.largest_errors(torch.zeros(0), 0) == {"logprob_error": 0.0, "logprob_error_p999": 0.0}
 
 
 def test_leave_ends_at_once_with_its_status_and_all_that_was_said():
