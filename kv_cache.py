@@ -400,15 +400,13 @@ def paged_attention(
     out = q.new_empty(B, K, parts, G, E, dtype=torch.float32)
     lse = q.new_empty(B, K, parts, G, dtype=torch.float32)
     q = q.contiguous()
+    tensors = (q, kv, page_table, prompt_length, response_length, out, lse)
+    sizes = (E**-0.5, kv.stride(0), page_table.shape[1], B)
     shape = dict(G=G, E=E, S=S, PARTS=parts)
-    _prompt_kernel[chunks, K, prompt_splits](
-        q, kv, page_table, prompt_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1], B,
-        G_PADDED=padded, ROWS=shared, SPLITS=prompt_splits, **shape,
-    )  # fmt: skip
-    _response_kernel[B, K, own_splits](
-        q, kv, page_table, prompt_length, response_length, out, lse, E**-0.5, kv.stride(0), page_table.shape[1],
-        G_PADDED=max(16, padded), SPLITS=own_splits, **shape,
-    )  # fmt: skip
+    of_prompts = dict(OWN=False, G_PADDED=padded, ROWS=shared, SPLITS=prompt_splits)
+    of_responses = dict(OWN=True, G_PADDED=max(16, padded), ROWS=1, SPLITS=own_splits)
+    _pages_kernel[chunks, K, prompt_splits](*tensors, *sizes, **of_prompts, **shape)
+    _pages_kernel[B, K, own_splits](*tensors, *sizes, **of_responses, **shape)
     mixed = torch.empty_like(q)
     _combine_kernel[B, K](out, lse, mixed, G=G, G_PADDED=padded, E=E, PARTS=parts)
     return mixed
@@ -428,78 +426,51 @@ if triton is not None:
         tl.store(kv + slot + value_stride, tl.load(v + source, mask=holds).to(dtype), mask=holds)
 
     @triton.jit
-    def _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed):
-        """One page of the online softmax. place: (S, E) offsets of its keys; reads (queries, S): what each query may read.
-
-        top (queries,) is the largest score so far, total the softmax's denominator relative to exp(top), mixed its numerator.
-        """
-        holds = tl.max(reads.to(tl.int32), 0)[:, None] > 0  # a slot without a token may hold anything
-        key = tl.load(kv + place, mask=holds, other=0.0)  # (S, E)
-        value = tl.load(kv + place + value_offset, mask=holds, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(reads, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink, p = tl.exp(top - new_top), tl.exp(scores - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-        return new_top, total, mixed
-
-    @triton.jit
-    def _prompt_kernel(
-        q, kv, page_table, prompt_length, out, lse, scale, value_offset, table_width, B,
+    def _pages_kernel(
+        q, kv, page_table, prompt_length, response_length, out, lse, scale, value_offset, table_width, B, OWN: tl.constexpr,
         G: tl.constexpr, G_PADDED: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
         PARTS: tl.constexpr,
     ):  # fmt: skip
-        """One program: ROWS neighbouring rows, key/value head k, split s. out[b, k, s] (G, E) and lse[b, k, s] (G,) cover the
-        pages s, s + SPLITS, ... of the row's prompt."""
+        """One program: ROWS neighbouring rows, key/value head k, split s, over the pages s, s + SPLITS, ... of the rows'
+        prompts, or with OWN of their responses. It writes a part of out (B, K, PARTS, G, E) and lse (B, K, PARTS, G)."""
         chunk, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         heads = tl.num_programs(1)
         i, e, slot = tl.arange(0, ROWS * G_PADDED), tl.arange(0, E), tl.arange(0, S)
         b, g = chunk * ROWS + i // G_PADDED, i % G_PADDED  # of each query
         is_query = (b < B) & (g < G)
         query = tl.load(q + ((b * heads + k) * G + g)[:, None] * E + e[None, :], mask=is_query[:, None], other=0.0)
-        prompt = tl.load(page_table + b * table_width, mask=b < B, other=-1)  # the first page names the prompt
-        top = tl.full((ROWS * G_PADDED,), -1e30, tl.float32)  # finite: a difference of infinities would be nan
-        total = tl.zeros((ROWS * G_PADDED,), tl.float32)
-        mixed = tl.zeros((ROWS * G_PADDED, E), tl.float32)
+        owner = tl.load(page_table + b * table_width, mask=b < B, other=-1)  # the first page names the prompt
+        top = tl.full((ROWS * G_PADDED,), -1e30, tl.float32)  # the largest score; finite: inf - inf would be nan
+        total = tl.zeros((ROWS * G_PADDED,), tl.float32)  # the softmax's denominator, relative to exp(top)
+        mixed = tl.zeros((ROWS * G_PADDED, E), tl.float32)  # its numerator
         waiting = b  # the rows whose prompt has not been read yet; B for all others
         row = chunk * ROWS
         while row < B:
-            readers = prompt == tl.load(page_table + row * table_width)
+            pages = page_table + row * table_width
+            readers = (owner == tl.load(pages)) & (b < B)
             length = tl.load(prompt_length + row)
+            if OWN:
+                pages += tl.cdiv(length, S)
+                length = tl.load(response_length + row)
             for j in range(split, tl.cdiv(length, S), SPLITS):
-                page = tl.load(page_table + row * table_width + j).to(tl.int64)
-                place = ((page * heads + k) * S + slot[:, None]) * E + e[None, :]
-                reads = readers[:, None] & (slot < length - j * S)[None, :]
-                top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
+                place = kv + ((tl.load(pages + j).to(tl.int64) * heads + k) * S + slot[:, None]) * E + e[None, :]
+                holds = slot < length - j * S  # a slot without a token may hold anything
+                key = tl.load(place, mask=holds[:, None], other=0.0)  # (S, E)
+                value = tl.load(place + value_offset, mask=holds[:, None], other=0.0)
+                scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+                scores = tl.where(readers[:, None] & holds[None, :], scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1))
+                shrink, p = tl.exp(top - new_top), tl.exp(scores - new_top[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                mixed = mixed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+                top = new_top
             waiting = tl.where(readers, B, waiting)
             row = tl.min(waiting, 0)
-        entry = ((b * heads + k) * PARTS + split) * G + g
+        part = split + PARTS - SPLITS if OWN else split
+        entry = ((b * heads + k) * PARTS + part) * G + g
         # a split without a page has the weight exp(-inf) = 0, and its result must be 0 and not 0 / 0
         tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=is_query[:, None])
         tl.store(lse + entry, top + tl.log(total), mask=is_query)
-
-    @triton.jit
-    def _response_kernel(
-        q, kv, page_table, prompt_length, response_length, out, lse, scale, value_offset, table_width,
-        G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    ):  # fmt: skip
-        """One program: row b, key/value head k, split s, over the pages s, s + SPLITS, ... of the row's response."""
-        b, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        heads = tl.num_programs(1)
-        g, e, slot = tl.arange(0, G_PADDED), tl.arange(0, E), tl.arange(0, S)
-        query = tl.load(q + ((b * heads + k) * G + g[:, None]) * E + e[None, :], mask=(g < G)[:, None], other=0.0)  # (G, E)
-        pages, length = page_table + b * table_width + tl.cdiv(tl.load(prompt_length + b), S), tl.load(response_length + b)
-        top = tl.full((G_PADDED,), -1e30, tl.float32)
-        total = tl.zeros((G_PADDED,), tl.float32)
-        mixed = tl.zeros((G_PADDED, E), tl.float32)
-        for j in range(split, tl.cdiv(length, S), SPLITS):
-            place = ((tl.load(pages + j).to(tl.int64) * heads + k) * S + slot[:, None]) * E + e[None, :]
-            reads = (g >= 0)[:, None] & (slot < length - j * S)[None, :]
-            top, total, mixed = _attend_page(query, kv, place, value_offset, reads, scale, top, total, mixed)
-        entry = ((b * heads + k) * PARTS + PARTS - SPLITS + split) * G + g
-        tl.store(out + entry[:, None] * E + e[None, :], mixed / tl.maximum(total, 1e-30)[:, None], mask=(g < G)[:, None])
-        tl.store(lse + entry, top + tl.log(total), mask=g < G)
 
     @triton.jit
     def _combine_kernel(out, lse, mixed, G: tl.constexpr, G_PADDED: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
