@@ -307,14 +307,14 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     top_p, and any others exactly as probable as the last of them. Temperature 0 is greedy. The log-probability is that of the
     whole distribution at this temperature (at 0: at temperature 1) [ours].
     """
-    if logits.device.type == "cuda" and triton is not None:
-        return sample_in_one_kernel(logits, uniform, temperature, top_p)
     # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
     # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
     scaled = logits.float()
     if temperature == 0:
         best, token = scaled.max(-1)
         return token, best - scaled.logsumexp(-1)
+    if logits.device.type == "cuda" and triton is not None:
+        return sample_in_one_kernel(logits, uniform, temperature, top_p)
     if temperature != 1:
         scaled = scaled / temperature
     whole = log_total = scaled.logsumexp(-1, keepdim=True)  # (B, 1)
@@ -357,9 +357,8 @@ def sample_in_one_kernel(logits: Tensor, uniform: Tensor, temperature: float, to
     bits = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}[logits.dtype]
     tile = min(TILE, triton.next_power_of_2(V))
     _sample_kernel[B,](
-        logits.contiguous(), uniform, token, logprob, V, 1 / temperature if temperature else 1.0, top_p,
-        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BITS=bits, SIZE=tile,
-        TILES=triton.next_power_of_2(triton.cdiv(V, tile)), num_warps=8,
+        logits.contiguous(), uniform, token, logprob, V, 1 / temperature, top_p,
+        NUCLEUS=top_p < 1, BITS=bits, SIZE=tile, TILES=triton.next_power_of_2(triton.cdiv(V, tile)), num_warps=8,
     )  # fmt: skip
     return token, logprob
 
@@ -385,19 +384,16 @@ if triton is not None:
 
     @triton.jit
     def _softmax_of_row(logits, V, scale, SIZE: tl.constexpr):
-        """(largest scaled logit, its first index, logsumexp), with a maximum and a denominator for each lane of a tile."""
+        """(largest scaled logit, logsumexp), with a maximum and a denominator for each lane of a tile."""
         top = tl.full((SIZE,), -1e38, tl.float32)  # finite: a difference of infinities would be nan
         total = tl.zeros((SIZE,), tl.float32)
-        best = tl.zeros((SIZE,), tl.int32)
         for start in range(0, V, SIZE):
             x = _tile(logits, start, V, SIZE) * scale
-            best = tl.where(x > top, start + tl.arange(0, SIZE), best)
             new_top = tl.maximum(top, x)
             total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
             top = new_top
         largest = tl.max(top, 0)
-        log_total = largest + tl.log(tl.sum((total * tl.exp(top - largest)).to(tl.float64), 0)).to(tl.float32)
-        return largest, tl.min(tl.where(top == largest, best, V - 1), 0), log_total
+        return largest, largest + tl.log(tl.sum((total * tl.exp(top - largest)).to(tl.float64), 0)).to(tl.float32)
 
     @triton.jit
     def _smallest_in_nucleus(logits, V, scale, log_total, largest, top_p, BITS: tl.constexpr, SIZE: tl.constexpr):
@@ -429,31 +425,30 @@ if triton is not None:
     @triton.jit
     def _sample_kernel(
         logits, uniform, token, logprob, V, scale, top_p,
-        GREEDY: tl.constexpr, NUCLEUS: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
+        NUCLEUS: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
     ):  # fmt: skip
         """One program a row."""
         row = tl.program_id(0)
         logits += row.to(tl.int64) * V
-        largest, drawn, log_total = _softmax_of_row(logits, V, scale, SIZE)
-        if not GREEDY:
-            least = float("-inf")
-            if NUCLEUS:
-                least = _smallest_in_nucleus(logits, V, scale, log_total, largest, top_p, BITS, SIZE)
-            tiles = tl.arange(0, TILES)
-            mass = tl.zeros((TILES,), tl.float64)  # of each tile of the vocabulary
-            for start in range(0, V, SIZE):
-                x = _tile(logits, start, V, SIZE)
-                p = tl.where(x >= least, tl.exp(x * scale - log_total), 0.0)
-                mass = tl.where(tiles == start // SIZE, tl.sum(p.to(tl.float64), 0), mass)
-            total = tl.sum(mass, 0)
-            below: tl.constexpr = 0.9999999999999998  # of a sum, so that a tile and a token in it are always found
-            target = tl.minimum(tl.load(uniform + row) * total, total * below)
-            # the first whose sum EXCEEDS the target, so a token of probability 0 can never be drawn
-            which = tl.minimum(tl.sum((tl.cumsum(mass, 0) <= target).to(tl.int32), 0), (V - 1) // SIZE)
-            x = _tile(logits, which * SIZE, V, SIZE)
-            p = tl.where(x >= least, tl.exp(x * scale - log_total), 0.0).to(tl.float64)
-            rest = tl.minimum(target - tl.sum(tl.where(tiles < which, mass, 0.0), 0), tl.sum(p, 0) * below)
-            drawn = which * SIZE + tl.sum((tl.cumsum(p, 0) <= rest).to(tl.int32), 0)
+        largest, log_total = _softmax_of_row(logits, V, scale, SIZE)
+        least = float("-inf")
+        if NUCLEUS:
+            least = _smallest_in_nucleus(logits, V, scale, log_total, largest, top_p, BITS, SIZE)
+        tiles = tl.arange(0, TILES)
+        mass = tl.zeros((TILES,), tl.float64)  # of each tile of the vocabulary
+        for start in range(0, V, SIZE):
+            x = _tile(logits, start, V, SIZE)
+            p = tl.where(x >= least, tl.exp(x * scale - log_total), 0.0)
+            mass = tl.where(tiles == start // SIZE, tl.sum(p.to(tl.float64), 0), mass)
+        total = tl.sum(mass, 0)
+        below: tl.constexpr = 0.9999999999999998  # of a sum, so that a tile and a token in it are always found
+        target = tl.minimum(tl.load(uniform + row) * total, total * below)
+        # the first whose sum EXCEEDS the target, so a token of probability 0 can never be drawn
+        which = tl.minimum(tl.sum((tl.cumsum(mass, 0) <= target).to(tl.int32), 0), (V - 1) // SIZE)
+        x = _tile(logits, which * SIZE, V, SIZE)
+        p = tl.where(x >= least, tl.exp(x * scale - log_total), 0.0).to(tl.float64)
+        rest = tl.minimum(target - tl.sum(tl.where(tiles < which, mass, 0.0), 0), tl.sum(p, 0) * below)
+        drawn = which * SIZE + tl.sum((tl.cumsum(p, 0) <= rest).to(tl.int32), 0)
         drawn = tl.minimum(drawn, V - 1)  # for a logit that is nan or inf
         tl.store(token + row, drawn.to(tl.int64))
         tl.store(logprob + row, tl.load(logits + drawn).to(tl.float32) * scale - log_total)
