@@ -3,13 +3,8 @@ r"""Strategies: what one is, its text form, and every prompt that contains one. 
 A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any computation and
 without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution; the policy gets it in the
 guided prompt. What the prompts ask the strong model for, and the four criteria, are the paper's [app B, tab 4, tab 5];
-every wording and the text form are ours.
-
-This file calls no model and no server. tools/extract.py does, and this file starts it:
-
-    python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
-
-As a module it needs the standard library only, so it can be copied into another project alone. For a look:
+every wording and the text form are ours. It needs the standard library only: copy this file alone. The command line,
+`python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl`, is tools/extract.py's. A look:
 
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',)))[0]['content'])"
 """
@@ -143,14 +138,13 @@ DEFAULT = Template()
 
 
 def auto_messages(problem: str, template: Template = DEFAULT) -> list[dict[str, str]]:
-    """The chat messages of the unguided prompt, pi(.|q). ValueError for an empty problem."""
-    return template.messages(template.prompt, problem=_check_text("problem", problem))
+    """The chat messages of the unguided prompt, pi(.|q)."""
+    return template.messages(template.prompt, problem=problem)
 
 
 def guided_messages(problem: str, strategy: Strategy, template: Template = DEFAULT) -> list[dict[str, str]]:
     """The chat messages of the guided prompt, pi(.|q, s): with the strategy before the problem [§3.1]."""
-    texts = {"problem": _check_text("problem", problem), "strategy": format_strategy(strategy)}
-    return template.messages(template.guided, **texts)
+    return template.messages(template.guided, problem=problem, strategy=format_strategy(strategy))
 
 
 # ------------------------------------------------------------------------------------ prompts for the strong model
@@ -165,7 +159,7 @@ def solution_prompt(problem: str) -> list[dict[str, str]]:
 step that matters with its reason, in order, without false starts and without remarks about yourself.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 {INSTRUCTION}""")
@@ -180,11 +174,11 @@ def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
 that will have to solve similar problems without seeing this response.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 <response>
-{_check_text("solution", solution)}
+{solution}
 </response>
 
 Describe three things, and no others:
@@ -222,11 +216,11 @@ def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) 
 that solution, for use on similar problems. Score the attempts.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 <solution>
-{_check_text("solution", solution)}
+{solution}
 </solution>
 
 {shown}
@@ -245,12 +239,6 @@ else: its number and a colon as below, then its four scores in place of the name
 
 def _user(content):
     return [{"role": "user", "content": content}]
-
-
-def _check_text(name, value):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
-    return value
 
 
 # ------------------------------------------------------------------------------------------ the choice of a candidate
@@ -281,12 +269,9 @@ def mean_score(scores: Mapping[str, float]) -> float:
 def best_candidate(scores: Sequence[Mapping[str, float] | None]) -> int:
     """The index of the candidate with the highest mean score [app B]; the first of them if several have it [ours].
 
-    scores: one entry for each candidate, as in parse_scores' list, or None for a candidate that is out. ValueError if all
-    of them are.
+    scores: one entry for each candidate, as in parse_scores' list, or None for a candidate that is out; not all may be.
     """
     means = {i: mean_score(candidate) for i, candidate in enumerate(scores) if candidate is not None}
-    if not means:
-        raise ValueError(f"no candidate is left of {len(scores)}")
     return max(means, key=means.get)  # a dict keeps its order, and max takes the first of equals
 
 
@@ -299,15 +284,7 @@ def quality(scores: Mapping[str, float]) -> str:
     return "high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low"
 
 
-# ------------------------------------------------------------------------------------------ the command
-
-
-def main():
-    """python strategy.py ...: the command line of tools/extract.py."""
+if __name__ == "__main__":
     from tools.extract import run  # imported here: the module must stay free of siblings
 
     run()
-
-
-if __name__ == "__main__":
-    main()

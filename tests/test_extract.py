@@ -481,8 +481,8 @@ def test_extraction_by_our_own_sampler_from_the_command_line(tmp_path, capsys, m
     flags = ["--data", str(data), "--local", str(TINY_BASE), "--out", str(out), "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["strategy.py", *flags, "--device", "cpu", "--max_tokens", "16"])
     with pytest.raises(SystemExit) as status:  # the tiny base knows no other prompts than its own: its rows fail one by one
-        strategy_module.main()
+        extract.run()
     assert status.value.code == 3 and capsys.readouterr().err.count("failed: ") == 2 and not out.exists()
     monkeypatch.setattr(sys, "argv", ["strategy.py", *flags, "--seed", "1"])
     with pytest.raises(SystemExit, match="strategy.py: .*no paid answer would fit"):  # a message: exit status 1
-        strategy_module.main()
+        extract.run()
