@@ -55,15 +55,20 @@ def _undress(text: str) -> str:
     return wrapped[2].strip() if wrapped else text
 
 
+class RewardError(RuntimeError):
+    """The process of a reward did not start, or its function raised or returned no number in [0, 1]; then it names the row."""
+
+
 class Child(AbstractContextManager):
     """A process that answers questions, a line of JSON for each, started at the first one. For one thread.
 
     timeout_s limits a question: then the child and all that it has started are killed, and the next question starts a new one
-    (RuntimeError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
+    (RewardError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
     """
 
-    def __init__(self, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
-        self.command, self.timeout_s, self.environment = [sys.executable, "-P", __file__, *command], timeout_s, environment
+    def __init__(self, name: str, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
+        self.name, self.command = name, [sys.executable, "-P", __file__, *command]
+        self.timeout_s, self.environment = timeout_s, environment
         self.timeouts, self._process = 0, None
 
     def close(self, *_: object) -> None:
@@ -84,7 +89,7 @@ class Child(AbstractContextManager):
         self._process = Popen(self.command, env=self.environment, start_new_session=True, **pipes)
         if self._process.stdout.readline() != b"ready\n":
             self.close()
-            raise RuntimeError("the grader's process did not start, its error is above")
+            raise RewardError(f"{self.name}: its process did not start, the error is above")
 
     def ask(self, question: object, limit_s: float | None = None) -> object:
         """Its answer to something JSON can hold. None if there is none in time, and counted."""
@@ -109,7 +114,7 @@ class MathWorker(Child):
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        super().__init__(["math", str(memory_bytes)], timeout_s, environment)
+        super().__init__("math-verify", ["math", str(memory_bytes)], timeout_s, environment)
 
     def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
         """math-verify's verdict on two LaTeX expressions without delimiters. False if there is none in time, and counted."""
@@ -118,10 +123,6 @@ class MathWorker(Child):
     def reward(self, response: str, problem: object) -> float:
         """1 if the response's final answer is the problem's, else 0."""
         return float(is_correct(response, problem.answer, self))
-
-
-class RewardError(RuntimeError):
-    """There is no such reward function, or it raised, or returned no number in [0, 1]. Names the row."""
 
 
 class UserReward(Child):
@@ -135,22 +136,15 @@ class UserReward(Child):
         file, _, function = name.rpartition(":")
         if not os.path.isfile(file) or not function.isidentifier():
             raise RewardError(f"--reward {name}: expected FILE.py:FUNCTION, with a file that exists")
-        super().__init__(["reward", file, function], timeout_s)
-        self.name = name
-        try:
-            self.start()
-        except RuntimeError as error:
-            raise RewardError(f"--reward {name}: {error}") from error
+        super().__init__(f"--reward {name}", ["reward", file, function], timeout_s)
+        self.start()
 
     def reward(self, response: str, problem: object) -> float:
         """What the function pays. RewardError if it does not return a number in [0, 1]."""
         answer = self.ask([response, problem.to_row()])
-        if answer is None:
-            return 0.0
-        if isinstance(answer, str) or not 0 <= answer <= 1:
-            what = answer if isinstance(answer, str) else f"returned {answer}, which is not in [0, 1]"
-            raise RewardError(f"--reward {self.name}: row {problem.id!r}: {what}")
-        return answer
+        if isinstance(answer, str):
+            raise RewardError(f"{self.name}: row {problem.id!r}: {answer}")
+        return answer or 0.0
 
 
 def grader_of(reward: str, timeout_s: float) -> MathWorker | UserReward:
@@ -176,6 +170,7 @@ def _serve_reward(file: str, function: str) -> None:
     for line in questions:
         try:
             answer = float(reward(*json.loads(line)))
+            answer = answer if 0 <= answer <= 1 else f"returned {answer}, which is not in [0, 1]"
         except BaseException as error:  # sys.exit too
             answer = f"{type(error).__name__}: {error}"[:1000]
         os.write(answers, json.dumps(answer).encode() + b"\n")
@@ -233,8 +228,7 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\l(?:t|(e)q*(?:slant)?)\b", lambda x: "<=" if x[1] else "<"),  # \lt, \le, \leq, \leqslant
-    (r"\\g(?:t|(e)q*(?:slant)?)\b", lambda x: ">=" if x[1] else ">"),
+    (r"\\([lg])(?:t|(e)q*(?:slant)?)\b", lambda x: "<>"[x[1] == "g"] + ("=" if x[2] else "")),  # \lt, \le, \leq, \leqslant
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)\b", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
