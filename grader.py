@@ -176,7 +176,7 @@ def _serve_reward(file: str, function: str) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def _serve_math(memory_bytes: int) -> None:
+def _serve_math(memory_bytes: str) -> None:
     """Answer each [gold, prediction] with true or false, until standard input ends."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -195,7 +195,7 @@ def _serve_math(memory_bytes: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
-    for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    for limit, most in ((resource.RLIMIT_AS, int(memory_bytes)), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     os.write(1, b"ready\n")
     for line in sys.stdin.buffer:
@@ -556,7 +556,4 @@ def why_unusable(answer: str) -> str:
 
 
 if __name__ == "__main__":  # in a child process
-    if sys.argv[1] == "math":
-        _serve_math(int(sys.argv[2]))
-    else:
-        _serve_reward(*sys.argv[2:])
+    {"math": _serve_math, "reward": _serve_reward}[sys.argv[1]](*sys.argv[2:])

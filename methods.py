@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loss import hpt_loss, luffy_loss, policy_loss
-from weighting import group_advantage_weight, group_advantages, guided_advantage_weight, hpt_gate, instance_weight
+from weighting import group_advantage_weight, group_advantages, guided_advantage_weight, instance_weight
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -138,8 +138,11 @@ def luffy_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: T
 
 
 def hpt_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: Tensor | None) -> dict[str, Tensor]:
-    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code]."""
-    gated = hpt_gate((auto >= m.correct_at).float(), m.hpt_gate)  # (P,)
+    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code].
+
+    It fails with at most hpt_gate correct ones, in the public code 0 for Qwen and 2 for Llama.
+    """
+    gated = (auto >= m.correct_at).sum(1) <= m.hpt_gate  # (P,)
     return {"advantages": group_advantages(auto, scale_by_std=False), "use_auto": ~gated, "use_solution": gated}
 
 

@@ -94,15 +94,3 @@ def random_target(correct: Tensor, generator: torch.Generator) -> int | None:
     if not len(indices):
         return None
     return int(indices[torch.randint(len(indices), (), generator=generator)])
-
-
-# ---------------------------------------------------------------------------------------------------- baselines
-
-
-def hpt_gate(rewards: Tensor, gate: int = 0) -> Tensor:
-    """HPT's switch [code]: rewards (P, G) of 0 and 1 -> (P,) bool, True if at most `gate` of the G are correct.
-
-    Then all G rollouts are dropped and the problem is learnt from its demonstration (loss.hpt_loss). The public code has
-    gate 0 for Qwen and 2 for Llama.
-    """
-    return rewards.sum(dim=1) <= gate
