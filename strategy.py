@@ -262,26 +262,11 @@ def parse_scores(text: str, n: int) -> list[dict[str, float]]:
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
-    """The mean of one candidate's scores over CRITERIA. Rounded: tenths that add up to 3.2 must not end below 0.8."""
+    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B].
+
+    Rounded: tenths that add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H].
+    """
     return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
-
-
-def best_candidate(scores: Sequence[Mapping[str, float] | None]) -> int:
-    """The index of the candidate with the highest mean score [app B]; the first of them if several have it [ours].
-
-    scores: one entry for each candidate, as in parse_scores' list, or None for a candidate that is out; not all may be.
-    """
-    means = {i: mean_score(candidate) for i, candidate in enumerate(scores) if candidate is not None}
-    return max(means, key=means.get)  # a dict keeps its order, and max takes the first of equals
-
-
-def quality(scores: Mapping[str, float]) -> str:
-    """"high", "medium" or "low": whether the mean score is in [0.8, 1], [0.5, 0.8) or [0, 0.5) [app H].
-
-    The paper uses these bands for its audit, where another model than the one that chose judged 500 strategies.
-    """
-    mean = mean_score(scores)
-    return "high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -19,8 +20,8 @@ import rollout
 import strategy as strategy_module
 from data.problems import load_problems, read_row
 from grader import MathWorker, is_correct
-from strategy import auto_messages, extraction_prompt, guided_messages
-from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with
+from strategy import CRITERIA, auto_messages, extraction_prompt, guided_messages
+from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with, write_rows
 from tools import extract
 
 CASES = json.loads((ROOT / "tests/extract_cases.json").read_text(encoding="utf-8"))
@@ -110,6 +111,14 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
     ):
         assert line in printed, (line, printed)
     assert printed.count("\n--- row-") == 1
+
+
+def test_the_bands_of_the_report_by_hand(tmp_path, capsys):
+    rows = [(str(mean), [{"rejected": None, "scores": dict.fromkeys(CRITERIA, mean)}]) for mean in (0.8, 0.79, 0.5, 0.49)]
+    records = [{"kind": "row", "row": row, "kept": 0, "candidates": candidates} for row, candidates in rows]
+    log = write_rows(tmp_path / "log.jsonl", records)
+    extract.report_journal(log, {row for row, _ in rows}, types.SimpleNamespace(price=None))
+    assert "quality: high 1 (25.0 %), medium 2 (50.0 %), low 1 (25.0 %)" in capsys.readouterr().out
 
 
 def test_extraction_killed_and_continued_pays_once(tmp_path, capsys):
