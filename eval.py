@@ -97,8 +97,10 @@ def sample_records(
         record, timeouts = records[row.group], worker.timeouts
         reward = worker.reward(text, problems[row.group])
         record["samples"][member] = {
-            "text": text, "answer": extract_answer(text), "reward": reward, "correct": reward >= correct_at,
-            "truncated": not row.finished, "timed_out": worker.timeouts > timeouts, "length": len(row.response_ids),
+            "text": text, "answer": extract_answer(text),
+            "reward": reward, "correct": reward >= correct_at,
+            "truncated": not row.finished, "timed_out": worker.timeouts > timeouts,
+            "length": len(row.response_ids),
         }  # fmt: skip
         left[row.group] -= 1
         if not left[row.group] and on_problem is not None:

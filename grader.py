@@ -67,9 +67,12 @@ class Child(AbstractContextManager):
     """
 
     def __init__(self, name: str, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
-        self.name, self.command = name, [sys.executable, "-P", __file__, *command]
-        self.timeout_s, self.environment = timeout_s, environment
-        self.timeouts, self._process = 0, None
+        self.name = name
+        self.command = [sys.executable, "-P", __file__, *command]
+        self.timeout_s = timeout_s
+        self.environment = environment
+        self.timeouts = 0
+        self._process = None
 
     def close(self, *_: object) -> None:
         if self._process is not None:
@@ -228,7 +231,8 @@ _REWRITES = [
     (r",? ?\\text\{ ?,?(?:and|or) ?\}|,? (?:and|or) ", ", "),  # x = 1 or x = -2, \text{ or } too: a list
     (r" ?(?:\\?%|\\text\{ ?per ?cent\}|per ?cent\b)", "%"),
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\text\{ ?degrees?\}|degrees?\b)", "°"),
-    (r"\\([lg])(?:t|(e)q*(?:slant)?)\b", lambda x: "<>"[x[1] == "g"] + ("=" if x[2] else "")),  # \lt, \le, \leq, \leqslant
+    (r"\\l(?:t|(e)q*(?:slant)?)\b", lambda x: "<=" if x[1] else "<"),  # \lt, \le, \leq, \leqslant
+    (r"\\g(?:t|(e)q*(?:slant)?)\b", lambda x: ">=" if x[1] else ">"),
     (r"(?<![\\A-Za-z])(?:oo|inf(?:inity)?)\b", r"\\infty "),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r" \\cup "),
     (r"\\varnothing\b|\\\{ ?\\\}", r"\\emptyset "),
@@ -556,4 +560,5 @@ def why_unusable(answer: str) -> str:
 
 
 if __name__ == "__main__":  # in a child process
-    {"math": _serve_math, "reward": _serve_reward}[sys.argv[1]](*sys.argv[2:])
+    serve = {"math": _serve_math, "reward": _serve_reward}[sys.argv[1]]
+    serve(*sys.argv[2:])
