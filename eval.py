@@ -24,8 +24,6 @@ from rollout import Trajectory, sample_and_grade, stream_seed
 TEMPERATURE, TOP_P = 0.6, 0.95  # [§4.2]
 MAX_NEW_TOKENS = 2048  # [ours] enough for most answers; the paper's 32,768 take a far larger cache, and hours if one rambles
 
-# ---------------------------------------------------------------------------------------------- samples
-
 
 def evaluate(
     model: torch.nn.Module,
@@ -113,9 +111,6 @@ def sample_records(
     return records
 
 
-# ---------------------------------------------------------------------------------------------- figures
-
-
 def figures(records: Sequence[dict]) -> dict:
     """The figures of P problems, at least one, with n samples each, from sample_records' records.
 
@@ -158,9 +153,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # whole numbers up to the division: a large n cannot overflow
 
 
-# ---------------------------------------------------------------------------------------------- what training prints
-
-
 def show_responses(
     model: torch.nn.Module, tokenizer: object, problem: Problem, prompts: dict[str, list[int]], when: str, *,
     worker: MathWorker | UserReward, seed: int, **settings: object,
@@ -189,9 +181,6 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
         cells = "  ".join(f"{kind} {plus_minus(figures)}" for kind, figures in kinds.items())
         lines.append(f"{when:>12} | {cells}  (avg@{next(iter(kinds.values()))['n']})")
     return "\nheld-out accuracy\n" + "\n".join(lines) if lines else "\nno --eval_data: accuracy was not measured"
-
-
-# ---------------------------------------------------------------------------------------------- command line
 
 
 def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:

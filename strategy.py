@@ -22,9 +22,6 @@ LEAK_SCORE = 0.2
 SLOT = r"\{(problem|strategy)\}"  # in a Template
 
 
-# ------------------------------------------------------------------------------------ the record and its text form
-
-
 @dataclass(frozen=True)
 class Strategy:
     """One strategy. ValueError, naming the field and the value, unless every text is one line without blanks around it.
@@ -239,9 +236,6 @@ else: its number and a colon as below, then its four scores in place of the name
 
 def _user(content):
     return [{"role": "user", "content": content}]
-
-
-# ------------------------------------------------------------------------------------------ the choice of a candidate
 
 
 def parse_scores(text: str, n: int) -> list[dict[str, float]]:

@@ -62,8 +62,7 @@ def reach_gap(logprobs: Sequence[float], correct: Sequence[bool], targets: Seque
     return sum(logprobs[j] for j in targets) / len(targets) - sum(reachable) / len(reachable)
 
 
-# ---------------------------------------------------------------------------------------------------- ablations
-# What alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
+# Ablations: what alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
 
 
 def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_max: float = 0.8) -> Tensor:
