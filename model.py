@@ -579,10 +579,11 @@ def turn_tokens(tokenizer: Any) -> tuple[str | None, set[str]]:
     any_added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # the longest first; (?!) matches nothing
     chat = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
     try:
-        before, between, after, rest = tokenizer.apply_chat_template(chat, tokenize=False).split(MARK)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        before, _, after, _ = text.split(MARK)
     except Exception:  # encode_chat says it, if the template fails for a prompt too
         return None, set()
-    frame = set(any_added.findall(MARK.join([before, between, after, rest])))
+    frame = set(any_added.findall(text))
     opening = any_added.findall(before)[-1:]
     end = any_added.match(after.lstrip())
     if end is None or [end.group()] == opening:  # some templates write no end: then the user's next turn follows
