@@ -1,17 +1,10 @@
-r"""Evaluation: n samples a problem, graded while others are still being drawn, and the figures over them.
+"""Evaluation: n samples a problem, graded while others are still being drawn, and the figures over them.
 
     python eval.py --model DIR --data test.jsonl other.jsonl --n 4       # a line per file, and a JSON file of results
-    python eval.py --model DIR --benchmarks data/bench                   # the paper's, each with its n (data/prepare.py)
-    python eval.py --model DIR --data test.jsonl --n 8 --both            # without and with each row's strategy
-    torchrun --nproc_per_node 8 -- eval.py --model DIR ...               # the problems shared out over ranks
-    python eval.py --compare a.json b.json                               # the paired difference of two models
-    python eval.py --table a.json b.json                                 # Markdown, beside the paper's figures
+    python eval.py --help                                                # benchmarks, comparisons, tables: all flags
 
-The "--" is for torchrun, which would take --n for a flag of its own. Responses are kept on disk as they are graded, and the
-same command goes on after a crash (tools/resumable.py). Benchmarks, comparisons and the table are in tools/benchmark.py.
-
-What it is not: a harness with a prompt per benchmark. There is one prompt (strategy.py's) and one question about a response: is
-its final answer equal to the row's (grader.py)?
+Responses are kept on disk as they are graded, and the same command goes on after a crash (tools/resumable.py). Benchmarks,
+comparisons and the table are in tools/benchmark.py. There is one prompt for all (strategy.py's), not one per benchmark.
 """
 
 import math
@@ -25,15 +18,11 @@ from tqdm import tqdm
 from data.problems import Problem, load_problems  # noqa: F401  (load_problems: users import it from here)
 from grader import MathWorker, RewardError, UserReward, extract_answer
 from methods import Method
-from model import encode_chat
 from parallel import RankLost, all_gather, leave, my_share, ranks_of
 from rollout import Trajectory, sample_and_grade, stream_seed
-from strategy import DEFAULT, Template, auto_messages, guided_messages
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # [§4.2]
 MAX_NEW_TOKENS = 2048  # [ours] enough for most answers; the paper's 32,768 take a far larger cache, and hours if one rambles
-
-# ---------------------------------------------------------------------------------------------- samples
 
 
 def evaluate(
@@ -88,7 +77,7 @@ def sample_records(
     A record has the problem's "id" and its "samples", each with text, answer, reward, correct, truncated, timed_out (the grader
     ran out of time) and length (in tokens, the end token included).
 
-    prompts     the token ids of each problem's prompt, see encode_prompts
+    prompts     the token ids of each problem's prompt, see data.examples.encode_prompts
     n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
     worker      its reward grades a response, which is correct from correct_at on
     seed        each problem gets a random stream of its own, from this and its id
@@ -106,8 +95,10 @@ def sample_records(
         record, timeouts = records[row.group], worker.timeouts
         reward = worker.reward(text, problems[row.group])
         record["samples"][member] = {
-            "text": text, "answer": extract_answer(text), "reward": reward, "correct": reward >= correct_at,
-            "truncated": not row.finished, "timed_out": worker.timeouts > timeouts, "length": len(row.response_ids),
+            "text": text, "answer": extract_answer(text),
+            "reward": reward, "correct": reward >= correct_at,
+            "truncated": not row.finished, "timed_out": worker.timeouts > timeouts,
+            "length": len(row.response_ids),
         }  # fmt: skip
         left[row.group] -= 1
         if not left[row.group] and on_problem is not None:
@@ -118,23 +109,6 @@ def sample_records(
         max_rows=max_rows, cache_tokens=cache_tokens, progress=progress,
     )  # fmt: skip
     return records
-
-
-def encode_prompts(
-    tokenizer: object, problems: Sequence[Problem], guided: bool, file: str, template: Template = DEFAULT
-) -> list[list[int]]:
-    """The token ids of each prompt, with the strategy in it if guided. ValueError if rows of the file have none."""
-    missing = [problem.id for problem in problems if guided and problem.strategy is None]
-    if missing:
-        raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
-    prompts = []
-    for row in problems:
-        messages = guided_messages(row.problem, row.strategy, template) if guided else auto_messages(row.problem, template)
-        prompts.append(encode_chat(tokenizer, messages))
-    return prompts
-
-
-# ---------------------------------------------------------------------------------------------- figures
 
 
 def figures(records: Sequence[dict]) -> dict:
@@ -179,9 +153,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # whole numbers up to the division: a large n cannot overflow
 
 
-# ---------------------------------------------------------------------------------------------- what training prints
-
-
 def show_responses(
     model: torch.nn.Module, tokenizer: object, problem: Problem, prompts: dict[str, list[int]], when: str, *,
     worker: MathWorker | UserReward, seed: int, **settings: object,
@@ -210,9 +181,6 @@ def accuracy_table(table: dict[str, dict[str, dict[str, float]]]) -> str:
         cells = "  ".join(f"{kind} {plus_minus(figures)}" for kind, figures in kinds.items())
         lines.append(f"{when:>12} | {cells}  (avg@{next(iter(kinds.values()))['n']})")
     return "\nheld-out accuracy\n" + "\n".join(lines) if lines else "\nno --eval_data: accuracy was not measured"
-
-
-# ---------------------------------------------------------------------------------------------- command line
 
 
 def main(arguments: Sequence[str] | None = None) -> dict | list[dict] | str:

@@ -56,7 +56,7 @@ def _undress(text: str) -> str:
 
 
 class RewardError(RuntimeError):
-    """The grader's process did not start, or a reward function raised or returned no number in [0, 1]: names the row."""
+    """The process of a reward did not start, or its function raised or returned no number in [0, 1]; then it names the row."""
 
 
 class Child(AbstractContextManager):
@@ -66,10 +66,13 @@ class Child(AbstractContextManager):
     (RewardError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
     """
 
-    def __init__(self, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
-        self.command, self.timeout_s, self.environment = [sys.executable, "-P", __file__, *command], timeout_s, environment
-        self.name = "the grader"
-        self.timeouts, self._process = 0, None
+    def __init__(self, name: str, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.command = [sys.executable, "-P", __file__, *command]
+        self.timeout_s = timeout_s
+        self.environment = environment
+        self.timeouts = 0
+        self._process = None
 
     def close(self, *_: object) -> None:
         if self._process is not None:
@@ -88,7 +91,7 @@ class Child(AbstractContextManager):
         self._process = Popen(self.command, bufsize=0, stdin=PIPE, stdout=PIPE, env=self.environment, start_new_session=True)
         if self._process.stdout.readline() != b"ready\n":
             self.close()
-            raise RewardError(f"{self.name}: its process did not start, its error is above")
+            raise RewardError(f"{self.name}: its process did not start, the error is above")
 
     def ask(self, question: object, limit_s: float | None = None) -> object:
         """Its answer to something JSON can hold. None if there is none in time, and counted."""
@@ -113,7 +116,7 @@ class MathWorker(Child):
         names = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         environment["PYTHONHASHSEED"] = "0"  # the order in which sympy tries its rules, and so the time it takes
-        super().__init__(["math", str(memory_bytes)], timeout_s, environment)
+        super().__init__("math-verify", ["math", str(memory_bytes)], timeout_s, environment)
 
     def equal(self, gold: str, prediction: str, limit_s: float | None = None) -> bool:
         """math-verify's verdict on two LaTeX expressions without delimiters. False if there is none in time, and counted."""
@@ -135,19 +138,15 @@ class UserReward(Child):
         file, _, function = name.rpartition(":")
         if not os.path.isfile(file):
             raise RewardError(f"--reward {name}: expected FILE.py:FUNCTION, with a file that exists")
-        super().__init__(["reward", file, function], timeout_s)
-        self.name = f"--reward {name}"
+        super().__init__(f"--reward {name}", ["reward", file, function], timeout_s)
         self.start()
 
     def reward(self, response: str, problem: object) -> float:
         """What the function pays. RewardError if it does not return a number in [0, 1]."""
         answer = self.ask([response, problem.to_row()])
-        if answer is None:
-            return 0.0
-        if isinstance(answer, str) or not 0 <= answer <= 1:
-            what = answer if isinstance(answer, str) else f"returned {answer}, which is not in [0, 1]"
-            raise RewardError(f"{self.name}: row {problem.id!r}: {what}")
-        return answer
+        if isinstance(answer, str):
+            raise RewardError(f"{self.name}: row {problem.id!r}: {answer}")
+        return answer or 0.0
 
 
 def grader_of(reward: str, timeout_s: float) -> MathWorker | UserReward:
@@ -175,13 +174,14 @@ def _serve_reward(file: str, function: str) -> None:
     for line in questions:
         try:
             answer = float(reward(*json.loads(line)))
+            answer = answer if 0 <= answer <= 1 else f"returned {answer}, which is not in [0, 1]"
         except BaseException as error:  # sys.exit too
             sys.excepthook(*sys.exc_info())
             answer = f"{type(error).__name__}: {error}"[:1000]
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def _serve_math(memory_bytes: int) -> None:
+def _serve_math(memory_bytes: str) -> None:
     """Answer each [gold, prediction] with true or false, until standard input ends."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -200,7 +200,7 @@ def _serve_math(memory_bytes: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what the parser says about bad texts is no verdict
     # One comparison loads what sympy and antlr import late, so that the first question does not wait for it.
     equal(r"\sin^2 x + \frac{x}{2}", r"1 - \cos^2 x + 0.5x")
-    for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    for limit, most in ((resource.RLIMIT_AS, int(memory_bytes)), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     os.write(1, b"ready\n")
     for line in sys.stdin.buffer:
@@ -562,7 +562,5 @@ def why_unusable(answer: str) -> str:
 
 
 if __name__ == "__main__":  # in a child process
-    if sys.argv[1] == "math":
-        _serve_math(int(sys.argv[2]))
-    else:
-        _serve_reward(*sys.argv[2:])
+    serve = {"math": _serve_math, "reward": _serve_reward}[sys.argv[1]]
+    serve(*sys.argv[2:])

@@ -78,7 +78,7 @@ def hpt_loss(
         a sampled token            loss_t = -A_t exp(logprobs_t - old_logprobs_t),  no clip
         a demonstration's token    loss_t = -sft_weight logprobs_t
 
-    weighting.hpt_gate decides which problems have a demonstration instead of rollouts. `demonstration` (bool) marks its tokens
+    methods.py decides which problems have a demonstration instead of rollouts. `demonstration` (bool) marks its tokens
     by position; their advantages and old_logprobs are ignored. sft_weight is 1.0, or 0.3 for the 1.5B model [code]. Returns
     (loss, ratio, clipped) as luffy_loss does. One normaliser for both kinds of token [ours].
     """

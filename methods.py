@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from loss import hpt_loss, luffy_loss, policy_loss
-from weighting import group_advantage_weight, group_advantages, guided_advantage_weight, hpt_gate, instance_weight
-
-# ---------------------------------------------------------------------------------------------------- settings
+from weighting import group_advantage_weight, group_advantages, guided_advantage_weight, instance_weight
 
 
 def knob(default: Any, help: str, choices: Collection[str] | None = None, *, low: float = 0, high: float = math.inf) -> Any:
@@ -97,7 +95,6 @@ class Method:
             raise ValueError(f"hpt_gate {self.hpt_gate}: more than the {self.group_auto} responses of a group")
 
 
-# ---------------------------------------------------------------------------------------------------- what rewards decide
 # Each function takes the settings and the rewards: of the autonomous groups (P, G), the guided groups (P, J) and the solutions
 # (P,); None for what the method lacks. It returns fields of sgpo.ProblemSamples: {name: a value, or row of values, a problem}.
 
@@ -138,12 +135,12 @@ def luffy_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: T
 
 
 def hpt_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: Tensor | None) -> dict[str, Tensor]:
-    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code]."""
-    gated = hpt_gate((auto >= m.correct_at).float(), m.hpt_gate)  # (P,)
+    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code].
+
+    It fails with at most hpt_gate correct ones, in the public code 0 for Qwen and 2 for Llama.
+    """
+    gated = (auto >= m.correct_at).sum(1) <= m.hpt_gate  # (P,)
     return {"advantages": group_advantages(auto, scale_by_std=False), "use_auto": ~gated, "use_solution": gated}
-
-
-# ---------------------------------------------------------------------------------------------------- the table
 
 
 @dataclass(frozen=True)

@@ -601,29 +601,27 @@ def _check_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers, with the ids of its tokenizer.json if there is one.
+    """The folder's tokenizer, by transformers, with the ids of its tokenizer.json.
 
     Every token with which its chat template frames a turn is marked as special, so that encode_text reads it as text and
     decoding with skip_special_tokens leaves it out. ValueError if the folder has code or asks for some: it is never run.
     """
-    # imported here: 1 s, and the decoder itself does not need them
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # imported here: 1 s, and the decoder itself does not need it
 
-    # without this transformers would quietly take a class of its own for the custom one, and compute something else
+    # a class of transformers in place of the custom one might compute something else
     instead = "code of a model folder is never run; take a checkpoint that transformers loads without trust_remote_code"
     for script in folder.glob("*.py"):
         raise ValueError(f"{script}: {instead}")
     for file in folder.glob("*config.json"):  # the model's, the tokenizer's, a processor's
         if "auto_map" in _read_json(file):
             raise ValueError(f"{file}: has an auto_map, but {instead}")
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not any((folder / name).is_file() for name in known):  # transformers would make one with an empty vocabulary
-        raise ValueError(f"{folder}: no tokenizer file ({', '.join(known)})")
-    # AutoTokenizer rebuilds most tokenizers by their class's name or the model_type, with that class's pre-tokenizer and not
-    # the one in tokenizer.json: other ids than the model was trained on, and no word about it
-    loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    if not (folder / "tokenizer.json").is_file():
+        write = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        raise ValueError(f"{folder}: no tokenizer.json; transformers writes one: {write}")
     try:
-        tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
+        # not AutoTokenizer, which rebuilds most tokenizers by their class's name or the model_type, with that class's
+        # pre-tokenizer and not the one in tokenizer.json: other ids than the model was trained on, and no word about it
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # a malformed file raises OSError, KeyError, ValueError or an error of the Rust library
         raise ValueError(f"{folder}: its tokenizer could not be loaded: {error}") from error
     frame = turn_tokens(tokenizer)[1]
@@ -645,10 +643,11 @@ def turn_tokens(tokenizer: Any) -> tuple[str | None, set[str]]:
     any_added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # the longest first; (?!) matches nothing
     chat = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
     try:
-        before, between, after, rest = tokenizer.apply_chat_template(chat, tokenize=False).split(MARK)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        before, _, after, _ = text.split(MARK)
     except Exception:  # encode_chat says it, if the template fails for a prompt too
         return None, set()
-    frame = set(any_added.findall(MARK.join([before, between, after, rest])))
+    frame = set(any_added.findall(text))
     opening = any_added.findall(before)[-1:]
     end = any_added.match(after.lstrip())
     if end is None or [end.group()] == opening:  # some templates write no end: then the user's next turn follows
@@ -691,46 +690,31 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} failed: {error}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else model.safetensors. ValueError for an index that
-    names anything but files of its own folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    names = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
-    if not names:
-        raise ValueError(f"{index}: has no weight_map")
-    for name in names:  # "../x" or "/x" would leave the folder
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"{index}: weight_map names {name!r}, which is not a safetensors file of this folder")
-    return [folder / name for name in names]
-
-
 def read_weights(
     model: CausalLM, folder: Path, *, device: torch.device | str, rows: Callable[[str], slice] = lambda name: slice(None)
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name with its tensor, or some rows of it, from the folder's safetensors, in the order of the files.
+    """Every parameter's name with its tensor, or some rows of it, from the folder's model*.safetensors, file by file.
 
-    rows: name -> the part of the first axis to read; the rest stays on the disk. ValueError that names the file for a missing
-    or broken file, and for a tensor that is missing, unknown or of another shape than config.json says.
+    rows: name -> the part of the first axis to read; the rest stays on the disk. ValueError that names the file for a broken
+    one, and for a tensor that is missing, unknown, there twice or of another shape than config.json says.
     """
     missing = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for file in weight_files(folder):
+    for file in sorted(folder.glob("model*.safetensors")):  # their index says nothing that they do not
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
                         continue  # old exports store the angles, and some a copy of the tied head
                     part = tensors.get_slice(name)
-                    expected = missing.pop(name, "there is no such tensor")
+                    expected = missing.pop(name, "no such tensor, or an earlier file has it")
                     shape = tuple(part.get_shape())
                     if shape != expected:
                         raise ValueError(f"{file}: {name} has shape {shape}, by config.json: {expected}")
                     yield name, part[rows(name)]
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: missing or broken; only safetensors weights are read ({error})") from error
+            raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its weights, the first is {min(missing)!r}")
+        raise ValueError(f"{folder}: its model*.safetensors lack {len(missing)} tensors, the first is {min(missing)!r}")
 
 
 def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -774,11 +758,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     else:
         tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = _read_json(path) if path.is_file() else {}
-    before = dict(settings)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    if settings != before:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path.is_file():
+        text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        text = re.sub(r'"extra_special_tokens"(?=\s*:\s*\[)', '"additional_special_tokens"', text)
+        path.write_text(text, encoding="utf-8")

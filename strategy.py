@@ -3,13 +3,8 @@ r"""Strategies: what one is, its text form, and every prompt that contains one. 
 A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any computation and
 without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution; the policy gets it in the
 guided prompt. What the prompts ask the strong model for, and the four criteria, are the paper's [app B, tab 4, tab 5];
-every wording and the text form are ours.
-
-This file calls no model and no server. tools/extract.py does, and this file starts it:
-
-    python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
-
-As a module it needs the standard library only, so it can be copied into another project alone. For a look:
+every wording and the text form are ours. It needs the standard library only: copy this file alone. The command line,
+`python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl`, is tools/extract.py's. A look:
 
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',)))[0]['content'])"
 """
@@ -25,9 +20,6 @@ CRITERIA = ("type", "strategy", "steps", "no_leak")  # [tab 5]; each is scored f
 # [ours] With this score on no_leak, or a lower one, a candidate is out: scoring_prompt says what such a score means.
 LEAK_SCORE = 0.2
 SLOT = r"\{(problem|strategy)\}"  # in a Template
-
-
-# ------------------------------------------------------------------------------------ the record and its text form
 
 
 @dataclass(frozen=True)
@@ -143,14 +135,13 @@ DEFAULT = Template()
 
 
 def auto_messages(problem: str, template: Template = DEFAULT) -> list[dict[str, str]]:
-    """The chat messages of the unguided prompt, pi(.|q). ValueError for an empty problem."""
-    return template.messages(template.prompt, problem=_check_text("problem", problem))
+    """The chat messages of the unguided prompt, pi(.|q)."""
+    return template.messages(template.prompt, problem=problem)
 
 
 def guided_messages(problem: str, strategy: Strategy, template: Template = DEFAULT) -> list[dict[str, str]]:
     """The chat messages of the guided prompt, pi(.|q, s): with the strategy before the problem [§3.1]."""
-    texts = {"problem": _check_text("problem", problem), "strategy": format_strategy(strategy)}
-    return template.messages(template.guided, **texts)
+    return template.messages(template.guided, problem=problem, strategy=format_strategy(strategy))
 
 
 # ------------------------------------------------------------------------------------ prompts for the strong model
@@ -165,7 +156,7 @@ def solution_prompt(problem: str) -> list[dict[str, str]]:
 step that matters with its reason, in order, without false starts and without remarks about yourself.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 {INSTRUCTION}""")
@@ -180,11 +171,11 @@ def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
 that will have to solve similar problems without seeing this response.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 <response>
-{_check_text("solution", solution)}
+{solution}
 </response>
 
 Describe three things, and no others:
@@ -222,11 +213,11 @@ def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) 
 that solution, for use on similar problems. Score the attempts.
 
 <problem>
-{_check_text("problem", problem)}
+{problem}
 </problem>
 
 <solution>
-{_check_text("solution", solution)}
+{solution}
 </solution>
 
 {shown}
@@ -247,15 +238,6 @@ def _user(content):
     return [{"role": "user", "content": content}]
 
 
-def _check_text(name, value):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}: expected a non-empty string, got {value!r}")
-    return value
-
-
-# ------------------------------------------------------------------------------------------ the choice of a candidate
-
-
 def parse_scores(text: str, n: int) -> list[dict[str, float]]:
     """The scores in a reply to scoring_prompt with n candidates: n dicts {criterion: 0.0 to 1.0}, in the candidates' order.
 
@@ -274,40 +256,14 @@ def parse_scores(text: str, n: int) -> list[dict[str, float]]:
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
-    """The mean of one candidate's scores over CRITERIA. Rounded: tenths that add up to 3.2 must not end below 0.8."""
+    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B].
+
+    Rounded: tenths that add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H].
+    """
     return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
 
 
-def best_candidate(scores: Sequence[Mapping[str, float] | None]) -> int:
-    """The index of the candidate with the highest mean score [app B]; the first of them if several have it [ours].
-
-    scores: one entry for each candidate, as in parse_scores' list, or None for a candidate that is out. ValueError if all
-    of them are.
-    """
-    means = {i: mean_score(candidate) for i, candidate in enumerate(scores) if candidate is not None}
-    if not means:
-        raise ValueError(f"no candidate is left of {len(scores)}")
-    return max(means, key=means.get)  # a dict keeps its order, and max takes the first of equals
-
-
-def quality(scores: Mapping[str, float]) -> str:
-    """"high", "medium" or "low": whether the mean score is in [0.8, 1], [0.5, 0.8) or [0, 0.5) [app H].
-
-    The paper uses these bands for its audit, where another model than the one that chose judged 500 strategies.
-    """
-    mean = mean_score(scores)
-    return "high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low"
-
-
-# ------------------------------------------------------------------------------------------ the command
-
-
-def main():
-    """python strategy.py ...: the command line of tools/extract.py."""
+if __name__ == "__main__":
     from tools.extract import run  # imported here: the module must stay free of siblings
 
     run()
-
-
-if __name__ == "__main__":
-    main()

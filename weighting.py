@@ -62,8 +62,7 @@ def reach_gap(logprobs: Sequence[float], correct: Sequence[bool], targets: Seque
     return sum(logprobs[j] for j in targets) / len(targets) - sum(reachable) / len(reachable)
 
 
-# ---------------------------------------------------------------------------------------------------- ablations
-# What alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
+# Ablations: what alpha(q) and o+ are compared with. The fixed weight is 1.0 [app G].
 
 
 def group_advantage_weight(auto_rewards: Tensor, target_reward: Tensor, alpha_max: float = 0.8) -> Tensor:
@@ -94,15 +93,3 @@ def random_target(correct: Tensor, generator: torch.Generator) -> int | None:
     if not len(indices):
         return None
     return int(indices[torch.randint(len(indices), (), generator=generator)])
-
-
-# ---------------------------------------------------------------------------------------------------- baselines
-
-
-def hpt_gate(rewards: Tensor, gate: int = 0) -> Tensor:
-    """HPT's switch [code]: rewards (P, G) of 0 and 1 -> (P,) bool, True if at most `gate` of the G are correct.
-
-    Then all G rollouts are dropped and the problem is learnt from its demonstration (loss.hpt_loss). The public code has
-    gate 0 for Qwen and 2 for Llama.
-    """
-    return rewards.sum(dim=1) <= gate

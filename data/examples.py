@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from data.problems import Problem, check_lengths, shuffled_strategies
-from eval import encode_prompts
 from kv_cache import PAGE, least_pages
 from methods import METHODS
-from model import encode_text
+from model import encode_chat, encode_text
 from rollout import stream_seed
 from sgpo import Example
-from strategy import DEFAULT, Template
+from strategy import DEFAULT, Template, auto_messages, guided_messages
 
 # ---------------------------------------------------------------------------------------------------- token ids
 
@@ -51,13 +50,26 @@ def encode_examples(
     return [dataclasses.replace(example, solution_ids=ids) for example, ids in zip(examples, solutions, strict=True)]
 
 
+def encode_prompts(
+    tokenizer: object, problems: Sequence[Problem], guided: bool, file: str, template: Template = DEFAULT
+) -> list[list[int]]:
+    """The token ids of each prompt, with the strategy in it if guided. ValueError if rows of the file have none."""
+    missing = [problem.id for problem in problems if guided and problem.strategy is None]
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} rows have no strategy to be guided by, the first is {missing[0]!r}")
+    prompts = []
+    for row in problems:
+        messages = guided_messages(row.problem, row.strategy, template) if guided else auto_messages(row.problem, template)
+        prompts.append(encode_chat(tokenizer, messages))
+    return prompts
+
+
 def encode_rows(
     problems: Sequence[Problem], tokenizer: Any, *, guided: bool, file: str, template: Template = DEFAULT
 ) -> list[Example]:
     """The problems with their prompts, with the strategy too if guided, and without solutions."""
-    alone, helped = encode_prompts(tokenizer, problems, False, file, template), [None] * len(problems)
-    if guided:
-        helped = encode_prompts(tokenizer, problems, True, file, template)
+    alone = encode_prompts(tokenizer, problems, False, file, template)
+    helped = encode_prompts(tokenizer, problems, True, file, template) if guided else [None] * len(problems)
     return [Example(*row, solution_ids=None) for row in zip(problems, alone, helped, strict=True)]
 
 
@@ -113,7 +125,6 @@ def split_examples(
         for_sft, for_rl = order[:cut], order[cut:]
         if not for_rl:
             raise ValueError(f"--sft_fraction {cfg.sft_fraction} leaves none of the {cut} problems for RL")
-
         if len(for_rl) < cfg.problems_per_step:
             notes.append(f"{len(for_rl)} problems for RL, fewer than --problems_per_step: some are in a step more than once")
 

@@ -13,6 +13,7 @@ import torch
 import eval as grading
 import parallel
 import rollout
+from data.examples import encode_prompts
 from eval import figures, pass_at_k
 from grader import MathWorker
 from rollout import Trajectory
@@ -111,7 +112,7 @@ SETTINGS = dict(n=2, max_new_tokens=50, temperature=0.6, top_p=0.95, seed=3)
 
 
 def _sampled(model, problems, worker, guided=False, **changes):
-    prompts = grading.encode_prompts(_tokenizer(), problems, guided, "rows.jsonl")
+    prompts = encode_prompts(_tokenizer(), problems, guided, "rows.jsonl")
     return grading.sample_records(model, _tokenizer(), problems, prompts, worker=worker, **SETTINGS | changes)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -19,8 +20,8 @@ import rollout
 import strategy as strategy_module
 from data.problems import load_problems, read_row
 from grader import MathWorker, is_correct
-from strategy import auto_messages, extraction_prompt, guided_messages
-from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with
+from strategy import CRITERIA, auto_messages, extraction_prompt, guided_messages
+from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with, write_rows
 from tools import extract
 
 CASES = json.loads((ROOT / "tests/extract_cases.json").read_text(encoding="utf-8"))
@@ -110,6 +111,14 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
     ):
         assert line in printed, (line, printed)
     assert printed.count("\n--- row-") == 1
+
+
+def test_the_bands_of_the_report_by_hand(tmp_path, capsys):
+    rows = [(str(mean), [{"rejected": None, "scores": dict.fromkeys(CRITERIA, mean)}]) for mean in (0.8, 0.79, 0.5, 0.49)]
+    records = [{"kind": "row", "row": row, "kept": 0, "candidates": candidates} for row, candidates in rows]
+    log = write_rows(tmp_path / "log.jsonl", records)
+    extract.report_journal(log, {row for row, _ in rows}, types.SimpleNamespace(price=None))
+    assert "quality: high 1 (25.0 %), medium 2 (50.0 %), low 1 (25.0 %)" in capsys.readouterr().out
 
 
 def test_extraction_killed_and_continued_pays_once(tmp_path, capsys):
@@ -481,8 +490,8 @@ def test_extraction_by_our_own_sampler_from_the_command_line(tmp_path, capsys, m
     flags = ["--data", str(data), "--local", str(TINY_BASE), "--out", str(out), "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["strategy.py", *flags, "--device", "cpu", "--max_tokens", "16"])
     with pytest.raises(SystemExit) as status:  # the tiny base knows no other prompts than its own: its rows fail one by one
-        strategy_module.main()
+        extract.run()
     assert status.value.code == 3 and capsys.readouterr().err.count("failed: ") == 2 and not out.exists()
     monkeypatch.setattr(sys, "argv", ["strategy.py", *flags, "--seed", "1"])
     with pytest.raises(SystemExit, match="strategy.py: .*no paid answer would fit"):  # a message: exit status 1
-        strategy_module.main()
+        extract.run()

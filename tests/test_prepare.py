@@ -153,7 +153,7 @@ def test_rows_that_are_too_long_are_left_out(tmp_path, capsys):
         (one,) = entry["dropped"][f"has more than {tokens} tokens"]
         assert len(rows) == 1 and one == {"where": "line 2", "id": "jsonl-train-1", "value": f"{tokens + 2} tokens"}
     assert f"dropped 1: has more than {solved} tokens" in capsys.readouterr().out
-    for bad, message in (((TINY_BASE, "0"), "positive whole number, got '0'"), ((tmp_path, "9"), "no tokenizer file")):
+    for bad, message in (((TINY_BASE, "0"), "positive whole number, got '0'"), ((tmp_path, "9"), "no tokenizer.json")):
         with pytest.raises(ValueError, match=message):
             run_prepare(tmp_path / "bad", "jsonl", [plain], "--max_tokens", *bad)
     with pytest.raises(ValueError, match="line 1: strategy: expected an object with type, strategy and steps"):

@@ -17,6 +17,7 @@ from strategy import (
     extraction_prompt,
     format_strategy,
     guided_messages,
+    mean_score,
     parse_scores,
     parse_strategy,
     scoring_prompt,
@@ -131,12 +132,6 @@ def test_strategy_pipeline_prompts_hold_their_inputs_and_ask_for_the_form_that_i
     assert parse_scores(asked, 2) == [dict(zip(CRITERIA, (0.0, 0.1, 0.2, 0.3), strict=True))] * 2
 
 
-def test_a_prompt_without_a_problem_or_a_solution_is_an_error():
-    for prompt, given in ((auto_messages, [""]), (guided_messages, [" ", strategy_example()]), (extraction_prompt, ["p", ""])):
-        with pytest.raises(ValueError, match="expected a non-empty string"):
-            prompt(*given)
-
-
 def test_strategy_scores_are_read_in_the_order_of_the_candidates():
     scores = parse_scores("1: 0.9 1.0 0 .25\n\n 2:  1 0.5 0.7 1.0 \n", 2)
     assert scores == [dict(zip(CRITERIA, own, strict=True)) for own in ((0.9, 1, 0, 0.25), (1, 0.5, 0.7, 1))]
@@ -149,21 +144,12 @@ def test_strategy_scores_name_the_bad_line(line, words):
     assert words in str(error.value)
 
 
-def test_choice_and_quality_by_hand():
-    def scores(*values):
-        return dict(zip(CRITERIA, values, strict=True))
+def test_a_mean_of_tenths_is_exact():
+    def mean(*values):
+        return mean_score(dict(zip(CRITERIA, values, strict=True)))
 
-    best = strategy_module.best_candidate
-    assert best([scores(0.5, 0.5, 0.5, 0.5), None, scores(1, 1, 1, 0.9), scores(1, 1, 1, 1)]) == 3
-    # Equal means: the first, also if the floats' sums differ in their last digit.
-    assert best([None, scores(0.3, 0, 0, 0), scores(0.1, 0.1, 0.1, 0)]) == 1 and 0.1 + 0.1 + 0.1 > 0.3
-    with pytest.raises(ValueError, match="no candidate is left of 2"):
-        best([None, None])
-    levels = {
-        (1, 1, 1, 1): "high", (0.3, 0.95, 0.95, 1): "high", (0.29, 0.95, 0.95, 1): "medium",  # 0.3 + 0.95 + 0.95 + 1 < 3.2
-        (0.5, 0.5, 0.5, 0.5): "medium", (0.5, 0.5, 0.5, 0.49): "low", (0, 0, 0, 0): "low",
-    }  # fmt: skip
-    assert {values: strategy_module.quality(scores(*values)) for values in levels} == levels
+    assert mean(0.1, 0.1, 0.1, 0) == mean(0.3, 0, 0, 0) and 0.1 + 0.1 + 0.1 > 0.3
+    assert mean(0.95, 0.95, 0.3, 1) == 0.8 > (0.95 + 0.95 + 0.3 + 1) / 4
 
 
 def test_shuffled_strategies_are_a_permutation_without_a_row_of_its_own_type():

@@ -1,9 +1,7 @@
 """The command behind `python strategy.py ...`: strategies extracted by a strong model, and a report on their quality.
 
     python strategy.py --data problems.jsonl --endpoint https://host/v1 --model NAME --out strategies.jsonl
-    python strategy.py --data problems.jsonl --local DIR --out strategies.jsonl      # our own sampler, on a model folder
-    python strategy.py --data problems.jsonl --endpoint URL --model NAME --dry_run   # prompts and an estimate, sends nothing
-    python strategy.py --report strategies.jsonl
+    python strategy.py --help                       # our own sampler instead, an estimate, the report
 
 A row gets a solution if the data has none, then five candidate strategies. The leak filter rejects some, one call scores the
 rest, and the best one is kept [app B]; data/README.md has the details. The journal beside the output, OUT.log.jsonl, makes the
@@ -40,12 +38,11 @@ from grader import MathWorker, extract_answer, same_answer
 from strategy import (
     LEAK_SCORE,
     Strategy,
-    best_candidate,
     extraction_prompt,
     format_strategy,
+    mean_score,
     parse_scores,
     parse_strategy,
-    quality,
     scoring_prompt,
     solution_prompt,
 )
@@ -482,9 +479,10 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
         if left := [candidate for candidate in candidates if candidate["rejected"] is None]:
             texts = [Strategy.from_dict(candidate["strategy"]) for candidate in left]
             unread = score_candidates(left, ask("score", number, scoring_prompt(row.problem, written, texts)))
-        if any(candidate["rejected"] is None and candidate["scores"] for candidate in candidates):
-            record["kept"] = best_candidate([None if c["rejected"] else c["scores"] for c in candidates])
-            return Strategy.from_dict(candidates[record["kept"]]["strategy"])
+        if scored := [candidate for candidate in candidates if candidate["rejected"] is None and candidate["scores"]]:
+            best = max(scored, key=lambda candidate: mean_score(candidate["scores"]))  # of equals the first [ours]
+            record["kept"] = best["index"]
+            return Strategy.from_dict(best["strategy"])
     for candidate in candidates:
         candidate["rejected"] = candidate["rejected"] or ["not scored", unread]
     why = Counter(candidate["rejected"][0] for candidate in candidates)
@@ -706,7 +704,8 @@ def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
     print(f"candidates: {len(candidates)} of {len(records)} rows")
     print("rejected: " + (", ".join(f"{kind} {share(n, len(candidates))}" for kind, n in why.most_common()) or "none"))
     chosen = [record for record in records.values() if record["kept"] is not None and record["row"] in kept]
-    bands = Counter(quality(record["candidates"][record["kept"]]["scores"]) for record in chosen)
+    means = [mean_score(record["candidates"][record["kept"]]["scores"]) for record in chosen]
+    bands = Counter("high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low" for mean in means)  # [app H]
     print("quality: " + ", ".join(f"{band} {share(bands[band], len(chosen))}" for band in ("high", "medium", "low")))
     print("  (by the model that chose; in the paper another model judged 500: 39.4 %, 54.4 %, 6.2 %)")
     print(f"paid: {spent(answers, args)}")

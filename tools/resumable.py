@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import lock, to_json
+from data.examples import encode_prompts
 from data.problems import Problem, check_lengths, digests, load_problems, load_template
-from eval import MAX_NEW_TOKENS, TEMPERATURE, TOP_P, encode_prompts, expected_length, figures, sample_records
+from eval import MAX_NEW_TOKENS, TEMPERATURE, TOP_P, expected_length, figures, sample_records
 from grader import MathWorker, UserReward, grader_of, same_answer
 from methods import Method
 from model import blank_model, load_model, resolve_model
