@@ -37,7 +37,7 @@ from grader import MathWorker, RewardError, UserReward, grader_of
 from lora import add_adapters, initial_adapters, save_adapters
 from loss import chunked_head, sft_terms
 from methods import METHODS, Method, knob
-from model import CausalLM, blank_model, resolve_model, save_model, weight_files
+from model import CausalLM, blank_model, resolve_model, save_model
 from parallel import (
     FIRST_SCALE,
     Control,
@@ -466,7 +466,8 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     adapters = initial_adapters(model, torch.Generator().manual_seed(stream_seed(cfg.seed, "adapters")))
     load_sharded(model, model_folder, device=device, offload=cfg.offload, adapters=adapters)
     if cfg.lora_rank:  # the checkpoints do not hold the frozen weights
-        origin["data"] |= origin_of({f"base/{file.name}": str(file) for file in weight_files(model_folder)})["data"]
+        files = sorted(model_folder.glob("model*.safetensors"))
+        origin["data"] |= origin_of({f"base/{file.name}": str(file) for file in files})["data"]
     optimizer = torch.optim.AdamW(trained(model).values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     if cfg.dtype == "float16":
         optimizer.param_groups[0]["loss_scale"] = FIRST_SCALE

@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import CheckpointError, differences, find_checkpoint, load_checkpoint, origin_of, stored_config, verified
 from lora import add_adapters
-from model import blank_model, resolve_model, save_model, weight_files
+from model import blank_model, resolve_model, save_model
 from parallel import compute_dtype, load_sharded, model_on_host, ranks_of, shard
 
 
@@ -39,7 +39,7 @@ def write_model(run: Path, out: Path, step: int | None) -> None:
         dtype = compute_dtype(config["dtype"], torch.device("cpu" if machine.startswith("cpu") else "cuda"))
         if config.get("lora_rank"):  # the checkpoint has the adapters alone
             base = {name: digest for name, digest in state["data"].items() if name.startswith("base/")}
-            here = origin_of({f"base/{file.name}": str(file) for file in weight_files(folder)})["data"]
+            here = origin_of({f"base/{file.name}": str(file) for file in sorted(folder.glob("model*.safetensors"))})["data"]
             if changes := differences(base, here):
                 raise ValueError("\n".join([f"{folder}: not the weights that {path} was trained on", *changes]))
             add_adapters(model, rank=config["lora_rank"], alpha=config["lora_alpha"], dtype=dtype)
