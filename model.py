@@ -24,7 +24,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
 from importlib.util import find_spec
@@ -348,21 +347,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * E, D, bias=config.out_bias)
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.joined: tuple[Tensor, Tensor | None] | None = None  # the first three as one, see CausalLM.joined_projections
-
-    def join(self) -> None:
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
-        self.joined = torch.cat([part.weight for part in parts]), bias
-
-    def project(self, x: Tensor) -> Sequence[Tensor]:
-        if self.joined is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return F.linear(x, *self.joined).split([part.out_features for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        self.joined: tuple[Tensor, Tensor | None] | None = None  # see CausalLM.join_projections
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
+        if self.joined is None:
+            q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            heads = F.linear(x, *self.joined).view(B, T, -1, self.head_dim)
+            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(self.q_norm(q), self.k_norm(k), layout.cos, layout.sin)
         if layout.cache is not None:  # the new tokens, packed (prefill) or one a row (decode), go to the sampler's cache
             layout.cache.write(layer, k.flatten(0, 1), v.flatten(0, 1))  # (B T, K, E) each
@@ -489,17 +482,14 @@ class CausalLM(nn.Module):
         hidden = self.model(input_ids, Layout(self.compute_dtype, cos, sin, packing, cache))  # (B, T, D)
         return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
 
-    @contextmanager
-    def joined_projections(self) -> Iterator[None]:
-        """Here queries, keys and values are one product instead of three, with a copy of its weights: for decoding, whose small
-        products take as long as it takes to start them."""
+    def join_projections(self) -> None:
+        """From now on queries, keys and values are one product instead of three, with a copy of their weights. For decoding on
+        a GPU, where a small product takes as long as it takes to start it; the weights must not change afterwards."""
         for layer in self.model.layers:
-            layer.self_attn.join()
-        try:
-            yield
-        finally:
-            for layer in self.model.layers:
-                layer.self_attn.joined = None
+            attention = layer.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+            attention.joined = torch.cat([part.weight for part in parts]), bias
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines and sines of positions (B, T): (B, T, E) each."""

@@ -277,7 +277,10 @@ def whole_model(model: CausalLM) -> Iterator[CausalLM]:
     for module in modules:
         module.unshard()
     try:
-        yield _rebuilt(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+        whole = _rebuilt(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+        if model.device.type == "cuda":
+            whole.join_projections()
+        yield whole
     finally:
         for module in modules:
             module.reshard()

@@ -17,7 +17,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -111,12 +110,9 @@ def generate(
     draw = partial(sample, temperature=temperature, top_p=top_p)
     was_training = model.training
     model.eval()
-    # model.py's has it. Not on a CPU, which gains nothing
-    joined = getattr(model, "joined_projections", nullcontext) if model.device.type == "cuda" else nullcontext
+    pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
     try:
-        with joined():
-            pages, width = _cache_pages(model, groups, max_rows, cache_tokens)
-            _Sampler(model, groups, pages, width, max_rows, draw, eos_ids, on_row).run()
+        _Sampler(model, groups, pages, width, max_rows, draw, eos_ids, on_row).run()
     finally:
         model.train(was_training)
         if model.device.type == "cuda":

@@ -172,7 +172,7 @@ def test_plan_of_the_largest_terms_by_hand():
     captured = 8 + 16 + 24 + 32 + 48 + 64 + 96 + 128 + 192  # sizes of a decode step up to 16 problems' 12 rows
     assert sampling["logits"] == V * (2 * captured + 192 * 2) and sampling["joined projections"] == joined
     scoring = sum(parts["sampling"]["scoring the guided trajectories"].values())
-    assert scoring == pytest.approx(12 * P / 8 + 2 * P + (200 + 16384) * (6 * (D + W) + 520), rel=1e-3)
+    assert scoring == pytest.approx(12 * P / 8 + 2 * P + joined + (200 + 16384) * (6 * (D + W) + 520), rel=1e-3)
     T = 500 + 16384  # a prompt and the longest response
     assert update["loss at the head (policy loss)"]["chunks of logits"] == 4 * 256 * V * 4
     assert update["loss at the head (KL)"]["chunks of logits"] == 6.5 * 256 * V * 4

@@ -329,8 +329,8 @@ def sampling_phases(job: Job, *, pages: int, rows: int, prefill_tokens: int, sco
     drawn = shape.V * (e if job.cuda else e + 16)
     # a CUDA graph is captured for every size of a decode step, and keeps its logits
     sizes = {padded_batch_size(n) for n in range(1, rows + 1)} if job.cuda else {}
-    weights = resident(job) | {"whole weights in the compute dtype": job.whole_bytes}
-    cache = {"joined projections": joined_bytes(job), "KV cache": pages * page_bytes(job)}
+    weights = resident(job) | {"whole weights in the compute dtype": job.whole_bytes, "joined projections": joined_bytes(job)}
+    cache = {"KV cache": pages * page_bytes(job)}
     return {
         "reading the prompts": weights | cache | {"activations": prefill_tokens * working},
         "decoding": weights | cache | {"logits": rows * drawn + shape.V * e * sum(sizes)},

@@ -212,6 +212,8 @@ def sample_share(
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         lock(stream, f"{path}: another evaluation is writing here", lambda text: print(text) if world()[0] == 0 else None)
         model, tokenizer = load_model(args.model, dtype=compute_dtype(args.dtype, device), device=device)
+        if device.type == "cuda":
+            model.join_projections()
         stream.write("\n" if stream.tell() else "")  # ends a line that a crash has torn
         for one, problems in share:
 
