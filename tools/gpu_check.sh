@@ -11,11 +11,12 @@
 #     tests      the tests for a GPU                            step      one 1.5B step: memory against the plan, sampler against
 #     run        the default run                                          trainer, time by kernel (tools/gpu_step.py)
 #     float16    its first steps in float16: the scale, sampler against trainer (first_logprob_error* in its metrics.jsonl)
+#     lora       a step of 7B with adapters, as on a card of 80 GB
 #     torchrun   one under torchrun, cut off and resumed        update, sampler, tail, head, grpo   bench.py with its rivals
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:?usage: bash tools/gpu_check.sh OUT [--device cuda|cpu] [--parts "..."]} && shift
-DEVICE=cuda PARTS="tests run float16 torchrun step update sampler tail head grpo" IN_ALL=${IN_ALL:-480}
+DEVICE=cuda PARTS="tests run float16 torchrun step lora update sampler tail head grpo" IN_ALL=${IN_ALL:-480}
 while [ $# -gt 0 ]; do
     case $1 in
         --device) DEVICE=${2:?} ;;
@@ -81,6 +82,7 @@ part run 60 $PYTHON train.py --device $DEVICE --dtype bfloat16 $STEPS --out "$OU
 part float16 40 $PYTHON train.py --device $DEVICE --dtype float16 --no-eval_guided $SHORT --out "$OUT/float16-$(date +%H%M%S)"
 part torchrun 80 bash -c resumed
 part step 120 $PYTHON tools/gpu_step.py --out "$OUT/step.json" --device $DEVICE $QUICK
+part lora 80 $PYTHON tools/gpu_step.py --out "$OUT/lora.json" --lora --device $DEVICE $QUICK
 part update 70 $PYTHON tools/bench.py --out "$OUT/update.json" --only update $BENCH $QUICK
 part sampler 75 $PYTHON tools/bench.py --out "$OUT/sampler.json" --only sampler --workloads uniform $BENCH $QUICK
 part tail 90 $PYTHON tools/bench.py --out "$OUT/tail.json" --only sampler --workloads "long tail" $BENCH --repeats 1 $QUICK

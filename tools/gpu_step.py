@@ -1,6 +1,7 @@
 """One step of a real size on one GPU, with random weights: how fast, how much memory against the plan, where the time goes.
 
 python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's shape on CUDA, about a minute on an H100
+python tools/gpu_step.py --out step.json --lora                 Qwen2.5-7B's with adapters of rank 16, as on a card of 80 GB
 python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
 sampling   256 rows: tokens/s, the share of the machine's floor (bench.py), time by kernel
@@ -23,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kv_cache import pages_for
-from model import CausalLM, ModelConfig, build_model
-from parallel import apply_gradients, leave, whole_model
+from lora import add_adapters
+from model import CausalLM, ModelConfig, inverse_frequencies
+from parallel import apply_gradients, leave, shard, trained, whole_model
 from rollout import micro_batches, pack, shared_tokens
 from sgpo import Example, ProblemSamples, choose, policy_items, sample_and_reward, set_advantages, target_items, update
 from tools import bench, plan
@@ -135,9 +137,12 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.
     result: dict[str, Any] = {"sampling": memory_row("sampling", predicted, peak + resident, seconds)}
     variants = {"update, recomputed": replace(settings, recompute=True), "update": replace(settings, recompute=False)}
     if device.type == "cuda":
-        whole_card = replace(job.assumed, gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
+        memory = 80.0 if args.lora else torch.cuda.get_device_properties(device).total_memory / 1e9
         automatic = replace(job.settings, recompute=True, micro_tokens=0, chunk_tokens=0)
-        variants["update, defaults"] = plan.settle(replace(job, assumed=whole_card, settings=automatic)).settings
+        card = replace(job, assumed=replace(job.assumed, gpu_memory=memory), settings=automatic)
+        variants["update, defaults"] = plan.settle(card).settings
+    if args.lora:  # the last one alone
+        variants = dict([variants.popitem()])
     flops, limit = update_flops(job, samples), bench.machine_limits(args)["matmul"]
     for name, changed in variants.items():
         model.model.recompute = changed.recompute
@@ -181,29 +186,47 @@ def memory_row(
     return row
 
 
+def random_model(config: ModelConfig, settings: Config, device: torch.device) -> tuple[CausalLM, torch.optim.Optimizer]:
+    """A sharded model with its optimizer, made on the device: 7B would take the host minutes and 30 GB."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if settings.lora_rank:
+        add_adapters(model, rank=settings.lora_rank, alpha=settings.lora_alpha, dtype=torch.bfloat16)
+    shard(model, device=device, dtype=torch.bfloat16, shard_ranks=0, offload=False)
+    model.to_empty(device=device)
+    model.inv_freq = inverse_frequencies(config).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and not name.endswith("lora_B"):
+                parameter.to_local().normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.to_local().fill_(1.0 if "norm" in name else 0.0)
+    return model, torch.optim.AdamW(trained(model).values(), lr=1e-6, weight_decay=0.01, fused=True)
+
+
 def parts(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     raw = plan.SHAPES[args.shape]
     config = replace(ModelConfig.from_dict(raw), eos_ids=(raw["vocab_size"],))  # no response ends before its limit
-    model = build_model(config, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=args.device)
-    pages = 16 * (12 * pages_for(512) + 3 * pages_for(1200))  # 192 rows, of which none waits
-    changes = dict(problems_per_step=16, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
+    problems = 8 if args.lora else 16
+    pages = problems * (12 * pages_for(512) + 3 * pages_for(1200))  # of all rows, none of which waits
+    changes = dict(problems_per_step=problems, max_new_tokens=512, cache_tokens=pages * plan.PAGE, micro_tokens=16384)
     if args.quick:
-        changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200, chunk_tokens=32)
-    model, optimizer, method = bench.trained(model, args, method="sgpo", **changes)
-    settings = Config(**vars(method), dtype="bfloat16")
-    return {
-        "step": partial(step_part, model, optimizer, settings, args),
-        "sampling": partial(sampling_part, model, args),
-    }
+        changes = dict(problems_per_step=2, max_new_tokens=8, cache_tokens=8192, micro_tokens=200)
+    settings = Config(lora_rank=16 if args.lora else 0, dtype="bfloat16", chunk_tokens=32 if args.quick else 256, **changes)
+    model, optimizer = random_model(config, settings, args.device)
+    step = {"step": partial(step_part, model, optimizer, settings, args)}
+    return step if args.lora else step | {"sampling": partial(sampling_part, model, args)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, after each part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
+    parser.add_argument("--lora", action="store_true", help="7B with adapters of rank 16, for a card of 80 GB: the step alone")
     parser.add_argument("--quick", action="store_true", help="a toy shape: does it run; times nothing")
     args = parser.parse_args(arguments)
-    args.shape = "toy" if args.quick else "Qwen2.5-1.5B-Instruct"
+    args.shape = "toy" if args.quick else "Qwen2.5-7B-Instruct" if args.lora else "Qwen2.5-1.5B-Instruct"
     args.scale = "quick" if args.quick else args.device
     args.dtype = torch.bfloat16
     args.repeats = 3
