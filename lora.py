@@ -2,12 +2,6 @@
 
 Each linear layer of every block computes W x + scale * B (A x). W (out, in) is the base model's and stays as it is; A (R, in)
 and B (out, R) are trained. B starts at zero, so training starts from the base model. scale is alpha / R.
-
-    add_adapters       replace the layers, while the model has shapes only
-    initial_adapters   the first values of A and B
-    merge              the weights of a plain model, W + scale * B A: to sample from, and to save
-    save_adapters      a folder that the library peft loads
-
 Imports no sibling: copy this file alone. It takes any module with its blocks in model.model.layers. Axes: R rank, T tokens.
 """
 
@@ -23,7 +17,7 @@ from torch import Tensor, nn
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with its weights frozen, and adapters in fp32: W x + bias + scale * B (A x)."""
+    """A frozen linear layer with adapters in fp32."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -53,8 +47,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtyp
 
 
 def initial_adapters(model: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """The name and first values of each adapter, whole and in fp32: A uniform within 1 / sqrt(in), which is Kaiming's with
-    a = sqrt(5), as in PEFT; B zero. `generator` is on the CPU. Nothing for a model without adapters."""
+    """The name and first values of each adapter, whole and in fp32: A uniform within 1 / sqrt(in), as in PEFT; B zero."""
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
             bound = 1 / math.sqrt(parameter.shape[1])
@@ -65,10 +58,8 @@ def initial_adapters(model: nn.Module, generator: torch.Generator) -> Iterator[t
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All weights of the model by name, whole -> those of a plain model: W + scale * B A in place of W, A and B.
-
-    The tensors W are changed: they must be copies. Product and sum are fp32, and rounded once, to W's dtype (see round_to).
-    """
+    """All weights of the model by name, whole -> those of a plain model: W + scale * B A in place of W, A and B. The tensors W
+    are changed: they must be copies. Product and sum are fp32, and rounded once, to W's dtype (see round_to)."""
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             W = weights[f"{name}.weight"]
@@ -78,12 +69,9 @@ def merge(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """x, fp32 and contiguous, in another dtype. bf16: up or down, with a fixed threshold between for each place in x.
-
-    W holds bf16 numbers, and an update moves most of them by less than half of the distance to the next. Rounded to the nearest
-    they would all stay as they are, and whoever samples would not see what was learned. With thresholds that are spread evenly
-    the right share of the entries moves, so that sums over them are right. What is a bf16 number stays.
-    """
+    """x, fp32 and contiguous, in another dtype. bf16: up or down, with a fixed threshold between for each place in x. An update
+    moves most numbers of W by less than half of the distance to the next bf16 number. Rounded to the nearest they would all
+    stay. With thresholds that are spread evenly the right share of them moves. A bf16 number stays."""
     if dtype != torch.bfloat16:
         return x.to(dtype)
     # a bf16 number is the upper half of an fp32 one. A hash of the place (Knuth's, in int32, which wraps) is the same on all

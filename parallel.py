@@ -1,15 +1,14 @@
 """Training on several processes: what the loop needs of FSDP2 (fully sharded data parallel), in a few functions.
 
 torchrun starts one process (a rank) per GPU. Each of N ranks holds a 1/N part of every fp32 weight, of its gradient and of its
-optimizer state. A block's weights are gathered in the compute dtype just before they are used, and freed right after. One
-process is the same with N = 1. Three rules keep the ranks together:
+optimizer state. A block's weights are gathered in the compute dtype just before they are used, and freed right after.
 
     equal passes    every pass gathers and reduces, so all ranks must make the same number of them: `pad_micro_batches`
     sums, not means losses are divided by counts over all ranks, so gradients are summed over the ranks: `shard`
     uneven work     sampling takes each rank another time: it runs on a whole copy of the weights, without communication
                     (`whole_model`), and afterwards the ranks wait for each other (`Control.barrier`)
 
-There is no tensor, pipeline or context parallelism: the activations of a micro-batch must fit on one GPU. Imports model, lora.
+The activations of a micro-batch must fit on one GPU. Imports model, lora.
 """
 
 import itertools
@@ -39,8 +38,7 @@ FIRST_SCALE, SCALE_UPDATES = 2.0**16, 100  # float16's loss scale, and after how
 
 
 def start_ranks(device: str, timeout_minutes: float) -> torch.device:
-    """Join the other ranks if torchrun started us, else form a group of one. Returns this rank's device: "cpu", "cuda", or
-    with "auto" CUDA if there is one."""
+    """Join the other ranks if torchrun started us, else form a group of one. Returns this rank's device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -61,7 +59,7 @@ class RankLost(RuntimeError):
 
 @contextmanager
 def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
-    """start_ranks, and leave the group at the end, if it was formed here. An error of communication becomes RankLost."""
+    """start_ranks, and leave the group at the end, if it began here. An error of communication becomes RankLost."""
     joined = dist.is_initialized()
     here = start_ranks(device, timeout_minutes)
     try:
@@ -85,11 +83,8 @@ def ranks_of(device: str, timeout_minutes: float) -> Iterator[torch.device]:
 
 
 def leave(status: int = 0) -> NoReturn:
-    """Exit at once, as the very last act of a program that has joined a group. No atexit handler and no `finally` runs.
-
-    A thread of gloo that frees its last tensor while the interpreter is being torn down aborts the process
-    (pytorch/pytorch#190489), and a finished run would report that it failed.
-    """
+    """Exit at once, as the last act of a program that has joined a group: no atexit handler runs. Else a thread of gloo may
+    abort the process while the interpreter is torn down (pytorch/pytorch#190489), and a finished run would report a failure."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -124,12 +119,8 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-# ---------------------------------------------------------------------------------------------------- uneven work
-
-
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C came, or a rank's work failed (then that is its cause there): the work at hand is dropped, and the run
-    ends with a checkpoint."""
+    """SIGTERM or Ctrl-C came, or a rank's work failed (then that is its cause there): the run ends with a checkpoint."""
 
 
 class Control:
@@ -149,9 +140,8 @@ class Control:
         return int(largest)
 
     def preemptible(self, work: Callable[[], Any]) -> Any:
-        """Do work that differs from rank to rank, communicates nothing and changes nothing that is kept; then a barrier.
-        Returns the work's result. After a signal to any rank, which cuts its own work short, or an error in its work, all ranks
-        raise Preempted."""
+        """Do work that differs from rank to rank, communicates nothing and changes nothing that is kept; then a barrier. After
+        a signal to any rank, which cuts its own work short, or an error in its work, all ranks raise Preempted."""
         result = failure = None
         try:
             try:
@@ -185,11 +175,10 @@ class Control:
 
 
 def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Split work over the ranks: the indices of each rank's items. The share with index 0 is rank 0's.
-
-    Items are handed out from the costliest down, in the order 0 1 2 2 1 0 0 1 ...: the numbers of items differ by one at most.
-    """
-    order, turn = sorted(range(len(costs)), key=lambda i: (-costs[i], i)), 2 * ranks
+    """The indices of each rank's items. Index 0 is rank 0's. The costliest go first, to the ranks 0 1 2 2 1 0 0 1 ...: so the
+    numbers of items differ by one at most."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    turn = 2 * ranks
     shares = [sorted(order[rank::turn] + order[turn - 1 - rank :: turn]) for rank in range(ranks)]
     return sorted(shares, key=lambda share: share or [len(costs)])
 
@@ -210,13 +199,8 @@ def pad_micro_batches(batches: list[list[int]], device: torch.device) -> list[li
 
 
 def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ranks: int, offload: bool) -> CausalLM:
-    """Shard the model in place: each block by itself, then what is left (embedding, final norm, head).
-
-    device       where it computes; the weights may still be on the meta device, to be filled by load_sharded
-    dtype        of activations and gathered weights; shards, gradients and optimizer states are fp32
-    shard_ranks  this many ranks share one copy of the weights; each group of that size holds a replica (HSDP). 0: all ranks
-    offload      keep shards, gradients and optimizer states in host memory
-    """
+    """Shard the model in place: each block by itself, then what is left. It computes on `device` in `dtype`; shards, gradients
+    and optimizer states are fp32, with `offload` in host memory. shard_ranks ranks (0: all) share a copy of the weights."""
     model.inv_freq = model.inv_freq.to(device)  # a buffer, which FSDP does not move; the model computes on its device
     ranks = world()[1]
     shard_ranks = shard_ranks or ranks
@@ -243,8 +227,7 @@ def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ra
 def load_sharded(
     model: CausalLM, folder: Path, *, device: torch.device, offload: bool, adapters: Iterable[tuple[str, Tensor]] = ()
 ) -> None:
-    """Fill a sharded model on the meta device from a model folder, and from `adapters`, which are whole. Each rank reads its
-    own rows only, so no host ever holds N copies. device and offload as in `shard`; ValueError as in model.read_weights."""
+    """Fill a sharded model on the meta device from a model folder and whole `adapters`. Each rank reads its own rows only."""
     place = torch.device("cpu") if offload else device
     rows = {name: local_rows(parameter) for name, parameter in model.named_parameters()}
     model.to_empty(device=place)
@@ -262,17 +245,16 @@ def load_sharded(
 
 def local_rows(parameter: Tensor) -> slice:
     """Which rows of a parameter this rank holds: chunks of equal size, rounded up, the last one shorter."""
-    part = next(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
-    count, index = parameter.device_mesh.size(part), parameter.device_mesh.get_local_rank(part)
-    chunk = -(-len(parameter) // count)
+    ranks, index = parameter.device_mesh.shape[-1], parameter.device_mesh.get_coordinate()[-1]
+    chunk = -(-len(parameter) // ranks)
     begin = min(index * chunk, len(parameter))
     return slice(begin, min(begin + chunk, len(parameter)))
 
 
 @contextmanager
 def whole_model(model: CausalLM) -> Iterator[CausalLM]:
-    """The model with all weights gathered in the compute dtype and adapters merged, for work that differs from rank to rank: a
-    second module around the gathered tensors, without FSDP's hooks, which communicate. All ranks enter and leave together."""
+    """The model with all weights gathered in the compute dtype and adapters merged, without FSDP's hooks, which communicate.
+    All ranks enter and leave together."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()
@@ -288,18 +270,13 @@ def whole_model(model: CausalLM) -> Iterator[CausalLM]:
 
 @torch.no_grad()
 def model_on_host(model: CausalLM, dtype: torch.dtype) -> CausalLM | None:
-    """On rank 0 a copy with the whole weights in host memory, for saving; None on the others. All ranks call it. The device
-    holds one gathered tensor at a time."""
+    """On rank 0 a copy with the whole weights in host memory, to be saved; None on the others. All ranks call it."""
     weights = {}
     for name, parameter in model.named_parameters():
         whole = whole_tensor(parameter)
         if world()[0] == 0:
             weights[name] = whole.to("cpu", dtype, copy=True)  # a gathered tensor may be a view of a larger, padded one
-    if not weights:
-        return None
-    whole = _rebuilt(model, weights)
-    whole.inv_freq = whole.inv_freq.cpu()
-    return whole
+    return _rebuilt(model, weights) if weights else None
 
 
 def _rebuilt(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
@@ -319,17 +296,14 @@ def apply_gradients(
     max_grad_norm: float,
     skip_above: float = math.inf,
 ) -> float:
-    """Clip the gradients, which are summed over the ranks already, by their norm over all parameters and ranks, and step if
-    may_step. Returns the norm before clipping. `loss` must be over all ranks too, so that all of them step or none does.
-
-    The gradients are divided by loss_scale first. If they overflowed, it is halved; every SCALE_UPDATES updates it is doubled.
-    """
+    """Divide the gradients, which are summed over the ranks already, by loss_scale, clip them by their norm over all parameters
+    and ranks, and step if may_step. Returns the norm before clipping. `loss` must be over all ranks, so that all step or none
+    does. If the gradients overflowed, the scale is halved; every SCALE_UPDATES updates it is doubled."""
     parameters, scale = list(trained(model).values()), loss_scale(optimizer)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if scale != 1:
-            parameter.grad /= scale  # exact, because the scale is a power of two
+        parameter.grad /= scale  # exact, because the scale is a power of two
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -349,8 +323,8 @@ def trained(model: CausalLM) -> dict[str, Tensor]:
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> float:
-    """What the gradients of the next update are to be multiplied by: 1, unless the optimizer was given a "loss_scale", a power
-    of two. Float16 needs one: most gradients of a mean over many tokens are too small for it."""
+    """What the gradients of the next update are multiplied by: 1, or the optimizer's "loss_scale", a power of two. In float16
+    most gradients of a mean over many tokens would be lost without it."""
     return optimizer.param_groups[0].get("loss_scale", 1.0)
 
 

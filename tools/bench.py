@@ -5,17 +5,15 @@
     step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
     head      the loss at the head in chunks against the whole logits
 
-One run builds models by shape with random weights (nothing is downloaded), does the same work on every side in alternation
-(A B A B ...), checks that all sides compute the same, and writes every figure as JSON. Response lengths are prescribed, the
-same for every side. It is no benchmark of answers, nor of inference servers. Timings mean something only on an idle machine.
+One run builds models by shape with random weights, does the same work on every side in alternation (A B A B ...), checks that
+all sides compute the same, and writes every figure as JSON. Response lengths are prescribed. Timings need an idle machine.
 
     python tools/bench.py --out results/bench/cpu.json                 all parts, on the GPU if there is one
     python tools/bench.py --out /tmp/b.json --only head --device cpu   one part
     python tools/bench.py --out /tmp/b.json --quick                    toy shapes: checks that everything runs, times nothing
 
-Two rivals need a package more: `pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step. If one is
-missing, or dies, the report says so. Exit status 1 if a check or a part fails. Axes: P prompts, n responses a prompt, M
-response tokens, D width, V vocabulary.
+`pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step: the report says if a rival is missing, or
+dies. Exit status 1 if a check or a part fails. Axes: P prompts, n responses each, M response tokens, D width, V vocabulary.
 """
 
 import argparse
@@ -98,11 +96,8 @@ def status_bytes(field: str) -> int:
 
 
 def start(device: torch.device) -> tuple[float, int]:
-    """(the time, the bytes in use), for `stop`.
-
-    On a CPU they are those of the resident size, whose peak only Linux can restart. Memory that was freed but is kept for later
-    by the C library is given back first: work that used only such memory would seem to need none.
-    """
+    """(the time, the bytes in use), for `stop`. On a CPU they are those of the resident size, whose peak only Linux can
+    restart. What the C library keeps of freed memory is given back first: work that used only that would seem to need none."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -418,10 +413,8 @@ def make_rollouts(workload: Workload, model: CausalLM) -> list[ProblemSamples]:
 
 
 def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], dtype: torch.dtype, rows: int) -> list[float]:
-    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits.
-
-    Returns [1 + the loss, which is near 0; the gradient norm].
-    """
+    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits. Returns
+    [1 + the loss, which is near 0; the gradient norm]."""
     items = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
     total = 0.0
     for first in range(0, len(items), rows):
@@ -490,11 +483,8 @@ def word_tokenizer(vocabulary: int) -> Any:
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
-    """A whole GRPO step against TRL's GRPOTrainer: the same model, prompts, group, response length and optimizer.
-
-    All responses have the full length, because TRL has no way to prescribe others. On both sides the reward is right half of
-    the time (the last token is even), so that hardly a group is without a gradient.
-    """
+    """A whole GRPO step against TRL's GRPOTrainer: the same model, prompts, group, optimizer, and full length of all responses,
+    because TRL cannot prescribe others. The reward is right half of the time, so that hardly a group is without a gradient."""
     [workload] = workloads_of(args, "step")
     ours, theirs = model_pair(SHAPES[args.shape], torch.float32, args.device)
     prompts, tokenizer = make_prompts(workload, ours.config.vocab_size), word_tokenizer(ours.config.vocab_size)
@@ -654,8 +644,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side, in alternation (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     args = parser.parse_args(arguments)
-    if min(args.repeats, args.threads) < 1:
-        parser.error(f"--repeats {args.repeats} and --threads {args.threads} must be at least 1")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.shape = "toy" if args.quick else args.shape
     args.scale = "quick" if args.quick else args.device

@@ -30,9 +30,6 @@ def write_model(run: Path, out: Path, step: int | None) -> None:
                 raise CheckpointError("\n".join([f"{run}: no whole checkpoint", *damaged]))
         else:
             path = run / "checkpoints" / f"step-{step:06d}"
-            if not path.exists():
-                there = ", ".join(sorted(found.name for found in path.parent.glob("step-*"))) or "none"
-                raise CheckpointError(f"{path}: not there; there are {there}")
             state = verified(path)["state"]
         folder, cpu = resolve_model(config["model"]), torch.device("cpu")
         model, tokenizer = blank_model(folder)

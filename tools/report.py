@@ -38,7 +38,7 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 GUIDED = ("reward_guided", "alpha")  # methods without a guided group log 0 for these, which is no measurement
 SEEDS = ("seed", "data_seed", "sampling_seed")
-MAY_DIFFER = (*SEEDS, "out", "model", "data", "eval_data")  # inside a group, and what is in train.MAY_CHANGE
+MAY_DIFFER = (*SEEDS, "out", "resume", "device", "model", "data", "eval_data")  # inside a group
 Curve = dict[str, list]  # "step", "mean", "stderr", "seeds": parallel lists
 
 
@@ -56,10 +56,8 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a metrics.jsonl. ValueError "file:line: what" for a line that is no JSON, or a file without settings.
-
-    A last line without its line end is left out, with a note: a run that is still going is writing it.
-    """
+    """Read a metrics.jsonl. ValueError "file:line: what" for a line that is no JSON, or a file without settings. A last line
+    without its line end is left out, with a note: a run that is still going is writing it."""
     *lines, unfinished = path.read_bytes().split(b"\n")
     if unfinished:
         print(f"{path}:{len(lines) + 1}: the last line is unfinished (is the run still going?), left out")
@@ -81,7 +79,7 @@ def read_groups(folders: Sequence[str]) -> dict[str, list[Run]]:
     """{a folder's name: the runs in it}, in the order given.
 
     ValueError for a folder without any run, two of one name, and runs that are not one method under several seeds: a band
-    over different settings would say nothing about seeds. Paths and settings of the machine may differ.
+    over different settings would say nothing about seeds. Paths may differ.
     """
     groups: dict[str, list[Run]] = {}
     for folder in folders:
@@ -120,21 +118,15 @@ def groups_of_csv(path: Path, rows: Sequence[str]) -> dict[str, list[Run]]:
 
 
 def _check_group(runs: Sequence[Run]) -> None:
-    first, seeds, different = runs[0], {}, set()
+    first, seeds = runs[0], {}
     for run in runs:
-        for name in run.config.keys() & first.config.keys():
-            if run.config[name] != first.config[name] and name not in MAY_DIFFER:
-                different.add(name)
+        names = run.config.keys() & first.config.keys() - set(MAY_DIFFER)
+        if different := sorted(name for name in names if run.config[name] != first.config[name]):
+            raise ValueError(f"{first.path}: the runs of a group may differ in their seeds, not in {', '.join(different)}")
         own = tuple(run.config.get(name) for name in SEEDS)
         if own in seeds:
             raise ValueError(f"{seeds[own]} and {run.path} are of one group and have the same seeds")
         seeds[own] = run.path
-    if different:
-        from train import MAY_CHANGE  # what changes the cost and not the result. Imported here: torch takes seconds
-
-        different -= set(MAY_CHANGE)
-    if different:
-        raise ValueError(f"{first.path}: the runs of a group may differ in their seeds, not in {', '.join(sorted(different))}")
     if not any(run.steps or run.evals for run in runs):
         raise ValueError(f"{first.path}: neither an RL step nor an evaluation in this group yet")
 
@@ -171,10 +163,7 @@ def over_seeds(series: Sequence[Mapping[int, float]]) -> Curve:
 
 def curve_of(runs: Sequence[Run], key: str, smooth: int) -> Curve:
     """A quantity over steps, smoothed seed by seed before the mean over seeds is taken; without steps if no run measured it.
-
-    Accuracy is not smoothed. Of two evaluations at one step the later counts, so a run with an SFT warm-up starts from the
-    accuracy after it.
-    """
+    Accuracy is not smoothed. Of two evaluations at one step the later counts: that after the warm-up."""
     series = []
     for run in runs:
         if key == "accuracy":
@@ -248,11 +237,8 @@ def _draw_curve(axes: Any, curve: Curve, index: int, line: str, every_point: boo
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
-    """Write the figure as path.png and path.svg.
-
-    Text as paths: an SVG in a README is shown as an image and loads no font. With the salt and without the date the same data
-    gives the same bytes, so a picture under version control changes only when its data do.
-    """
+    """Write the figure as path.png and path.svg. Text as paths, because an SVG in a README loads no font. With the salt and
+    without the date the same data give the same bytes."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)

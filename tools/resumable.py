@@ -68,11 +68,8 @@ def output_path(args: argparse.Namespace) -> Path:
 def read_sets(
     args: argparse.Namespace, worker: MathWorker | UserReward, tokenizer: object, context: int
 ) -> list[EvalSet]:
-    """Read and check all files first: a bad line in the last one, or a prompt that fills the context, must not cost an
-    evaluation.
-
-    A file of --data has n 1 and MAX_NEW_TOKENS, one of --benchmarks the paper's; --n and --max_new_tokens overrule both.
-    """
+    """Read and check all files first: a bad line in the last one must not cost an evaluation. A file of --data has n 1 and
+    MAX_NEW_TOKENS, one of --benchmarks the paper's; --n and --max_new_tokens overrule both."""
     files = [(file, 1, MAX_NEW_TOKENS) for file in args.data]
     files += benchmark_files(args.benchmarks) if args.benchmarks else []
     if not files:
@@ -155,10 +152,7 @@ def begin(folder: Path, settings: dict) -> None:
 
 
 def read_records(folder: Path) -> Records:
-    """The records of all ranks, also of more or fewer ranks than there are now.
-
-    Holds all texts at once: 9,000 responses of 3 KB to the six benchmarks are 27 MB.
-    """
+    """The records of all ranks, also of more or fewer ranks than there are now."""
     records = {}
     for path in sorted(path for path in folder.glob("rank*.jsonl") if re.fullmatch("rank[0-9]+.jsonl", path.name)):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -192,9 +186,7 @@ def share_of(sets: Sequence[EvalSet], kept: Records) -> list[tuple[EvalSet, list
 
 def majority(answers: Sequence[str | None], worker: MathWorker) -> int | None:
     """The index of the first sample that gave the answer with the most votes, the earlier one in a tie; None without answers.
-
-    An answer joins the first group whose first member it equals: equality is not transitive (50, 50 %, 0.5).
-    """
+    An answer joins the first group whose first member it equals: equality is not transitive (50, 50 %, 0.5)."""
     given = {index: answer for index, answer in enumerate(answers) if answer is not None}
     group_of: dict[str, int] = {}  # text -> the index of its group's first sample
     votes: Counter[int] = Counter()  # by that index, in the order in which the groups were opened
@@ -234,10 +226,8 @@ def sample_share(
 
 
 def run(args: argparse.Namespace, device: torch.device) -> dict:
-    """Evaluate on this rank and, on rank 0, write and return the results of all ranks; {} on the others.
-
-    The ranks wait for each other twice, and communicate nothing else.
-    """
+    """Evaluate on this rank and, on rank 0, write and return the results of all ranks; {} on the others. The ranks wait for
+    each other twice, and communicate nothing else."""
     out = output_path(args)
     folder = out.with_name(f"{out.stem}-responses")
     control, (rank, ranks) = Control(args.timeout_minutes), world()

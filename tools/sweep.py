@@ -9,8 +9,8 @@
 
 A row of a table is a list of train.py flags: to try an idea of yours, add a line below. A run has one thread, and a new folder
 in runs/tiny/table/sgpo and so on. Every finished run is written to the csv files in --results at once, and a run that is there,
-with the same flags and the same code, is not run again: a sweep goes on where it was cut off, on another machine too. After the
-last run come the pictures, and a page with means, paired differences against SGPO and verdicts on the claims of the paper.
+with the same flags and the same code, is not run again. After the last one come the pictures, and a page with means, paired
+differences against SGPO and verdicts on the claims of the paper.
 
 All rows begin with the same SFT warm-up on a third of the problems (WARM_UP); the same seed gives the same weights after it.
 Rows called ...@cold have none. SGPO samples 12 responses a problem (8 alone, 4 guided) in 30 steps, and so do the others. Rows
@@ -220,10 +220,8 @@ def run_job(job: Job, runs: Path) -> tuple[Path, float]:
 
 
 def run_suite(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Run what is not in <suite>.csv and <suite>_steps.csv yet, args.jobs at a time, and add each run as it ends.
-
-    SystemExit that names the failed runs, after all others have ended.
-    """
+    """Run what is not in <suite>.csv and <suite>_steps.csv yet, args.jobs at a time, and add each run as it ends. SystemExit
+    that names the failed runs, after all others have ended."""
     args.results.mkdir(parents=True, exist_ok=True)
     table, curves = (args.results / f"{args.suite}{end}.csv" for end in ("", "_steps"))
     runs, code, failures = args.runs / args.results.name / args.suite, code_digest(args.world), []
@@ -344,11 +342,8 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def seed_interval(first: dict[str, float], second: dict[str, float]) -> Interval:
-    """first - second over the seeds that both have: (mean, low, high) of its 95 % confidence interval (Student's t).
-
-    Paired, because a seed fixes the data order and the evaluation's draws for both. ValueError with fewer than two seeds in
-    common, or with more than T95 has quantiles for.
-    """
+    """first - second over the seeds that both have: (mean, low, high) of its 95 % confidence interval (Student's t). Paired,
+    because a seed fixes the data order and the evaluation's draws for both. ValueError for too few or too many seeds."""
     seeds = sorted(first.keys() & second.keys())
     if not 2 <= len(seeds) <= len(T95) + 1:
         raise ValueError(f"a paired interval needs 2 to {len(T95) + 1} seeds in common, got {len(seeds)}")
@@ -379,9 +374,7 @@ def column(lines: Lines, row: str, name: str) -> dict[str, float]:
 
 def steps_to_same_reward(curves: Lines, first: str, second: str) -> tuple[dict[str, float], dict[str, float]]:
     """For each seed the natural logarithm of the steps after which two rows reach the same reward: ({seed: log}, {seed: log}).
-
-    The reward is a trailing mean of five steps; the level is the lower one of their means over the last ten steps.
-    """
+    It is a trailing mean of five steps; the level is the lower one of their means over the last ten."""
     logs: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for seed in {line["seed"] for line in curves if line["row"] == first}:
         rewards = []

@@ -5,9 +5,7 @@
 
 `tokens` colours every token of one problem's reachable target o+ by its divergence d_t [eq 3], before training and (--after)
 after it, for the same token ids. `divergence` gives, for every token of the vocabulary, the mean d_t over the targets of many
-problems, and the mean entropy of the policy there, alone and guided. Both use the functions of training. The picture is the
-paper's (arXiv 2606.24064) in kind, the layout is ours.
-
+problems, and the mean entropy of the policy there, alone and guided. The picture is the paper's in kind, the layout is ours.
 Axes: M response tokens, D width, V vocabulary, K next tokens shown (--top).
 """
 
@@ -138,11 +136,8 @@ def totals(tokens: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def find_targets(
     model: CausalLM, tokenizer: Any, worker: MathWorker, args: argparse.Namespace
 ) -> Iterator[tuple[Problem, list[int]]]:
-    """(problem, ids of o+) of every problem (with --id: of that one) that has a correct guided response.
-
-    o+ is the correct one most probable without the strategy, by the summed log-probability [eq 4]. ValueError if no problem
-    has a strategy, or none a correct response.
-    """
+    """(problem, ids of o+) of every problem (with --id: of that one) that has a correct guided response: the one most probable
+    without the strategy, by the summed log-probability [eq 4]. ValueError if there is no such problem."""
     problems = [problem for problem in load_problems(args.data, worker) if args.id in (None, problem.id) and problem.strategy]
     if not problems:
         raise ValueError(f"{args.data}: no row{'' if args.id is None else f' with the id {args.id!r}'} has a strategy")
@@ -323,9 +318,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> Any:
     args = build_parser().parse_args(arguments)
-    for name in ("group_auto", "group_guided", "max_new_tokens", "top", "problems"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.delta < math.inf:
         raise ValueError(f"--delta must be positive and finite, the colour scale ends there; got {args.delta}")
     if not args.out.parent.is_dir():
