@@ -61,7 +61,7 @@ part() { # name, time limit in seconds, command
 }
 
 resumed() { # a run under torchrun that loses its end, and goes on
-    local flags="--device $DEVICE --dtype bfloat16 --checkpoint_minutes 0 --eval_every 0 --no-eval_guided $SHORT" run="$OUT/torchrun"
+    local flags="--device $DEVICE --checkpoint_minutes 0 --eval_every 0 --no-eval_guided $SHORT" run="$OUT/torchrun"
     rm -rf "$run"
     $PYTHON -m torch.distributed.run --standalone --nproc_per_node=1 train.py $flags --out "$run" || return
     cp "$run/metrics.jsonl" "$OUT/torchrun-whole.jsonl"
@@ -78,7 +78,7 @@ steps() { grep '"stage": "sgpo"' "$1" | grep -o '"loss": [^,]*'; }
 export -f resumed steps; export OUT DEVICE SHORT PYTHON
 
 part tests 110 $PYTHON -m pytest -q -o addopts= -k "gpu or paged" test_sgpo.py tests/test_gpu.py
-part run 60 $PYTHON train.py --device $DEVICE --dtype bfloat16 $STEPS --out "$OUT/run-$(date +%H%M%S)"
+part run 60 $PYTHON train.py --device $DEVICE $STEPS --out "$OUT/run-$(date +%H%M%S)"
 part float16 40 $PYTHON train.py --device $DEVICE --dtype float16 --no-eval_guided $SHORT --out "$OUT/float16-$(date +%H%M%S)"
 part torchrun 80 bash -c resumed
 part step 120 $PYTHON tools/gpu_step.py --out "$OUT/step.json" --device $DEVICE $QUICK
