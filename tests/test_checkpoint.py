@@ -95,7 +95,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     train.main(["--out", str(longer), "--resume"])
     assert "is finished" in capsys.readouterr().out
     train.main(["--out", str(longer), "--resume", "--steps", "2"])
-    assert "2 RL steps and no longer 1: the learning rate goes on at 8e-05 (constant)" in capsys.readouterr().out
+    assert "2 RL steps and no longer 1: the learning rate goes on at 6e-05 (constant)" in capsys.readouterr().out
     assert faults.tensors(longer / "model/model.safetensors") == faults.tensors(whole / "model/model.safetensors")
     assert faults.tensors(longer / "model-000001/model.safetensors") == before
     assert checkpoint.stored_config(longer)["steps"] == 2
