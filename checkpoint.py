@@ -7,15 +7,9 @@
         shard-00001-model-00001-of-00002.safetensors ...    each rank's part of the weights and of AdamW's two moments (fp32)
         state.json                                          everything else, and a SHA-256 of every file
 
-torch.distributed.checkpoint writes and reads the tensors, so another number of ranks can resume. This file adds:
-
-    complete    a checkpoint is written to a folder *.part, which is never read, and renamed as the last act.
-    verified    every file's digest is compared before loading. A damaged checkpoint is left alone and named, and the one before
-                it is used. That is why two are kept. During SFT so are the ones with their lowest validation loss.
-    together    an error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for the others.
-    ours        only folders named as above are read, and of those only files that we wrote are ever removed.
-    strict      logs and state.json are JSON as RFC 8259 has it: a number that is not finite is null.
-
+torch.distributed.checkpoint writes and reads the tensors, so another number of ranks can resume. A checkpoint is written to a
+folder *.part, and renamed as the last act. Every file's digest is compared before loading; if a checkpoint is damaged, the one
+before it is used. An error on one rank (a full disk, an unreadable file) is raised on all, so that no rank waits for another.
 Imports no sibling: copy this file alone. It needs a process group (torch.distributed), even for one process. Every function is
 called by all ranks, with the same arguments, and all must see the same folder (on several nodes: a shared file system).
 """
@@ -55,18 +49,13 @@ class NotFinite(RuntimeError):
     """Too many updates had a loss or a gradient that was not finite."""
 
 
-# ---------------------------------------------------------------------------------------------------- the run's folder
-
-
 @dataclass
 class Progress:
-    """What a run has done so far, and all its state beside weights and moments: every random number follows from the seeds and
-    these counts."""
+    """All state of a run beside weights and moments: every random number follows from the seeds and these counts."""
 
     sft_steps: int = 0
     rl_steps: int = 0
     rl_length: int = 0  # how many RL steps the run was to have when it last went on
-    evaluated: int = 0  # the last RL step with a periodic evaluation after it
     best_loss: float = math.inf  # SFT's lowest validation loss, and the step after which it was measured
     best_step: int = 0
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
@@ -81,7 +70,7 @@ class Progress:
 
 @dataclass
 class RunFolder:
-    """A run's folder. Every method is called by all ranks with the same arguments; only rank 0 writes the logs."""
+    """A run's folder. Only rank 0 writes the logs."""
 
     out: Path
     config: dict[str, Any]  # the settings
@@ -90,18 +79,14 @@ class RunFolder:
     lock: Any = None
 
     def open(self, say: Say, *, resume: bool) -> None:
-        """Make the folder and lock it. CheckpointError if it holds a run that is not to be resumed, or is locked, or if a new
-        run would write over what is there. Called after every other check: a run that is refused must leave no folder."""
+        """Make the folder and lock it. CheckpointError if it is locked, or if it holds what a run would write and is no run to
+        resume. Called after every other check: a run that is refused must leave no folder."""
 
         def claim() -> None:
-            if (self.out / "metrics.jsonl").exists():
-                if not resume:
-                    raise ValueError(f"--out {self.out} holds a run already (metrics.jsonl); name another one, or --resume it")
-            else:
-                taken = [self.out / name for name in ("samples.jsonl", "model", "model.part")]
-                for path in taken + _checkpoints(self.out / "checkpoints"):
-                    if path.exists():
-                        raise ValueError(f"{path} is there already, without a metrics.jsonl; name another folder with --out")
+            ours = [self.out / name for name in ("metrics.jsonl", "samples.jsonl", "model", "model.part")]
+            there = [path for path in ours + _checkpoints(self.out / "checkpoints") if path.exists()]
+            if there and not (resume and there[0] == ours[0]):
+                raise ValueError(f"{there[0]} is there already: name another --out, or --resume a run that has a metrics.jsonl")
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / ".lock").open("a")
             lock(self.lock, f"--out {self.out}: another process is training there (ranks can outlive a killed torchrun)", say)
@@ -119,23 +104,32 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint says how long it is
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, machine: str, say: Say, *, steps: int, resume: bool) -> Progress:
-        """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint: load it, and cut the
-        logs to where they were then. Returns the progress so far; `say` prints what was found. ValueError, before anything is
-        written, if the checkpoint is of other data or prompts, or of more RL steps than the run is to have, `steps`."""
+    def begin(
+        self, model: nn.Module, optimizer: Optimizer, machine: str, say: Say, *, steps: int, resume: bool
+    ) -> Progress | None:
+        """Write the first line of metrics.jsonl, or with `resume` go on from the newest whole checkpoint, with the logs cut to
+        where they were then. Returns the progress, or None if the run has its model and either all of its `steps` RL steps or
+        no checkpoint to go on from. If it goes on, its model gets another name. ValueError if the checkpoint is of other data,
+        or of more steps."""
+        finished = self.out / "model"
         path, state, damaged = find_checkpoint(self.out / "checkpoints")
         for reason in damaged:
             say(f"a damaged checkpoint is skipped: {reason}")
-        changes = differences(state["data"], self.origin["data"]) if path else []
-        if changes:
+        if path and (changes := differences(state["data"], self.origin["data"])):
             made_from = "its data differs, or its prompts do (some chat templates write today's date)"
             raise ValueError("\n".join([f"{path}: {made_from}", *changes]))
-        if path and (done := state["progress"]["rl_steps"]) > steps:
+        done = state["progress"]["rl_steps"] if path else steps
+        if done > steps:
             raise ValueError(f"--steps: the run in {self.out} has done {done} RL steps, and is to have {steps}")
-        sizes = state.get("logs", {})
-        if resume and dist.get_rank() == 0 and not (self.out / "model").exists():  # a finished run has logged its last word
-            for file in self._logs():
-                os.truncate(file, sizes.get(file.name, 0))
+        if done == steps and finished.exists():
+            return None
+        if dist.get_rank() == 0:
+            if finished.exists():  # all that it has logged stays
+                finished.rename(f"{finished}-{done:06d}")
+                say(f"the model after {done} steps is now {finished.name}-{done:06d}")
+            else:
+                for file in self._logs():
+                    os.truncate(file, state["logs"].get(file.name, 0) if path else 0)
         head = {"config": self.config, **self.origin, "device": machine, "ranks": dist.get_world_size()}
         if path is None:
             if resume:
@@ -155,13 +149,9 @@ class RunFolder:
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
         """Write a checkpoint of the run as it is now. It holds the lengths of the logs: resuming cuts off what came later."""
         sizes = {file.name: file.stat().st_size for file in self._logs()}
-        in_sft = progress.best_step and not progress.rl_steps
-        state = {
-            "progress": asdict(progress),
-            "logs": sizes,
-            "needs": f"step-{progress.best_step:06d}" if in_sft else None,  # SFT ends with its weights
-            **self.origin,
-        }
+        state = {"progress": asdict(progress), "logs": sizes, **self.origin}
+        if progress.best_step and not progress.rl_steps:
+            state["needs"] = f"step-{progress.best_step:06d}"  # SFT ends with its weights
         name = f"step-{progress.sft_steps + progress.rl_steps:06d}"
         save_checkpoint(self.out / "checkpoints", name, model, optimizer, state)
         self.saved_at = time.monotonic()
@@ -179,23 +169,20 @@ class RunFolder:
 
 def stored_config(out: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, from the first line of its metrics.jsonl, or the last that says it went on with
-    others. None if there is no run or not even this line. ValueError for another program's file, or checkpoints without one."""
+    others. None if there is no whole line yet. ValueError for another program's file."""
     path = out / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if not lines or not lines[0].endswith(b"\n"):
-        if _checkpoints(out / "checkpoints"):
-            raise ValueError(f"{out} has checkpoints but no metrics.jsonl, whose first line has the settings")
+    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if not lines:
         return None
-    changed = [line for line in lines[1:] if line.startswith(b'{"config"') and line.endswith(b"\n")]
-    try:
-        return _with_inf(json.loads([lines[0], *changed][-1])["config"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}:1: not the settings of a run, {lines[0][:80]!r}") from error
+    heads = [line for line in lines if line.startswith(b'{"config": {')]
+    if not heads:
+        raise ValueError(f"{path}:1: not the settings of a run, {lines[0][:80]!r}")
+    return _with_inf(json.loads(heads[-1])["config"])
 
 
 def lock(file: IO[Any], held: str, say: Say) -> None:
-    """Lock an open file until it is closed, or the process dies. ValueError with the text `held` if another process has it. If
-    the file system has no locks (Lustre without -o flock, some NFS), `say` gets a note, and there is no lock."""
+    """Lock an open file until it is closed, or the process dies. ValueError with the text `held` if another process has it. On
+    a file system without locks (some Lustre and NFS) `say` gets a note."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # EWOULDBLOCK, or EACCES from NFS
@@ -242,11 +229,8 @@ def code_commit() -> str:
 
 def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write folder/name (step-000040 or the like): weights that are not frozen, moments, and `state` (anything JSON can hold).
-
-    The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs". Those of a later step
-    are removed too: a resumed run has left them. What is not ours stays: if it is in the way, it gets another name.
-    CheckpointError leaves the other checkpoints as they were.
-    """
+    The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs"; those of a later step
+    go: a resumed run has left them. What is not ours stays: if it is in the way, it gets another name."""
     part, final = folder / PART, folder / name
 
     def begin() -> None:
@@ -313,7 +297,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None) -
     """Load a checkpoint's weights, and its moments and loss scale into a fresh AdamW if there is one. Frozen weights stay."""
     content = _content(path)
     updates = content["updates"]
-    if optimizer and content.get("loss_scale"):  # of a run in float16
+    if optimizer and content["loss_scale"]:  # of a run in float16
         optimizer.param_groups[0]["loss_scale"] = content["loss_scale"]
     if optimizer and updates:
         for _, parameter in _trained(model):
@@ -334,7 +318,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]
 
 
 def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Each parameter with its name, but for the frozen ones: no checkpoint holds those."""
+    """The parameters that are not frozen."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -359,16 +343,15 @@ def _together(work: Callable[[], Any], only: int | None = None) -> list[Any]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were renamed into place, newest first."""
-    return sorted((path for path in folder.glob(NAME) if path.is_dir()), reverse=True)
+    return sorted(folder.glob(NAME), reverse=True)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether we wrote this checkpoint here: only such a one is ever removed. A link is its maker's."""
     try:
-        _content(path)
+        return bool(_content(path)) and not path.is_symlink()
     except (OSError, ValueError):
         return False
-    return not path.is_symlink()
 
 
 def _remove(path: Path) -> None:
@@ -380,16 +363,16 @@ def _remove(path: Path) -> None:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """state.json, checked against its own digest and its folder's name. ValueError names the file."""
+    """state.json, checked against its own digest. ValueError names the file."""
     file = path / "state.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
+        if content.pop("digest") != _digest(content):
+            raise ValueError("its content does not have its digest")
+        if content["name"] != path.name:  # a copy under another name is its maker's
+            raise ValueError(f"it is of {content['name']}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # AttributeError: JSON, but no object
         raise ValueError(f"{file}: {error}") from error
-    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise ValueError(f"{file}: its content does not have its digest")
-    if content.get("name") != path.name:  # a copy under another name is its maker's
-        raise ValueError(f"{file}: it is of {content.get('name')}")
     return content
 
 

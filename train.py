@@ -5,11 +5,9 @@
     python train.py --model Qwen2.5-7B-Instruct --plan --gpus 8         what that would need (tools/plan.py)
     torchrun --nproc_per_node=2 train.py ...                            the same on two GPUs
 
-This file is the run around the method: settings, stages (warm-up, RL, evaluation), logging. The step itself is in sgpo.py.
-
-The result does not depend on the number of processes (parallel.py): a problem's random numbers follow from (seed, step,
-problem), and every loss is divided by a count over the whole update. So a run that was stopped and resumed (checkpoint.py) ends
-where an undisturbed one does.
+This file is the run around the method: settings, stages (warm-up, RL, evaluation), logging. The step itself is in sgpo.py. The
+result depends neither on the number of processes (parallel.py) nor on stops (checkpoint.py): a problem's random numbers follow
+from (seed, step, problem), and every loss is divided by a count over the whole update.
 """
 
 import argparse
@@ -64,9 +62,6 @@ from rollout import micro_batches, pack, stream_seed
 from sgpo import Example, responses_of, sgpo_step, step_line
 
 HERE = Path(__file__).resolve().parent
-
-
-# ---------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -143,8 +138,7 @@ HELP_GROUPS = {  # the first setting of each group in --help
     "epochs": "schedule", "lora_rank": "adapters", "sft_fraction": "supervised stage", "eval_every": "evaluation",
     "recompute": "machine", "resume": "crashes",
 }  # fmt: skip
-# published comparisons of LoRA with full training find its best rate at about ten times the other, in SFT and in RL. With a
-# scale of 32 over the rank it is nearly the same for all ranks, which is why --lora_alpha does not grow with the rank
+# published comparisons of LoRA with full training find its best rate at about ten times the other, in SFT and in RL
 LORA_RATE = 10
 LORA_RATES = ("learning_rate", "sft_learning_rate")
 STARTER = dict(data=str(HERE / "data/starter/train.jsonl"), eval_data=str(HERE / "data/starter/test.jsonl"))
@@ -177,26 +171,25 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         preset = {name: value for name, value in preset.items() if name not in ("data", "eval_data")}
     preset, asked = preset | named, named | given
     if given.get("resume"):
-        if not given.get("out"):
-            parser.error("--resume: say with --out which run to go on with")
+        out = given.get("out", "")
         try:
-            stored = stored_config(Path(given["out"]))
+            stored = stored_config(Path(out)) if out else None
         except ValueError as error:
             parser.error(f"--resume: {error}")
-        if stored is None and asked.keys() <= set(MAY_CHANGE):
-            parser.error(f"--resume: {given['out']} holds no run to go on with, and no settings are given for a new one")
+        if stored is None and (not out or asked.keys() <= set(MAY_CHANGE)):
+            parser.error(f"--resume: --out {out} holds no run to go on with, nor are there settings and --out of a new one")
         if stored is not None:
             fixed = {name: value for name, value in asked.items() if name not in MAY_CHANGE}
             changed = differences({name: stored.get(name) for name in fixed}, fixed)
             if changed:
-                parser.error("\n".join([f"--resume: {given['out']} holds a run with other settings", *changed]))
+                parser.error("\n".join([f"--resume: {out} holds a run with other settings", *changed]))
             preset = asked = stored
     try:
         cfg = Config(**{**preset, **given})
     except ValueError as error:
         parser.error(f"--{error}")
     except TypeError as error:  # a stored setting that this version does not have
-        parser.error(f"--resume: {given['out']} holds a run of another version of this code: {error}")
+        parser.error(f"--resume: {out} holds a run of another version of this code: {error}")
     for name in given.keys() & idle_flags(cfg):
         parser.error(f"--{name} does nothing to {cfg.method} with --weight {cfg.weight} and --lora_rank {cfg.lora_rank}")
     derived: dict[str, Any] = {}
@@ -224,23 +217,9 @@ def idle_flags(cfg: Config) -> set[str]:
     return idle | ({"aggregate"} if variant.demonstrates or variant.advantages is None else set())
 
 
-def lora_notes(cfg: Config) -> list[str]:
-    """What a run with adapters says of its learning rates, with a warning for those that are too small."""
-    notes = []
-    for name in LORA_RATES if cfg.lora_rank else ():
-        rate = getattr(cfg, name)
-        notes.append(f"adapters of rank {cfg.lora_rank}: --{name} {rate:g}, by default {LORA_RATE} times that of full training")
-        if rate < LORA_RATE / 2 * getattr(Config(), name):
-            notes.append(f"warning: --{name} {rate:g} suits full training; adapters learn next to nothing with it")
-    return notes
-
-
-# ---------------------------------------------------------------------------------------------------- the run
-
-
 @dataclass
 class Run:
-    """What the stages share. They change the tensors of the model and the optimizer, the progress, and files in `folder`."""
+    """What the stages share, and change."""
 
     cfg: Config
     model: CausalLM
@@ -263,15 +242,12 @@ def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0 or None)  # None: without a terminal
 
 
-# ---------------------------------------------------------------------------------------------------- supervised stage
+# ---------------------------------------------------------------------------------------------------- stages
 
 
 def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Example]) -> None:
-    """Token-mean cross-entropy on the strong model's solutions: the SFT warm-up, and the whole of --method sft.
-
-    It ends with the weights of the lowest loss on the validation examples, which is measured after each epoch; without
-    validation examples with the last ones.
-    """
+    """Token-mean cross-entropy on the strong model's solutions: the SFT warm-up, and the whole of --method sft. Ends with the
+    weights of the lowest loss on the validation examples, measured after each epoch; without such examples with the last."""
     cfg, progress = run.cfg, run.progress
     steps = math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
     for step in steps_left("sft", progress.sft_steps, steps):
@@ -297,7 +273,7 @@ def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Exampl
 
 
 def validate_sft(run: Run, examples: Sequence[Example], epoch: float) -> None:
-    """Log the loss on the examples, over all ranks. If it is the lowest so far, keep the weights on disk."""
+    """Log the loss on the examples. If it is the lowest so far, keep the weights on disk."""
     progress = run.progress
     mine = my_share(list(enumerate(examples)), [len(example.solution_ids) for example in examples])
     with torch.no_grad():  # step -1: with --sft_guided an example has the same prompt every time
@@ -340,9 +316,6 @@ def sft_loss(run: Run, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
     return all_reduce({"loss": total}, device)["loss"]
 
 
-# ---------------------------------------------------------------------------------------------------- RL stage
-
-
 def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
     """All steps of a sampling method, with the periodic evaluation."""
     cfg, progress = run.cfg, run.progress
@@ -352,12 +325,8 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example])
         say(f"{steps} RL steps and no longer {progress.rl_length}: the learning rate goes on at {rate:.3g} ({cfg.lr_decay})")
     progress.rl_length = steps
     for step in steps_left(cfg.method, progress.rl_steps, steps):
-        # a run that was stopped between an evaluation and its step must not log the evaluation twice
-        if cfg.eval_every and held_out and step > progress.evaluated and step % cfg.eval_every == 0:
-            accuracy = measure(run, held_out, guided=False)
-            run.folder.log({"stage": "eval", "step": step, **accuracy})
-            progress.evaluated = step
-            say(f"eval after step {step}: accuracy {plus_minus(accuracy)}")
+        if cfg.eval_every and step and step % cfg.eval_every == 0:
+            evaluate_as(run, held_out, f"step {step}", step, ["alone"])
         batch = data_order(examples, step, cfg.problems_per_step, cfg.data_seed, "rl")
         batch = my_share(batch, [expected_length(example.problem) for _, example in batch])
         learning_rate = learning_rate_at(cfg.learning_rate, step, steps, cfg.lr_warmup_steps, cfg.lr_decay)
@@ -365,6 +334,7 @@ def rl_stage(run: Run, examples: Sequence[Example], held_out: Sequence[Example])
         run.folder.log({"stage": cfg.method, **metrics})
         say(step_line(cfg.method, metrics, steps))
         progress.rl_steps = step + 1
+        progress.table.pop(f"after {cfg.method}", None)  # of a run that is made longer
         after_step(run, always=step + 1 == steps)
 
 
@@ -407,7 +377,16 @@ def after_step(run: Run, *, always: bool) -> None:
         run.folder.save(run.model, run.optimizer, run.progress)
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+def evaluate_as(run: Run, held_out: Sequence[Example], when: str, step: int, kinds: Sequence[str]) -> None:
+    """Measure, log and say the held-out accuracy, unless the run did so before it was stopped."""
+    if not held_out:
+        return
+    measured = run.progress.table.setdefault(when, {})
+    for kind in kinds:
+        if kind not in measured:
+            measured[kind] = measure(run, held_out, guided=kind == "guided")
+            run.folder.log({"stage": "eval", "when": when, "step": step, **measured[kind]})
+            say(f"eval {when}, {kind}: accuracy {plus_minus(measured[kind])}")
 
 
 def measure(run: Run, held_out: Sequence[Example], *, guided: bool) -> dict[str, Any]:
@@ -431,21 +410,13 @@ def show(run: Run, example: Example, when: str) -> None:
     settings = dict(max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
     settings |= dict(worker=run.worker, seed=stream_seed(cfg.seed, "show"))
     prompts = {name: ids for name, ids in prompts.items() if ids}
-
-    def work() -> None:
-        if world()[0] == 0:
-            show_responses(policy, run.tokenizer, example.problem, prompts, when, **settings)
-
     with whole_model(run.model) as policy:
-        run.control.preemptible(work)
-
-
-# ---------------------------------------------------------------------------------------------------- the whole run
+        work = partial(show_responses, policy, run.tokenizer, example.problem, prompts, when, **settings)
+        run.control.preemptible(work if world()[0] == 0 else lambda: None)
 
 
 def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) -> tuple[Run, list[Example], list[Example]]:
-    """(run, training examples, held-out ones): load and check everything that a run needs. ValueError, before any training,
-    for whatever is wrong with it."""
+    """(run, training examples, held-out ones): load and check everything that a run needs. ValueError for what is wrong."""
     problems = load_problems(cfg.data, worker)
     unseen = load_problems(cfg.eval_data, worker)[: cfg.eval_limit or None] if cfg.eval_data else []
     origin = origin_of({"data": cfg.data, "eval_data": cfg.eval_data})
@@ -455,10 +426,10 @@ def prepare(cfg: Config, device: torch.device, worker: MathWorker | UserReward) 
     examples = encode_examples(problems, tokenizer, cfg, model.config.eos_ids[0], template)
     held_out = encode_rows(unseen, tokenizer, guided=cfg.eval_guided, file=cfg.eval_data, template=template)
     check_rows(examples, held_out, cfg, model.config.max_position_embeddings)
-    ids = {"prompts": examples, "eval_prompts": held_out}
-    for name, rows in ids.items():
-        ids[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
-    origin["data"] |= digests(tokenizer, model=[model.config.raw, model.config.generation], **ids)
+    inputs = {"model": [model.config.raw, model.config.generation]}
+    for name, rows in ("prompts", examples), ("eval_prompts", held_out):
+        inputs[name] = [(row.auto_ids, row.guided_ids, row.solution_ids) for row in rows]
+    origin["data"] |= digests(tokenizer, **inputs)
     dtype = compute_dtype(cfg.dtype, device)
     if cfg.lora_rank:
         add_adapters(model, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dtype=dtype)
@@ -496,8 +467,6 @@ def settle_update(cfg: Config, model: CausalLM, examples: Sequence[Example]) -> 
 
 def train(cfg: Config, device: torch.device) -> None:
     """Check everything, then run. SIGTERM and Ctrl-C end the run with a checkpoint."""
-    if cfg.resume and (Path(cfg.out) / "model").exists() and not any(Path(cfg.out).glob("checkpoints/step-*")):
-        return say(f"--resume: the run in {cfg.out} is finished, and has no checkpoints to go on from")
     with grader_of(cfg.reward, cfg.reward_timeout) as worker:
         try:
             run, examples, held_out = prepare(cfg, device, worker)
@@ -507,16 +476,19 @@ def train(cfg: Config, device: torch.device) -> None:
             machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             steps = rl_length(cfg, for_rl)
             run.progress = run.folder.begin(run.model, run.optimizer, machine, say, steps=steps, resume=cfg.resume)
-            if is_finished(run, steps):
+            if run.progress is None:
                 run.folder.close()
-                return say(f"--resume: {cfg.out} is finished; with more --{'steps' if cfg.steps else 'epochs'} it goes on")
+                return say(f"--resume: {cfg.out} is finished; more --steps or --epochs go on from its last whole checkpoint")
         except ValueError as error:
             sys.exit(f"error: {error}")
         usual = dataclasses.asdict(Config(data_seed=cfg.seed, sampling_seed=cfg.seed))
         chosen = {name: value for name, value in dataclasses.asdict(cfg).items() if value != usual[name]}
         say("\n".join(f"{name:>18}  {value}" for name, value in chosen.items()) + "\nall others as in --help")
         split = f"{len(for_sft)} problems for SFT and {len(validation)} for its validation, {len(for_rl)} for {cfg.method}"
-        notes = [*notes, *lora_notes(cfg), f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]
+        notes += [f"{split}, {len(held_out)} held out", most_sampled(cfg, context, len(held_out))]
+        if cfg.lora_rank:
+            rates = " and ".join(f"--{name} {getattr(cfg, name):g}" for name in LORA_RATES)
+            notes.append(f"adapters of rank {cfg.lora_rank}: {rates}, by default {LORA_RATE} times those of full training")
         say("\n".join(notes))
         with run.control.catch_signals():
             try:
@@ -530,41 +502,22 @@ def train(cfg: Config, device: torch.device) -> None:
                 run.folder.close()
 
 
-def is_finished(run: Run, steps: int) -> bool:
-    """Whether nothing is left to do. A finished run that is to have more steps now keeps its model under another name."""
-    done, model = run.progress.rl_steps, run.folder.out / "model"
-    if done == steps:
-        return model.exists()
-    run.progress.table.pop(f"after {run.cfg.method}", None)
-    if model.exists() and world()[0] == 0:
-        model.rename(model.with_name(f"model-{done:06d}"))
-        say(f"the model after {done} steps is now {model.name}-{done:06d}")
-    return False
-
-
 def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: list[Example], held_out: list[Example]) -> None:
     """Warm-up, RL, the evaluations between, and the model folder at the end. Skips what the progress says is done."""
     cfg, progress = run.cfg, run.progress
-
-    def evaluate_as(when: str, step: int) -> None:
-        for kind in ["alone", "guided"] if cfg.eval_guided else ["alone"]:
-            if held_out and kind not in progress.table.get(when, {}):
-                accuracy = measure(run, held_out, guided=kind == "guided")
-                progress.table.setdefault(when, {})[kind] = accuracy
-                run.folder.log({"stage": "eval", "when": when, "step": step, **accuracy})
-
+    kinds = ["alone", "guided"] if cfg.eval_guided else ["alone"]
     shown = (held_out or for_rl or for_sft)[0]
     if progress == Progress():
         show(run, shown, "before")
-    evaluate_as("base", 0)
+    evaluate_as(run, held_out, "base", 0, kinds)
     if for_sft:
         sft_stage(run, for_sft, validation)
-        evaluate_as("after SFT", 0)
+        evaluate_as(run, held_out, "after SFT", 0, kinds)
     if for_rl:
         if progress.rl_steps == 0:
             run.optimizer.state.clear()  # RL starts with fresh moments: SFT's are of another loss and scale
         rl_stage(run, for_rl, held_out)
-        evaluate_as(f"after {cfg.method}", progress.rl_steps)
+        evaluate_as(run, held_out, f"after {cfg.method}", progress.rl_steps, kinds)
     show(run, shown, "after")
     gathered = model_on_host(run.model, compute_dtype(cfg.dtype, run.model.device))  # in the dtype it sampled in
     adapters = {name: whole_tensor(weight.detach()).cpu() for name, weight in trained(run.model).items() if cfg.lora_rank}
