@@ -245,10 +245,9 @@ def chunked_head(
     hidden = hidden if at is None else hidden[0, at]
     # without a gradient (scoring, evaluation) the loop below only computes values
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
-        h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
+    dtype = hidden.dtype
+    with torch.no_grad():
+        h, w = hidden.detach(), weight.detach().to(dtype)
         grad_hidden = torch.zeros_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight) if wants_grad and weight.requires_grad else None  # the head may be frozen
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)

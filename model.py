@@ -2,9 +2,7 @@
 
 A pre-norm transformer with rotary positions, grouped-query attention and a gated MLP. It is built from a Hugging Face
 `config.json`, filled from safetensors, and saved as a folder that transformers, vLLM and this file can load. Modules have the
-names of the checkpoint's tensors, so loading needs no table of names.
-
-What it is not: a model zoo. No mixture of experts, no sliding windows, no quantised weights, no code from a model folder.
+names of the checkpoint's tensors. No mixture of experts, no sliding windows, no quantised weights.
 
 One forward serves three layouts, told apart by arguments and never by token values:
 
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 MARK = "\ue000"  # takes a text's place while a chat template is rendered: a character for private use, in no template
 KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "meta-llama"), ("smollm", "HuggingFaceTB"))
@@ -89,42 +88,34 @@ class ModelConfig:
         if raw.get("quantization_config"):
             raise ValueError("quantised weights are not supported; take the checkpoint's bf16 or fp32 version")
         attention_bias = raw.get("attention_bias", False)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if name in raw and (type(raw[name]) is not int or raw[name] < 1):
+        for name in ("rms_norm_eps", *SIZES):
+            if name not in raw:
+                raise ValueError(f"the field {name!r} is missing")
+            if name in SIZES and (type(raw[name]) is not int or raw[name] < 1):
                 raise ValueError(f"{name}={raw[name]!r} must be a positive whole number")
-        try:
-            return ModelConfig(
-                model_type=family,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=raw["num_attention_heads"],
-                num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                rms_norm_eps=raw["rms_norm_eps"],
-                max_position_embeddings=raw["max_position_embeddings"],
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=True if family == "qwen2" else attention_bias,  # Qwen2 always has the three biases and no switch
-                out_bias=False if family == "qwen2" else attention_bias,
-                mlp_bias=raw.get("mlp_bias", False) if family == "llama" else False,
-                qk_norm=family == "qwen3",
-                initializer_range=raw.get("initializer_range", 0.02),
-                rope=_rope_settings(raw),
-                eos_ids=_merge_ids(generation.get("eos_token_id"), raw.get("eos_token_id")),
-                raw=dict(raw),
-                generation=generation,
-            )
-        except KeyError as error:
-            raise ValueError(f"the field {error} is missing") from error
+        return ModelConfig(
+            **{name: raw[name] for name in ("model_type", "rms_norm_eps", *SIZES)},
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            qkv_bias=True if family == "qwen2" else attention_bias,  # Qwen2 always has the three biases and no switch
+            out_bias=False if family == "qwen2" else attention_bias,
+            mlp_bias=raw.get("mlp_bias", False) if family == "llama" else False,
+            qk_norm=family == "qwen3",
+            initializer_range=raw.get("initializer_range", 0.02),
+            rope=_rope_settings(raw),
+            eos_ids=_merge_ids(generation.get("eos_token_id"), raw.get("eos_token_id")),
+            raw=dict(raw),
+            generation=generation,
+        )
 
     @staticmethod
     def from_folder(folder: Path) -> "ModelConfig":
         """Read config.json and, if there is one, generation_config.json of a model folder."""
         file, second = folder / "config.json", folder / "generation_config.json"
-        generation = _read_json(second) if second.is_file() else {}
+        raw, generation = _read_json(file), _read_json(second) if second.is_file() else {}
         try:
-            return ModelConfig.from_dict(_read_json(file), generation)
+            return ModelConfig.from_dict(raw, generation)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -208,7 +199,6 @@ class Packing:
 class Layout:
     """What all layers of one forward share."""
 
-    dtype: torch.dtype  # of activations
     cos: Tensor  # (B, T, E)
     sin: Tensor  # (B, T, E)
     packing: Packing | None  # of the packed layout
@@ -218,11 +208,11 @@ class Layout:
 def fused(plain: Callable) -> Callable:
     """The function as it is on a CPU. On a GPU each of its operations would be a kernel that reads and writes whole tensors, so
     there it is compiled into one, and its gradient into another (torch.compile, which needs Triton)."""
-    compiled = torch.compile(plain, dynamic=True)
+    compiled = torch.compile(plain, dynamic=True) if find_spec("triton") else plain
 
     @wraps(plain)
     def call(first: Tensor, *rest: Any) -> Any:
-        return (compiled if first.is_cuda and find_spec("triton") else plain)(first, *rest)
+        return (compiled if first.is_cuda else plain)(first, *rest)
 
     return call
 
@@ -243,7 +233,6 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 class RMSNorm(nn.Module):
-
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -286,9 +275,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Each sequence attends causally to itself and to all of its prefix: q (1, H, T, E), k and v (1, K, T, E) -> (1, H, T, E).
-
-    There is no (T, T) mask, and nothing is multiplied in vain.
-    """
+    There is no (T, T) mask."""
     if packing.kernel is not None:
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # (T, heads, E)
         if packing.keys is not None:
@@ -308,10 +295,8 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
 
 def varlen_kernel() -> Callable[..., Tensor]:
-    """PyTorch's variable-length attention, causal and with key/value heads that are shared:
-
-    (q (T, H, E), k, v (T_k, K, E), starts of q, starts of k, longest q, longest k) -> (T, H, E)
-    """
+    """PyTorch's variable-length attention, causal and with shared key/value heads:
+    (q (T, H, E), k, v (T_k, K, E), starts of q, starts of k, longest q, longest k) -> (T, H, E)"""
     from torch.nn.attention.varlen import varlen_attn  # imported here: only a GPU needs it
 
     causal = partial(varlen_attn, window_size=(-1, 0))  # the last query of a sequence sees all of its keys
@@ -389,18 +374,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
-        # under autocast x stays fp32: cast once here, or each of the projections would do it for itself
-        attended = self.self_attn(self.input_layernorm(x).to(layout.dtype), layout, layer)
+        attended = self.self_attn(self.input_layernorm(x), layout, layer)
         norm = self.post_attention_layernorm
         x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
-        return x + self.mlp(normed.to(layout.dtype))
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm; its parameters are the checkpoint's `model.*`."""
 
-    # set by the trainer. Activation checkpointing: only each block's input is kept for the backward pass, which computes the
-    # rest again. The memory of one block instead of all, for a third more work
+    # set by the trainer. Activation checkpointing: only each block's input is kept; the backward pass computes the rest again
     recompute = False
 
     def __init__(self, config: ModelConfig) -> None:
@@ -441,9 +424,8 @@ class CausalLM(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of activations: autocast's if it is on (fp32 master weights, bf16 products), else the weights'."""
-        kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
+        """The dtype of activations: that of the weights in a forward, where sharded ones are gathered in it."""
+        return self.head_weight.dtype
 
     def forward(
         self,
@@ -479,7 +461,7 @@ class CausalLM(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=device)[None].expand(B, T)
         cos, sin = self.rotary(positions)
-        hidden = self.model(input_ids, Layout(self.compute_dtype, cos, sin, packing, cache))  # (B, T, D)
+        hidden = self.model(input_ids, Layout(cos, sin, packing, cache))  # (B, T, D)
         return F.linear(hidden, self.head_weight) if head is None else head(hidden, self.head_weight)
 
     def join_projections(self) -> None:
@@ -527,8 +509,7 @@ def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Pat
     """The folder of a model: an existing folder, or `org/name` on the hub. A known family's name needs no org: a bare
     `Qwen2.5-7B-Instruct` is Qwen/Qwen2.5-7B-Instruct.
 
-    Only the `wanted` files are fetched, by default JSON files, safetensors and tokenizer files, and never code. ValueError if
-    there is no such model or the hub cannot be reached.
+    Only the `wanted` files are fetched, never code. ValueError if there is no such model or the hub cannot be reached.
     """
     path, repo = Path(name_or_path).expanduser(), name_or_path
     if path.is_dir():
@@ -547,11 +528,8 @@ def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Pat
 
 
 def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | str) -> tuple[CausalLM, Any]:
-    """(model, tokenizer) of a folder or hub name, with its weights cast to `dtype`.
-
-    ValueError that names the file for code in the folder, an unknown architecture, missing, broken or misshaped weights, and a
-    token that has no row in the embedding.
-    """
+    """(model, tokenizer) of a folder or hub name, with its weights cast to `dtype`. ValueError that names the file for code in
+    the folder, an unknown architecture, missing, broken or misshaped weights, and a token without a row in the embedding."""
     folder = resolve_model(name_or_path)
     model, tokenizer = blank_model(folder)
     weights = {name: tensor.to(dtype) for name, tensor in read_weights(model, folder, device=device)}
@@ -561,10 +539,8 @@ def load_model(name_or_path: str, *, dtype: torch.dtype, device: torch.device | 
 
 def blank_model(folder: Path) -> tuple[CausalLM, Any]:
     """(model, tokenizer) of a folder. The model has shapes only, on the meta device: no weight is read or allocated yet.
-
     config.eos_ids has every id that ends a response. The first of them ends a training text: the chat template's end of an
-    assistant's turn, or without one the tokenizer's end of sequence, or else the first that the configs name [ours].
-    """
+    assistant's turn, or without one the tokenizer's end of sequence, or else the first that the configs name [ours]."""
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
     end = turn_tokens(tokenizer)[0]
@@ -591,11 +567,9 @@ def _check_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, by transformers, with the ids of its tokenizer.json.
-
-    Every token with which its chat template frames a turn is marked as special, so that encode_text reads it as text and
-    decoding with skip_special_tokens leaves it out. ValueError if the folder has code or asks for some: it is never run.
-    """
+    """The folder's tokenizer, by transformers, with the ids of its tokenizer.json. Every token with which its chat template
+    frames a turn is marked as special, so that encode_text reads it as text and decoding with skip_special_tokens leaves it
+    out. ValueError if the folder has code or asks for some: it is never run."""
     from transformers import PreTrainedTokenizerFast  # imported here: 1 s, and the decoder itself does not need it
 
     # a class of transformers in place of the custom one might compute something else
@@ -624,11 +598,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def turn_tokens(tokenizer: Any) -> tuple[str | None, set[str]]:
-    """(the token that ends an assistant's turn, every token around the turns) of the chat template.
-
-    Found in a rendered conversation: the end is what comes right after an assistant's message, if that is a single added
-    token. None if it is text, and (None, set()) if there is no template or it takes no such conversation.
-    """
+    """(the token that ends an assistant's turn, every token around the turns), from a conversation that the chat template has
+    rendered. The end is None if what follows an assistant's message is no added token; (None, set()) without a template."""
     added = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
     any_added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # the longest first; (?!) matches nothing
     chat = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
@@ -651,11 +622,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued.
-
-    A special token's name in a message is text. The template is a program (Jinja) of the model folder, which transformers
-    runs in a sandbox. ValueError if there is none (take an instruct model) or it fails.
-    """
+    """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued. A special token's name in a
+    message is text. The template is a program (Jinja) of the model folder, which transformers runs in a sandbox. ValueError if
+    there is none (take an instruct model) or it fails."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True)
     texts = [message["content"] for message in messages]
@@ -683,11 +652,9 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 def read_weights(
     model: CausalLM, folder: Path, *, device: torch.device | str, rows: Callable[[str], slice] = lambda name: slice(None)
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name with its tensor, or some rows of it, from the folder's model*.safetensors, file by file.
-
-    rows: name -> the part of the first axis to read; the rest stays on the disk. ValueError that names the file for a broken
-    one, and for a tensor that is missing, unknown, there twice or of another shape than config.json says.
-    """
+    """Every parameter's name with its tensor, or some rows of it, from the folder's model*.safetensors, file by file. `rows`
+    gives, by name, the part of the first axis to read. ValueError that names the file for a broken one, and for a tensor that
+    is missing, unknown, there twice or of another shape than config.json says."""
     missing = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for file in sorted(folder.glob("model*.safetensors")):  # their index says nothing that they do not
         try:
@@ -708,11 +675,8 @@ def read_weights(
 
 
 def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write config, generation config, safetensors (large ones in shards with an index), tokenizer and chat template.
-
-    The folder loads in transformers 4 and 5, in vLLM and here. Weights keep their dtype, and config.json names it. A tokenizer
-    that was loaded from a folder and not changed is copied from there, file by file.
-    """
+    """Write config, generation config, safetensors (large ones in shards with an index), tokenizer and chat template, so that
+    transformers 4 and 5, vLLM and this file load them. Weights keep their dtype, and config.json names it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
@@ -735,10 +699,8 @@ def save_model(model: CausalLM, tokenizer: Any, folder: str | Path, *, max_shard
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Copy the files of a tokenizer that is as it was loaded; write one that was built or changed. transformers 4 reads both.
-
-    transformers 5 would write even an unchanged one in another form, with a class and a list that only it knows.
-    """
+    """Copy the files of a tokenizer that is as it was loaded; write one that was built or changed. transformers 5 would write
+    even an unchanged one in another form, with a class and a list that only it knows."""
     source = Path(tokenizer.name_or_path)
     if getattr(tokenizer, "loaded_as", None) == (tokenizer.get_vocab(), tokenizer.chat_template) and source.is_dir():
         for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()):
