@@ -224,9 +224,6 @@ def code_commit() -> str:
     return done.stdout.strip()
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
 def save_checkpoint(folder: Path, name: str, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Write folder/name (step-000040 or the like): weights that are not frozen, moments, and `state` (anything JSON can hold).
     The newest KEPT checkpoints up to this one stay, and those that a state of theirs names as "needs"; those of a later step

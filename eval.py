@@ -26,14 +26,9 @@ MAX_NEW_TOKENS = 2048  # [ours] enough for most answers; the paper's 32,768 take
 
 
 def evaluate(
-    model: torch.nn.Module,
-    tokenizer: object,
-    problems: Sequence[Problem],
-    prompts: Sequence[list[int]],
-    *,
-    ragged: Callable[[Callable[[], list]], list] = lambda work: work(),
-    **settings: object,
-) -> dict:
+    model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], prompts: Sequence[list[int]],
+    *, ragged: Callable[[Callable[[], list]], list] = lambda work: work(), **settings: object,
+) -> dict:  # fmt: skip
     """`figures` over all ranks. Each rank samples and grades its share of the problems, with sample_records' settings.
 
     ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
@@ -55,22 +50,15 @@ def expected_length(problem: Problem) -> int:
 
 
 def sample_records(
-    model: torch.nn.Module,
-    tokenizer: object,
-    problems: Sequence[Problem],
-    prompts: Sequence[list[int]],
+    model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], prompts: Sequence[list[int]],
     *,
     n: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     seed: int,
     worker: MathWorker | UserReward,
     correct_at: float = Method.correct_at,
-    max_rows: int = Method.max_rows,
-    cache_tokens: int | None = None,
     on_problem: Callable[[dict], None] | None = None,
     progress: str | None = "eval",
+    **settings: object,
 ) -> list[dict]:
     """Sample and grade n responses to each problem, on this rank alone: one record per problem, in their order.
 
@@ -78,13 +66,11 @@ def sample_records(
     ran out of time) and length (in tokens, the end token included).
 
     prompts     the token ids of each problem's prompt, see data.examples.encode_prompts
-    n, max_new_tokens, temperature, top_p, max_rows, cache_tokens   as in rollout.generate
-    worker      its reward grades a response, which is correct from correct_at on
     seed        each problem gets a random stream of its own, from this and its id
+    worker      its reward grades a response, which is correct from correct_at on
     on_problem  called with a problem's record as soon as its last response is graded, from the grading thread
     progress    the name of a progress bar; None: there is none
-
-    ValueError, before anything is sampled, as in rollout.generate.
+    settings    of rollout.generate, which also checks them: max_new_tokens, temperature, top_p, max_rows, cache_tokens
     """
     # not from the problem's place: its responses must not depend on the other problems, or on the number of ranks
     seeds = [stream_seed("evaluation", seed, problem.id) for problem in problems]
@@ -104,10 +90,7 @@ def sample_records(
         if not left[row.group] and on_problem is not None:
             on_problem(record)
 
-    sample_and_grade(
-        model, tokenizer, prompts, grade, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seeds,
-        max_rows=max_rows, cache_tokens=cache_tokens, progress=progress,
-    )  # fmt: skip
+    sample_and_grade(model, tokenizer, prompts, grade, n=n, seed=seeds, progress=progress, **settings)
     return records
 
 
@@ -146,10 +129,8 @@ def figures(records: Sequence[dict]) -> dict:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c correct ones: 1 - C(n-c, k) / C(n, k).
-
-    The unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374); 1 - (1 - c/n)^k would be too low for k > 1.
-    """
+    """The chance that k of n samples, drawn without replacement, hold one of the c correct ones: 1 - C(n-c, k) / C(n, k). The
+    unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374); 1 - (1 - c/n)^k would be too low for k > 1."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # whole numbers up to the division: a large n cannot overflow
 
 

@@ -60,11 +60,9 @@ class RewardError(RuntimeError):
 
 
 class Child(AbstractContextManager):
-    """A process that answers questions, a line of JSON for each, started at the first one. For one thread.
-
-    timeout_s limits a question: then the child and all that it has started are killed, and the next question starts a new one
-    (RewardError if it cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong.
-    """
+    """A process that answers questions, a line of JSON for each, started at the first one. For one thread. timeout_s limits a
+    question: then the child and all that it has started are killed, and the next question starts a new one (RewardError if it
+    cannot). `timeouts` counts the questions without an answer: log it, each was graded wrong."""
 
     def __init__(self, name: str, command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> None:
         self.name = name
@@ -128,11 +126,9 @@ class MathWorker(Child):
 
 
 class UserReward(Child):
-    """A function of yours as the reward, named FILE:FUNCTION, in a child process. What it prints goes to standard error.
-
-    It is called with (response, row) and returns a number in [0, 1]. row is the problem's line of the data as a dict, with its
-    own fields. RewardError if there is no such function. A call longer than timeout_s pays 0, and the file is read again.
-    """
+    """A function of yours as the reward, named FILE:FUNCTION, in a child process. What it prints goes to standard error. It is
+    called with (response, row) and returns a number in [0, 1]. row is the problem's line of the data as a dict, with its own
+    fields. RewardError if there is no such function. A call longer than timeout_s pays 0, and the file is read again."""
 
     def __init__(self, name: str, timeout_s: float) -> None:
         file, _, function = name.rpartition(":")

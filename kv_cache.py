@@ -74,11 +74,9 @@ def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class PagedCache:
-    """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes.
-
-    A page holds tokens of one prompt or of one response. Responses fill the block from its start, prompts from its end. When a
-    page is freed, the last one of its kind moves there: so each kind stays contiguous, and CacheView.attend reads it in place.
-    """
+    """Keys and values in pages: store[layer] (2, N, K, S, E), one block of memory whose size never changes. A page holds tokens
+    of one prompt or of one response. Responses fill the block from its start, prompts from its end. When a page is freed, the
+    last one of its kind moves there: so each kind stays contiguous, and CacheView.attend reads it in place."""
 
     def __init__(self, config: Any, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, config.head_dim)
@@ -187,11 +185,9 @@ class CacheView:
         values[self.page, :, self.offset] = v.to(values.dtype)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E).
-
-        The softmax is taken within each page first, and then over the row's pages, with exp(lse) as a page's weight. No key is
-        copied: a page is a batch element of one attention call, with the queries of all rows that read it.
-        """
+        """Attention of each row's newest token over all its tokens: q (B, H, E) -> (B, H, E). The softmax is taken within each
+        page first, and then over the row's pages, with exp(lse) as a page's weight. No key is copied: a page is a batch element
+        of one attention call, with the queries of all rows that read it."""
         B, H, E = q.shape
         keys, values = self.store[layer]  # (N, K, S, E)
         n_response, (n_prompt, M), K = len(self.response_row), self.readers.shape, keys.shape[1]
@@ -212,10 +208,8 @@ class CacheView:
 
 
 def page_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(E) + mask) v, and the logarithm of the softmax's denominator.
-
-    q (N, K, Q, E), k and v (N, K, S, E), mask (N, 1, 1, S) of q's dtype -> (N, K, Q, E), lse (N, K, Q) in fp32.
-    """
+    """softmax(q k^T / sqrt(E) + mask) v, and the logarithm of the softmax's denominator. q (N, K, Q, E), k and v (N, K, S, E),
+    mask (N, 1, 1, S) of q's dtype -> (N, K, Q, E), lse (N, K, Q) in fp32."""
     if q.device.type == "cpu":  # the kernel under scaled_dot_product_attention, which does not return the denominator
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + mask  # (N, K, Q, S)
@@ -250,12 +244,10 @@ class Decoder:
 
 
 class FixedStep(CacheView):
-    """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph.
-
-    A step is hundreds of small kernels, and launching them one by one takes longer than running them. A graph is one launch. It
-    reads the parameters in place, so it cannot be stale. A smaller batch is padded with its last row. The step ends by moving
-    all rows to their next token, so as long as no page changes hands a call has nothing to tell it but the random numbers.
-    """
+    """A decode step of up to `batch_size` rows whose tensors never move, so that it can be a CUDA graph. A step is hundreds of
+    small kernels, and launching them one by one takes longer than running them. A graph is one launch. It reads the parameters
+    in place, so it cannot be stale. A smaller batch is padded with its last row. The step ends by moving all rows to their next
+    token, so as long as no page changes hands a call has nothing to tell it but the random numbers."""
 
     def __init__(self, model, cache, batch_size: int, width: int, attention: Callable, draw: Callable, pool: Any) -> None:
         self.model, self.cache, self.batch_size = model, cache, batch_size
@@ -360,7 +352,6 @@ def decode_kernel(device: torch.device, head_dim: int) -> Callable | None:
 
 
 # ---------------------------------------------------------------------------------------------------- kernels for a GPU
-
 
 def write_slots(kv: Tensor, page: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> None:
     """Write k and v (B, K, E) into slots of kv (2, N, K, S, E): row b into slot offset[b] of page[b]."""

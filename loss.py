@@ -18,7 +18,6 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------- per-token quantities
 
-
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(v) of every token v, in fp32: logits (..., V) -> (..., V)."""
     logits = logits.float()  # bf16 rounds a log-probability of -10 to steps of 0.06: no ratio would mean anything
@@ -130,16 +129,9 @@ def sft_terms(logits: Tensor, targets: Tensor, weight: Tensor, *, temperature: f
 
 
 def policy_terms(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    *demonstration: Tensor,
-    loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    temperature: float,
-    entropy_bonus: float = 0.0,
-) -> dict[str, Tensor]:
+    logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, weight: Tensor, *demonstration: Tensor,
+    loss: Callable[..., tuple[Tensor, Tensor, Tensor]], temperature: float, entropy_bonus: float = 0.0,
+) -> dict[str, Tensor]:  # fmt: skip
     """A policy loss and its diagnostics.
 
     loss           a policy loss of this file with its settings: called with (logprobs, old_logprobs, advantages), all (m,), and
@@ -173,15 +165,9 @@ def diagnostics(stats: dict[str, Tensor], old_logprobs: Tensor, chosen: Tensor) 
 
 
 def distillation_terms(
-    unguided_logits: Tensor,
-    guided_logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    *,
-    delta: float,
-    temperature: float,
-    objective: str = "kl",
-) -> dict[str, Tensor]:
+    unguided_logits: Tensor, guided_logits: Tensor, targets: Tensor, weight: Tensor,
+    *, delta: float, temperature: float, objective: str = "kl",
+) -> dict[str, Tensor]:  # fmt: skip
     """Clipped forward KL on the target's tokens: loss_t = weight_t * 1[d_t <= delta] * d_t.
 
     With weight_t = alpha(q) / (P |o+|) the sum over tokens and problems is the mean of alpha(q) L_KD^clip over the P problems
@@ -201,7 +187,6 @@ def distillation_terms(
 
 # ---------------------------------------------------------------------------------------------------- the chunked head
 
-
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradients are known already: forward returns the value, backward the gradients."""
 
@@ -220,16 +205,9 @@ class _WithGradient(torch.autograd.Function):
 
 
 def chunked_head(
-    hidden: Tensor,
-    weight: Tensor,
-    terms: Callable[..., dict[str, Tensor]],
-    inputs: Sequence[Tensor],
-    *,
-    chunk_tokens: int,
-    at: Tensor | None = None,
-    teacher: Tensor | None = None,
-    loss_scale: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden: Tensor, weight: Tensor, terms: Callable[..., dict[str, Tensor]], inputs: Sequence[Tensor],
+    *, chunk_tokens: int, at: Tensor | None = None, teacher: Tensor | None = None, loss_scale: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Apply the language-model head and a per-token loss chunk by chunk, so that (M, V) logits never exist at once [ours].
 
     hidden   (M, D), or with `at` a packed row (1, T, D), of which the positions at (M,) are taken

@@ -135,10 +135,8 @@ def luffy_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: T
 
 
 def hpt_advantages(m: Method, auto: Tensor, guided: Tensor | None, solution: Tensor | None) -> dict[str, Tensor]:
-    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code].
-
-    It fails with at most hpt_gate correct ones, in the public code 0 for Qwen and 2 for Llama.
-    """
+    """r - mean, without std. If the policy fails, the solution replaces the responses in the loss [code]. It fails with at most
+    hpt_gate correct ones, in the public code 0 for Qwen and 2 for Llama."""
     gated = (auto >= m.correct_at).sum(1) <= m.hpt_gate  # (P,)
     return {"advantages": group_advantages(auto, scale_by_std=False), "use_auto": ~gated, "use_solution": gated}
 

@@ -43,14 +43,11 @@ KNOWN_FAMILIES = (("qwen", "Qwen"), ("meta-llama", "meta-llama"), ("llama", "met
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, in the field names of Hugging Face's config.json.
-
-    `rope` holds rope_theta, rope_type and, for llama3, its four scaling numbers. `raw` and `generation` are the two JSON files
-    as they were read: save_model writes every field of theirs back.
-    """
+    """The shape of a decoder, in the field names of Hugging Face's config.json. `rope` holds rope_theta, rope_type and, for
+    llama3, its four scaling numbers. `raw` and `generation` are the two JSON files as they were read: save_model writes every
+    field of theirs back."""
 
     model_type: str
     vocab_size: int
@@ -88,7 +85,7 @@ class ModelConfig:
         if raw.get("quantization_config"):
             raise ValueError("quantised weights are not supported; take the checkpoint's bf16 or fp32 version")
         attention_bias = raw.get("attention_bias", False)
-        for name in ("rms_norm_eps", *SIZES):
+        for name in (*SIZES, "rms_norm_eps"):
             if name not in raw:
                 raise ValueError(f"the field {name!r} is missing")
             if name in SIZES and (type(raw[name]) is not int or raw[name] < 1):
@@ -156,7 +153,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- the decoder
-
 
 class Packing:
     """Sequences end to end in one row: sequence i is the next lengths[i] tokens and continues sequence prefixes[i], if any."""
@@ -482,7 +478,6 @@ class CausalLM(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- build, load, save
 
-
 def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """A randomly initialised model: matrices normal(0, initializer_range), biases 0, norms 1. `generator` is on the CPU."""
     model = CausalLM(config)
@@ -507,10 +502,8 @@ MODEL_FILES = ("*.json", "*.safetensors", *TOKENIZER_FILES)
 
 def resolve_model(name_or_path: str, wanted: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model: an existing folder, or `org/name` on the hub. A known family's name needs no org: a bare
-    `Qwen2.5-7B-Instruct` is Qwen/Qwen2.5-7B-Instruct.
-
-    Only the `wanted` files are fetched, never code. ValueError if there is no such model or the hub cannot be reached.
-    """
+    `Qwen2.5-7B-Instruct` is Qwen/Qwen2.5-7B-Instruct. Only the `wanted` files are fetched, never code. ValueError if there is
+    no such model or the hub cannot be reached."""
     path, repo = Path(name_or_path).expanduser(), name_or_path
     if path.is_dir():
         return path

@@ -195,9 +195,6 @@ def pad_micro_batches(batches: list[list[int]], device: torch.device) -> list[li
     return batches + [[] for _ in range(int(most) - len(batches))]
 
 
-# ---------------------------------------------------------------------------------------------------- sharded weights
-
-
 def shard(model: CausalLM, *, device: torch.device, dtype: torch.dtype, shard_ranks: int, offload: bool) -> CausalLM:
     """Shard the model in place: each block by itself, then what is left. It computes on `device` in `dtype`; shards, gradients
     and optimizer states are fp32, with `offload` in host memory. shard_ranks ranks (0: all) share a copy of the weights."""
@@ -289,13 +286,9 @@ def _rebuilt(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
 
 
 def apply_gradients(
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    loss: float,
-    learning_rate: float,
-    max_grad_norm: float,
+    model: CausalLM, optimizer: torch.optim.Optimizer, loss: float, learning_rate: float, max_grad_norm: float,
     skip_above: float = math.inf,
-) -> float:
+) -> float:  # fmt: skip
     """Divide the gradients, which are summed over the ranks already, by loss_scale, clip them by their norm over all parameters
     and ranks, and step if may_step. Returns the norm before clipping. `loss` must be over all ranks, so that all step or none
     does. If the gradients overflowed, the scale is halved; every SCALE_UPDATES updates it is doubled."""

@@ -71,7 +71,6 @@ class Row(Response):
 
 # ---------------------------------------------------------------------------------------------------- sampling
 
-
 @torch.no_grad()
 def generate(
     model: Any,
@@ -298,11 +297,9 @@ class _Sampler:
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> tokens, log-probs (B,).
-
     With top_p < 1 the draw is from the nucleus, renormalised: the smallest set of most probable tokens whose mass reaches
     top_p, and any others exactly as probable as the last of them. Temperature 0 is greedy. The log-probability is that of the
-    whole distribution at this temperature (at 0: at temperature 1) [ours].
-    """
+    whole distribution at this temperature (at 0: at temperature 1) [ours]."""
     # the cumulative sum is in float64: in float32 its rounding, about 1e-6 at V = 152,064, would be larger than the whole
     # probability of many tokens. It is taken over blocks of the vocabulary, and then within one block
     scaled = logits.float()
@@ -458,15 +455,9 @@ def stream_seed(*names: Any) -> int:
 
 
 def sample_and_grade(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    grade: Callable[[Trajectory, int, str], Any],
-    *,
-    n: int | Sequence[int],
-    progress: str | None = None,
-    **settings: Any,
-) -> tuple[list[list[Trajectory]], list[list[Any]]]:
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], grade: Callable[[Trajectory, int, str], Any],
+    *, n: int | Sequence[int], progress: str | None = None, **settings: Any,
+) -> tuple[list[list[Trajectory]], list[list[Any]]]:  # fmt: skip
     """`generate`, and what `grade` says of every response: two nested lists (P, n).
 
     grade     (trajectory, its index in its group, text) -> anything. Called in a thread, for one response at a time, while
@@ -498,15 +489,12 @@ def sample_and_grade(
 
 # ---------------------------------------------------------------------------------------------------- packing
 
-
 @dataclass(frozen=True)
 class Packed:
-    """Several (context, response) sequences end to end in one row, for one forward without padding.
-
-    Neighbouring responses to the same context share it: the context is one segment, computed once, and each response a segment
-    that continues it. A context with a single response is one segment with it. A response's last token is left out of the row,
-    because it predicts nothing. The last three are the masks: positions that come from lengths alone.
-    """
+    """Several (context, response) sequences end to end in one row, for one forward without padding. Neighbouring responses to
+    the same context share it: the context is one segment, computed once, and each response a segment that continues it. A
+    context with a single response is one segment with it. A response's last token is left out of the row, because it predicts
+    nothing. The last three are the masks: positions that come from lengths alone."""
 
     input_ids: Tensor  # (1, T)
     lengths: list[int]  # of each segment, summing to T

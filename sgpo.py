@@ -38,8 +38,6 @@ from parallel import all_gather, all_reduce, apply_gradients, loss_scale, may_st
 from rollout import Trajectory, micro_batches, pack, sample_and_grade, shared_tokens, stream_seed
 from weighting import random_target, reach_gap, reachable_target
 
-# ---------------------------------------------------------------------------------------------------- what a step works on
-
 
 @dataclass(frozen=True)
 class Example:
@@ -102,19 +100,10 @@ Reward = Callable[[str, Any], float]  # (response, problem) -> its reward
 
 # ---------------------------------------------------------------------------------------------------- the step
 
-
 def sgpo_step(
-    model: CausalLM,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    settings: Method,
-    batch: Sequence[tuple[int, Example]],
-    reward: Reward,
-    *,
-    step: int,
-    learning_rate: float,
-    ragged: Callable[[Callable[[], Any]], Any] = lambda work: work(),
-) -> tuple[dict[str, float], list[ProblemSamples]]:
+    model: CausalLM, tokenizer: Any, optimizer: torch.optim.Optimizer, settings: Method, batch: Sequence[tuple[int, Example]],
+    reward: Reward, *, step: int, learning_rate: float, ragged: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> tuple[dict[str, float], list[ProblemSamples]]:  # fmt: skip
     """One step of SGPO [alg 1], or of a baseline: (metrics over all ranks, this rank's samples).
 
     model    its weights change, and the optimizer's moments; on several ranks it is sharded by parallel.shard
@@ -170,7 +159,6 @@ def sample_and_reward(
 
 
 # ------------------------------------------------------------------------------------- advantages, weight and target
-
 
 def set_advantages(settings: Method, samples: list[ProblemSamples]) -> None:
     """Set each problem's advantages, its alpha(q), and what its policy loss is over, by the method's function in METHODS."""
@@ -232,12 +220,10 @@ MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
 def update(
     model: CausalLM, optimizer: torch.optim.Optimizer, settings: Method, samples: list[ProblemSamples], learning_rate: float
 ) -> dict[str, float]:
-    """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]. Returns metrics over all ranks.
-
-    All divisors are counted over the whole update before any backward pass. A response's token is weighted 1 / (P G1 |o_i|)
-    [eq 1, 7], or 1 / (all response tokens) if settings.aggregate is "token"; a target's token alpha(q) / (P |o+|) [eq 5, 7]. P
-    counts all problems, also those without a correct õ.
-    """
+    """One optimizer update on L = L_GRPO + mean over q of alpha(q) L_KD^clip(q) [eq 7]. Returns metrics over all ranks. All
+    divisors are counted over the whole update before any backward pass. A response's token is weighted 1 / (P G1 |o_i|) [eq 1,
+    7], or 1 / (all response tokens) if settings.aggregate is "token"; a target's token alpha(q) / (P |o+|) [eq 5, 7]. P counts
+    all problems, also those without a correct õ."""
     policy, targets = policy_items(samples, settings), target_items(samples, settings)
     local = {"tokens": sum(len(item.trajectory.response_ids) for item in policy), "problems": len(samples)}
     count = all_reduce(local, model.device)
@@ -304,11 +290,9 @@ def backward_policy(
     model: CausalLM, settings: Method, items: list[PolicyItem], count: dict[str, float], scale: float
 ) -> tuple[dict[str, float], Tensor]:
     """Accumulate the gradient of the policy loss [eq 1], times `scale`, over micro-batches. Returns sums of this rank's
-    diagnostics, and each of its tokens' |log pi - log pi_old|. count: "tokens" and "problems" of the whole update.
-
-    log pi_old is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations
-    differ is the metric logprob_error.
-    """
+    diagnostics, and each of its tokens' |log pi - log pi_old|. count: "tokens" and "problems" of the whole update. log pi_old
+    is the sampler's own, over the full softmax, so no second pass is needed [ours]. By how much the two computations differ is
+    the metric logprob_error."""
     variant, device = METHODS[settings.method], model.device
     bonus = variant.entropy_bonus
     terms = partial(policy_terms, loss=variant.loss(settings), temperature=settings.temperature, entropy_bonus=bonus)
@@ -358,11 +342,9 @@ def backward_distillation(
     model: CausalLM, settings: Method, items: list[TargetItem], problems: float, scale: float
 ) -> dict[str, float]:
     """Accumulate the gradient of sum over q of alpha(q) / (P |o+|) sum_t 1[d_t <= delta] d_t [eq 5, 7], times `scale`, over
-    micro-batches. Returns sums of this rank's diagnostics.
-
-    There are two forwards over the same response tokens: the guided one, at the current theta and without gradient [eq 3], is
-    kept as hidden states; then the head of the unguided one turns both into logits, chunk by chunk.
-    """
+    micro-batches. Returns sums of this rank's diagnostics. There are two forwards over the same response tokens: the guided
+    one, at the current theta and without gradient [eq 3], is kept as hidden states; then the head of the unguided one turns
+    both into logits, chunk by chunk."""
     device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens, loss_scale=scale)
@@ -387,7 +369,6 @@ def backward_distillation(
 
 
 # ---------------------------------------------------------------------------------------------------- what a step logs
-
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of a step's updates as one. Losses, norm and the share left out are averaged over the updates."""

@@ -242,9 +242,6 @@ def steps_left(stage: str, done: int, steps: int) -> Iterable[int]:
     return tqdm(range(done, steps), stage, steps, initial=done, disable=world()[0] > 0 or None)  # None: without a terminal
 
 
-# ---------------------------------------------------------------------------------------------------- stages
-
-
 def sft_stage(run: Run, examples: Sequence[Example], validation: Sequence[Example]) -> None:
     """Token-mean cross-entropy on the strong model's solutions: the SFT warm-up, and the whole of --method sft. Ends with the
     weights of the lowest loss on the validation examples, measured after each epoch; without such examples with the last."""
