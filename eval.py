@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm import tqdm
 
 from data.problems import Problem, load_problems  # noqa: F401  (load_problems: users import it from here)
 from grader import MathWorker, RewardError, UserReward, extract_answer
@@ -29,10 +28,8 @@ def evaluate(
     model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem], prompts: Sequence[list[int]],
     *, ragged: Callable[[Callable[[], list]], list] = lambda work: work(), **settings: object,
 ) -> dict:  # fmt: skip
-    """`figures` over all ranks. Each rank samples and grades its share of the problems, with sample_records' settings.
-
-    ragged  calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short
-    """
+    """`figures` over all ranks. Each rank samples and grades its share of the problems, with sample_records' settings. `ragged`
+    calls the work that differs from rank to rank; train.py passes one that SIGTERM cuts short."""
     mine = my_share(range(len(problems)), [expected_length(problem) for problem in problems])
     my_problems = [problems[i] for i in mine]
     my_prompts = [prompts[i] for i in mine]
@@ -132,21 +129,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that k of n samples, drawn without replacement, hold one of the c correct ones: 1 - C(n-c, k) / C(n, k). The
     unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374); 1 - (1 - c/n)^k would be too low for k > 1."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # whole numbers up to the division: a large n cannot overflow
-
-
-def show_responses(
-    model: torch.nn.Module, tokenizer: object, problem: Problem, prompts: dict[str, list[int]], when: str, *,
-    worker: MathWorker | UserReward, seed: int, **settings: object,
-) -> None:  # fmt: skip
-    """Print a response to each prompt of a problem. prompts: {name: token ids}."""
-
-    def grade(row: Trajectory, member: int, text: str) -> tuple[str, float]:
-        return text, worker.reward(text, problem)
-
-    _, graded = sample_and_grade(model, tokenizer, [*prompts.values()], grade, n=1, seed=[seed] * len(prompts), **settings)
-    tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
-    for kind, ((text, reward),) in zip(prompts, graded, strict=True):
-        tqdm.write(f"  {kind:>6} (reward {reward:g}): {text}")
 
 
 def plus_minus(figures: dict) -> str:

@@ -8,7 +8,7 @@ Numbers, units, names, lists, intervals and matrices are taken apart here. Only 
 it cannot misread them. One thing is still paid: an expression that is not worked out (2^{10} for 1024). Copy this file alone.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -164,7 +164,10 @@ def _serve_reward(file: str, function: str) -> None:
     Thread(target=end_with_parent, daemon=True).start()
     folder, name = os.path.split(os.path.abspath(file))
     sys.path = [folder, *sys.path, os.path.dirname(__file__)]
-    module = importlib.import_module(name.removesuffix(".py"))  # by its name, as a pool of processes finds it
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), file)  # by its path: it may be called json.py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # a pool of processes finds it by its name
+    spec.loader.exec_module(module)
     reward = getattr(module, function, None) or sys.exit(f"{file}: it has no {function!r}")
     os.write(answers, b"ready\n")
     for line in questions:

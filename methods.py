@@ -21,10 +21,8 @@ from weighting import group_advantage_weight, group_advantages, guided_advantage
 
 
 def knob(default: Any, help: str, choices: Collection[str] | None = None, *, low: float = 0, high: float = math.inf) -> Any:
-    """A setting: a dataclass field that train.py makes a flag of.
-
-    choices  the values that it may have; None for any of its type. A number must be from `low` to `high`
-    """
+    """A setting: a dataclass field that train.py makes a flag of. `choices` are its values, None for any of its type. A number
+    must be from `low` to `high`."""
     return field(default=default, metadata={"help": help, "choices": choices, "range": (low, high)})
 
 

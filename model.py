@@ -487,9 +487,7 @@ def build_model(config: ModelConfig, *, generator: torch.Generator, dtype: torch
                 parameter.normal_(0.0, config.initializer_range, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    # one by one and not by model.to(dtype), because the buffer inv_freq must stay fp32
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype)  # not model.to(dtype), because the buffer inv_freq must stay fp32
     return model.to(device)
 
 

@@ -73,19 +73,11 @@ class Row(Response):
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    n: int | Sequence[int],
-    max_new_tokens: int | Sequence[Sequence[int]],
-    temperature: float,
-    top_p: float,
-    eos_ids: Collection[int],
-    seed: Sequence[int],
-    max_rows: int = 512,
-    cache_tokens: int | None = None,
-    on_row: Callable[[Trajectory, int], Any] = lambda *_: None,
-) -> list[list[Trajectory]]:
+    model: Any, prompts: Sequence[Sequence[int]], *,
+    n: int | Sequence[int], max_new_tokens: int | Sequence[Sequence[int]],
+    temperature: float, top_p: float, eos_ids: Collection[int], seed: Sequence[int],
+    max_rows: int = 512, cache_tokens: int | None = None, on_row: Callable[[Trajectory, int], Any] = lambda *_: None,
+) -> list[list[Trajectory]]:  # fmt: skip
     """Sample n responses to each prompt: a list of P groups of n trajectories, in the order of the prompts.
 
     n               the same for all prompts, or one per prompt

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, NotFinite, Progress, RunFolder, differences, origin_of, stored_config
 from data.examples import check_rows, data_order, encode_examples, encode_rows, most_sampled, split_examples
 from data.problems import digests, load_problems, load_template
-from eval import accuracy_table, evaluate, expected_length, plus_minus, show_responses
+from eval import accuracy_table, evaluate, expected_length, plus_minus
 from grader import MathWorker, RewardError, UserReward, grader_of
 from lora import add_adapters, initial_adapters, save_adapters
 from loss import chunked_head, sft_terms
@@ -58,7 +58,7 @@ from parallel import (
     whole_tensor,
     world,
 )
-from rollout import micro_batches, pack, stream_seed
+from rollout import micro_batches, pack, sample_and_grade, stream_seed
 from sgpo import Example, responses_of, sgpo_step, step_line
 
 HERE = Path(__file__).resolve().parent
@@ -403,12 +403,21 @@ def measure(run: Run, held_out: Sequence[Example], *, guided: bool) -> dict[str,
 
 def show(run: Run, example: Example, when: str) -> None:
     """Rank 0 prints one response alone and, if the run has guided prompts, one guided, at the evaluation's settings."""
-    cfg, prompts = run.cfg, {"alone": example.auto_ids, "guided": example.guided_ids}
-    settings = dict(max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
-    settings |= dict(worker=run.worker, seed=stream_seed(cfg.seed, "show"))
+    cfg, problem = run.cfg, example.problem
+    prompts = {"alone": example.auto_ids, "guided": example.guided_ids}
     prompts = {name: ids for name, ids in prompts.items() if ids}
+
+    def work() -> None:
+        seeds = [stream_seed(cfg.seed, "show")] * len(prompts)
+        _, graded = sample_and_grade(
+            policy, run.tokenizer, [*prompts.values()], lambda row, member, text: (text, run.worker.reward(text, problem)),
+            n=1, seed=seeds, max_new_tokens=cfg.eval_max_new_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
+        )  # fmt: skip
+        tqdm.write(f"\n[{when}] {problem.problem}   (answer {problem.answer})")
+        for kind, ((text, reward),) in zip(prompts, graded, strict=True):
+            tqdm.write(f"  {kind:>6} (reward {reward:g}): {text}")
+
     with whole_model(run.model) as policy:
-        work = partial(show_responses, policy, run.tokenizer, example.problem, prompts, when, **settings)
         run.control.preemptible(work if world()[0] == 0 else lambda: None)
 
 

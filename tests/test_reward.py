@@ -40,7 +40,7 @@ def share_of_digits(response, row):
 
 @pytest.fixture
 def source(tmp_path):
-    path = tmp_path / "mine.py"
+    path = tmp_path / "my.reward.py"  # an import by its name would look for a package
     path.write_text(SOURCE)
     return path
 
