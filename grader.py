@@ -164,9 +164,10 @@ def _serve_reward(file: str, function: str) -> None:
     Thread(target=end_with_parent, daemon=True).start()
     folder, name = os.path.split(os.path.abspath(file))
     sys.path = [folder, *sys.path, os.path.dirname(__file__)]
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), file)  # by its path: it may be called json.py
+    name = name.removesuffix(".py").replace(".", "_")  # my.reward.py is in no package
+    spec = importlib.util.spec_from_file_location(name, file)  # by its path: it may be called json.py
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # a pool of processes finds it by its name
+    sys.modules.setdefault(name, module)  # a pool of processes finds it by its name
     spec.loader.exec_module(module)
     reward = getattr(module, function, None) or sys.exit(f"{file}: it has no {function!r}")
     os.write(answers, b"ready\n")
