@@ -326,8 +326,7 @@ def check_results(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str,
     first = [run["result"] for run in runs if run["repeat"] < 0]
     if len(first) < 2:
         return {}
-    pairs = zip(*first, strict=True)
-    worst = max(abs(a - b) / abs(b) for a, b in pairs)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(*first, strict=True))
     return {"same_results": {"max_relative_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}}
 
 
@@ -418,10 +417,8 @@ def make_rollouts(workload: Workload, model: CausalLM) -> list[ProblemSamples]:
 
 
 def plain_update(model: Any, optimizer: Any, samples: Sequence[ProblemSamples], dtype: torch.dtype, rows: int) -> list[float]:
-    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits.
-
-    Returns [1 + the loss, which is near 0; the gradient norm].
-    """
+    """The same update with transformers and autograd alone: `rows` right-padded sequences a micro-batch, whole logits. Returns
+    [1 + the loss, which is near 0; the gradient norm]."""
     items = [(row, a) for sample in samples for row, a in zip(sample.auto, sample.advantages, strict=True)]
     total = 0.0
     for first in range(0, len(items), rows):
@@ -564,12 +561,11 @@ def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args: arg
 
 
 def head_side(chunk: int | None, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[float]:
-    """Forward and backward of the mean cross-entropy: [the loss, the norms of the two gradients].
+    """Forward and backward of the mean cross-entropy, `chunk` tokens at a time: [the loss, the norms of the two gradients].
 
-    chunk  tokens; None: the whole (M, V) logits and F.cross_entropy, PyTorch's own fused loss, the fastest and leanest way
-           without chunks. They get no name, so that autograd alone decides how long they live
+    None: the whole (M, V) logits and F.cross_entropy, PyTorch's own fused loss, the fastest and leanest way without chunks.
     """
-    if chunk is None:
+    if chunk is None:  # the logits get no name, so that autograd alone decides how long they live
         loss = F.cross_entropy(F.linear(hidden, weight).float(), targets)
     else:
         share = torch.full(targets.shape, 1 / len(targets), device=targets.device)
@@ -654,8 +650,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side, in alternation (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     args = parser.parse_args(arguments)
-    if min(args.repeats, args.threads) < 1:
-        parser.error(f"--repeats {args.repeats} and --threads {args.threads} must be at least 1")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.shape = "toy" if args.quick else args.shape
     args.scale = "quick" if args.quick else args.device

@@ -78,7 +78,11 @@ SETTINGS = ("n", "max_new_tokens", "temperature", "top_p")
 def compare_files(a: str, b: str, *, seed: int) -> list[dict]:
     """`eval.py --compare`: print and return the rows of `compare` for two result files."""
     rows = compare(read_results(a), read_results(b), (a, b), seed=seed)
-    print("\n".join(comparison_lines(rows, (a, b))))
+    print(f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)\nA: {a}\nB: {b}")
+    for row in rows:
+        of_a, of_b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
+        figures = f"A {of_a:.1f}  B {of_b:.1f}  difference {change:+.1f} [{low:+.1f}, {high:+.1f}]"
+        print(f"{row['file']}{' guided' * row['guided']}: {figures}  problems {row['problems']}")
     return rows
 
 
@@ -133,18 +137,6 @@ def _parts(results: dict) -> dict[tuple[str, bool], dict]:
         if "guided" in figures:
             parts[figures["data_sha256"], True] = figures["guided"] | about
     return parts
-
-
-def comparison_lines(rows: Sequence[dict], names: tuple[str, str]) -> list[str]:
-    """compare's rows as text, in per cent."""
-    lines = [f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)", f"A: {names[0]}", f"B: {names[1]}"]
-    for row in rows:
-        a, b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
-        lines.append(
-            f"{row['file']}{' guided' * row['guided']}: A {a:.1f}  B {b:.1f}  difference {change:+.1f} "
-            f"[{low:+.1f}, {high:+.1f}]  problems {row['problems']}"
-        )
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- the paper's table

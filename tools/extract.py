@@ -364,8 +364,6 @@ class LocalModel:
 
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
         self.stop = threading.Event()  # of the run; no question waits for another time here
         self.turn = threading.Lock()
@@ -488,10 +486,8 @@ def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tu
 def grade(worker: MathWorker, lock: threading.Lock, solution: str, answer: str) -> tuple[str | None, bool]:
     """(the answer that a solution gives, or None; whether it is right). The worker is for one thread at a time."""
     found = extract_answer(solution)
-    if found is None:
-        return None, False
     with lock:
-        return found, same_answer(found, answer, worker)
+        return found, found is not None and same_answer(found, answer, worker)
 
 
 def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
@@ -597,20 +593,14 @@ def extract(args: Namespace) -> int:
                 results = ask_all(rows, journal, model, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
-        failed, lines = {}, []
-        for row in rows:
-            record, done = results[row.id]
-            if done is None:
-                failed[row.id] = record["failed"]
-            else:
-                lines.append(to_line(done.to_row()))
-        if lines:
+        failed = [record for record, row in results if row is None]
+        if len(failed) < len(rows):
             part = Path(f"{out}.part")
-            part.write_bytes(b"".join(lines))
+            part.write_bytes(b"".join(to_line(row.to_row()) for _, row in results if row is not None))
             part.replace(out)  # the file appears whole, or not at all
-    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(list(journal.answers.values()), args)}")
-    for row_id, reason in failed.items():
-        print(f"failed: {row_id}: {reason}", file=sys.stderr)
+    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(list(journal.answers.values()))}")
+    for record in failed:
+        print(f"failed: {record['row']}: {record['failed']}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(rows)} rows failed, reasons above and in {log}", file=sys.stderr)
     return ROWS_FAILED if failed else 0
@@ -618,13 +608,13 @@ def extract(args: Namespace) -> int:
 
 def ask_all(
     rows: Sequence[Problem], journal: Journal, model: Server | LocalModel, verdict: Verdict, args: Namespace
-) -> dict[str, tuple[Record, Problem | None]]:
-    """{row id: extract_row's result}, with every answer from the journal or put into it.
+) -> list[tuple[Record, Problem | None]]:
+    """extract_row's result for each row, with every answer from the journal or put into it.
 
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, results, ended_by = settings_of(args), {}, []
+    settings, ended_by = settings_of(args), []
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
@@ -649,31 +639,24 @@ def ask_all(
             raise
 
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(work, row): row.id for row in rows}
+        futures = [pool.submit(work, row) for row in rows]
         try:
             for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=None):  # None: without a terminal
-                results[futures[future]] = future.result()
+                future.result()
         except BaseException as error:
             model.stop.set()
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
             raise (error if isinstance(error, KeyboardInterrupt) else ended_by[0]) from None
-    return results
+    return [future.result() for future in futures]
 
 
-def spent(answers: Sequence[Answer], args: Namespace) -> str:
-    """12 answers, 3,400 + 1,200 tokens, cost 0.01: tokens sent and received, and the cost if the prices are given."""
+def spent(answers: Sequence[Answer]) -> str:
+    """12 answers, 3,400 + 1,200 tokens: sent and received."""
     sent = sum(answer.usage.get("prompt_tokens", 0) for answer in answers)
     received = sum(answer.usage.get("completion_tokens", 0) for answer in answers)
-    return f"{len(answers):,} answers, {sent:,} + {received:,} tokens{cost(sent, received, args)}"
-
-
-def cost(prompt_tokens: int, completion_tokens: int, args: Namespace) -> str:
-    if args.price is None:
-        return ""
-    price_in, price_out = args.price
-    return f", cost {(prompt_tokens * price_in + completion_tokens * price_out) / 1e6:.2f}"
+    return f"{len(answers):,} answers, {sent:,} + {received:,} tokens"
 
 
 def dry_run(args: Namespace) -> int:
@@ -687,11 +670,9 @@ def dry_run(args: Namespace) -> int:
             tokens_out += times * expected
             if number < args.samples:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
-    most = requests * args.max_tokens
-    done = sum(row.strategy is not None for row in rows)
-    print(f"{len(rows)} rows, {done} of which have a strategy already; {requests:,} requests in one round")
-    print(f"about {tokens_in:,} tokens in and {tokens_out:,} out{cost(tokens_in, tokens_out, args)}")
-    print(f"thoughts are billed too: up to {most:,} tokens out{cost(tokens_in, most, args)}, --max_tokens for each request")
+    print(f"{len(rows)} rows, {requests:,} requests in one round")
+    print(f"about {tokens_in:,} tokens in and {tokens_out:,} out")
+    print(f"thoughts are billed too: up to {requests * args.max_tokens:,} tokens out, --max_tokens for each request")
     print("nothing was sent")
     return 0
 
@@ -718,7 +699,7 @@ def report(args: Namespace) -> int:
     print(f"{path}: {len(rows)} strategies")
     log = Path(f"{path}.log.jsonl")
     if log.is_file():
-        report_journal(log, {row.id for row in rows}, args)
+        report_journal(log, {row.id for row in rows})
     else:
         print(f"{log.name} is not there: nothing about candidates, scores and rejections")
     for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
@@ -726,7 +707,7 @@ def report(args: Namespace) -> int:
     return 0
 
 
-def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
+def report_journal(log: Path, kept: set[str]) -> None:
     """What the journal knows: candidates and why they were rejected, bands of the kept ones, tokens."""
     records, answers = {}, []
     for record in read_journal(log):
@@ -742,8 +723,7 @@ def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
     means = [mean_score(record["candidates"][record["kept"]]["scores"]) for record in chosen]
     bands = Counter("high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low" for mean in means)  # [app H]
     print("quality: " + ", ".join(f"{band} {share(bands[band], len(chosen))}" for band in ("high", "medium", "low")))
-    print("  (by the model that chose; in the paper another model judged 500: 39.4 %, 54.4 %, 6.2 %)")
-    print(f"paid: {spent(answers, args)}")
+    print(f"paid: {spent(answers)}")
 
 
 def share(part: int, whole: int) -> str:
@@ -780,7 +760,6 @@ def build_parser() -> ArgumentParser:
     add("--body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--retries", type=int, default=10, help="repeats of a request after HTTP 429 or 5xx, or no connection" + default)
     add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server" + default)
-    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
     add = parser.add_argument_group("a model here").add_argument
     add("--local", metavar="DIR", help="instead of a server: a model folder or hub name, sampled here")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the model" + default)
