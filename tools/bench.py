@@ -1,6 +1,6 @@
 """Speed and memory, measured side by side against named rivals that do the same work.
 
-    sampler   rollout.generate against transformers' model.generate and model.generate_batch (continuous batching); prefill
+    sampler   rollout.generate against transformers' model.generate and model.generate_batch (continuous batching)
     update    one optimizer update on given rollouts against plain transformers and autograd on padded batches
     step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
     head      the loss at the head in chunks against the whole logits
@@ -326,7 +326,8 @@ def check_results(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str,
     first = [run["result"] for run in runs if run["repeat"] < 0]
     if len(first) < 2:
         return {}
-    worst = max(abs(a - b) / abs(b) for a, b in zip(*first, strict=True))
+    pairs = zip(*first, strict=True)
+    worst = max(abs(a - b) / abs(b) for a, b in pairs)
     return {"same_results": {"max_relative_difference": worst, "tolerance": tolerance, "ok": worst < tolerance}}
 
 
@@ -359,19 +360,7 @@ def bench_sampler(args: argparse.Namespace) -> dict[str, Any]:
     limits = machine_limits(args)
     ours, theirs = model_pair(SHAPES[args.shape], args.dtype, args.device)
     results = [sampler_workload(ours, theirs, workload, limits, args) for workload in workloads]
-    prefill = bench_prefill(ours, make_prompts(workloads[-1], ours.config.vocab_size), limits, args)
-    return {"limits": limits, "checks": checks, "prefill": prefill, "workloads": results}
-
-
-def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
-    """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches."""
-    tokens = sum(map(len, prompts))
-    flops = forward_flops(Shape(model.config), [(0, len(prompt)) for prompt in prompts], len(prompts))
-    work = partial(sample_ours, model, prompts, [1] * len(prompts), seed=SEED)
-    rates = per_second(work, tokens, args.device, args.repeats)
-    share = {name: rate * flops / tokens / limits["matmul"] for name, rate in rates.items()}
-    print(f"  prefill          {rates['median']:.0f} tokens/s, {100 * share['median']:.0f} % of the matrix peak", flush=True)
-    return {"prompts": len(prompts), "tokens": tokens, "tokens_per_s": rates, "share": share}
+    return {"limits": limits, "checks": checks, "workloads": results}
 
 
 def sampler_workload(ours, theirs, workload: Workload, limits, args: argparse.Namespace) -> dict[str, Any]:

@@ -19,8 +19,20 @@ from data.prepare import BENCHMARKS as PROBLEMS  # {name: number of problems}
 
 # {name of the file that data/prepare.py writes: samples a problem} [§4.2]; AIME25 and Minerva, which the paper's table does not
 # have, get the number of the benchmarks that are most like them [ours]
-BENCHMARKS = {"math500": 4, "amc23": 32, "olympiad": 4, "aime24": 32, "aime25": 32, "minerva": 4}
-COLUMNS = {"math500": "MATH500", "amc23": "AMC23", "olympiad": "Olympiad", "aime24": "AIME24"}  # of the paper's table
+BENCHMARKS = {
+    "math500": 4,
+    "amc23": 32,
+    "olympiad": 4,
+    "aime24": 32,
+    "aime25": 32,
+    "minerva": 4,
+}
+COLUMNS = {  # of the paper's table
+    "math500": "MATH500",
+    "amc23": "AMC23",
+    "olympiad": "Olympiad",
+    "aime24": "AIME24",
+}
 # "up to 32K tokens" [§4.2]: a cap, because a context of 32,768 has less room than that after the prompt
 PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
 
