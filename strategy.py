@@ -1,11 +1,11 @@
-r"""Strategies: what one is, its text form, and the policy's two prompts. Read this file first.
+r"""Strategies: what one is, how a strong model is asked for one, how its reply is read, and the policy's two prompts.
 
-A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any computation and
-without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution; the policy gets it in the
-guided prompt. Every wording and the text form are ours. It needs the standard library only: copy this file alone. The command,
-`python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl`, is tools/extract.py's, with the
-prompts to the strong model. A look:
+Read this file first. A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any
+computation and without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution [app B]; the policy
+gets it in the guided prompt. What a strategy holds is the paper's [tab 4]; every wording and the text form are ours. It needs
+the standard library only: copy this file alone. The command is tools/extract.py's, which also chooses among candidates:
 
+    python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',)))[0]['content'])"
 """
 
@@ -56,6 +56,71 @@ def format_strategy(strategy: Strategy) -> str:
     """The text form of a Strategy, as it appears in every prompt: two labelled lines, then the numbered steps."""
     steps = "\n".join(f"{i}. {step}" for i, step in enumerate(strategy.steps, start=1))
     return f"Problem type: {strategy.type}\nStrategy: {strategy.strategy}\nSteps:\n{steps}"
+
+
+def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
+    """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
+
+    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
+    """
+    text = f"""A strong model solved the problem below. Write down the strategy in its response, for another model that will \
+have to solve similar problems without seeing this response.
+
+<problem>
+{problem}
+</problem>
+
+<response>
+{solution}
+</response>
+
+Describe three things, and no others:
+- Problem type: a short phrase for the kind of problem, so specific that an expert recognises it.
+- Strategy: the idea that carries the response, such as a theorem or a technique, and why it fits; one to three sentences.
+- Steps: two to six, in the order of the response; each one sentence that says what to do, as a plan would.
+
+Rules:
+- Keep to the approach that led to the answer, without its detours.
+- Be brief and general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
+- Carry nothing out: no calculation, no intermediate result.
+- Neither state the final answer nor hint at it.
+
+Reply in English with nothing but the form below: plain text without Markdown, the labels as they are here, each of the \
+three things and each step on one line, as many steps as there are.
+
+Problem type: ...
+Strategy: ...
+Steps:
+(a) ...
+(b) ...
+(c) ..."""
+    return [{"role": "user", "content": text}]
+
+
+# Models set labels in bold whatever the prompt says.
+LABELS = [rf"(?:\*\*)?{label}(?:\*\*:|:\*\*|:)" for label in ("Problem type", "Strategy", "Steps")]
+
+
+def parse_strategy(text: str) -> Strategy:
+    """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s.
+
+    The steps are marked (a), (b), ... as in the paper [tab 4], or 1., 2., ... as in our text form. Empty lines and blanks
+    around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of which there are five, than
+    to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a
+    form feed and "rac", and few models write \\\\frac every time.
+    """
+    lines = "\n".join(line.strip() for line in text.split("\n") if line.strip())
+    head = re.match("{}(.*)\n{}(.*)\n{}\n".format(*LABELS), lines)
+    if not head:
+        raise ValueError(f"strategy reply: expected lines with the three labels, then the steps, got {text[:200]!r}")
+    steps = []
+    for i, line in enumerate(lines[head.end() :].split("\n"), start=1):
+        letter = re.escape(chr(ord("a") + i - 1))
+        step = re.fullmatch(rf"(?:\({letter}\)|{i}\.)(.*)", line)
+        if not step:
+            raise ValueError(f"strategy reply: expected step {i}, got {line[:200]!r}")
+        steps.append(step[1].strip())
+    return Strategy(head[1].strip(), head[2].strip(), tuple(steps))
 
 
 # ------------------------------------------------------------------------------------------ prompts for the policy

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from functools import partial
 
 import pytest
@@ -18,7 +20,7 @@ import rollout
 import strategy as strategy_module
 from data.problems import load_problems, read_row
 from grader import MathWorker, is_correct
-from strategy import auto_messages, guided_messages
+from strategy import auto_messages, extraction_prompt, guided_messages
 from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with, write_rows
 from tools import extract
 
@@ -76,7 +78,7 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
         return fake_model(handler, body, number)
 
     with ChatServer(script) as server:
-        flags = extraction_flags(server.url, data, out, "--workers", "3")
+        flags = extraction_flags(server.url, data, out, "--price", "2", "30", "--workers", "3")
         assert extract.main(flags) == 0
     printed = capsys.readouterr()
     assert len(server.requests) == 3 * (1 + 5 + 1) == len(synced) - 4  # a line for the run and one for each row too
@@ -88,7 +90,8 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
     scored = [b for b in bodies if "Score the" in b["messages"][0]["content"]]
     assert [re.findall(r"way (\w)", b["messages"][0]["content"]) for b in scored] == [["a", "d", "e"]] * 3
     assert {b["temperature"] for b in scored} == {0.0}
-    assert "21 answers, 2,100 + 210 tokens" in printed.out
+    # 21 answers of 100 + 10 tokens: 2,100 * 2 + 210 * 30 millionths
+    assert "21 answers, 2,100 + 210 tokens, cost 0.01" in printed.out
     assert [(p.id, p.answer, p.solution, p.strategy.type) for p in load_problems(out)] == [
         (f"row-{i}", str(60 + 4 * i), f"Adding gives \\boxed{{{60 + 4 * i}}}.", "a sum, way d") for i in range(3)
     ]
@@ -115,7 +118,7 @@ def test_the_bands_of_the_report_by_hand(tmp_path, capsys):
     rows = [(row, [{"rejected": None, "scores": own}]) for row, own in scores.items()]
     records = [{"kind": "row", "row": row, "kept": 0, "candidates": candidates} for row, candidates in rows]
     log = write_rows(tmp_path / "log.jsonl", records)
-    extract.report_journal(log, {row for row, _ in rows})
+    extract.report_journal(log, {row for row, _ in rows}, types.SimpleNamespace(price=None))
     assert "quality: high 1 (25.0 %), medium 2 (50.0 %), low 1 (25.0 %)" in capsys.readouterr().out
 
 
@@ -198,13 +201,14 @@ def test_extraction_waits_as_long_as_the_server_says(tmp_path, capsys):
 
     def busy(handler, body, number):
         times.append(time.monotonic())
-        return fake_model(handler, body, number) if number else (429, {"Retry-After": "1"}, b"quota of the minute")
+        return fake_model(handler, body, number) if number else (429, {"Retry-After": "1.2"}, b"quota of the minute")
 
     with ChatServer(busy) as server:
         flags = extraction_flags(server.url, data, tmp_path / "out.jsonl", "--candidates", "1", "--retries", "1")
         assert extract.main(flags) == 0
-    assert len(times) == 3 and 1 <= times[1] - times[0]  # else half a second
-    assert re.search("waiting 1 s .*HTTP 429: .*quota of the minute", capsys.readouterr().err)
+    assert len(times) == 3 and 1.2 <= times[1] - times[0]  # else half a second
+    assert re.search("waiting 1.2 s .*HTTP 429: .*quota of the minute", capsys.readouterr().err)
+    assert 50 < extract.retry_after({"retry-after": formatdate(time.time() + 99, usegmt=True)}, "") <= 99  # on a busy machine
     with ChatServer(reply_with(429, {"error": {"message": "daily limit"}}, Retry_After="86400")) as server:
         with pytest.raises(ValueError, match="daily limit.*; Retry-After: 86400\n.*goes on from there"):
             extract.main(extraction_flags(server.url, data, tmp_path / "other.jsonl", "--retries", "1"))
@@ -262,8 +266,8 @@ def vanish(handler, body, number):
         (vanish, "Server disconnected"),
         (reply_with(500, {"error": {"message": "overloaded"}}), "HTTP 500: .*overloaded"),
         (reply_with(200, b"<html>busy</html>"), "Expecting value"),
-        (reply_with(200, {"choices": [], "error": "overloaded"}), "no answer in the reply: .*overloaded"),
-        (reply_with(200, [1, 2]), "no answer in the reply: .1, 2"),
+        (reply_with(200, {"choices": [], "error": "overloaded"}), "an error in the reply: overloaded"),
+        (reply_with(200, [1, 2]), "no message in the reply: .1, 2"),
     ],
 )
 def test_extraction_fails_the_row_without_an_answer(tmp_path, capsys, misbehave, words):
@@ -275,32 +279,48 @@ def test_extraction_fails_the_row_without_an_answer(tmp_path, capsys, misbehave,
     assert not journal_records(out, "answer") and not out.exists()
 
 
-def test_extraction_stops_at_once_if_the_key_is_wrong(tmp_path, capsys, key):
+@pytest.mark.parametrize("status", [401, 404])
+def test_extraction_stops_at_once_if_trying_again_is_useless(tmp_path, capsys, key, status):
     data, out = extraction_data(tmp_path, 5), tmp_path / "out.jsonl"
-    with ChatServer(reply_with(401, {"error": {"message": f"no such key, {key} is wrong"}})) as server:
-        with pytest.raises(ValueError, match=r"401: .*no such key, \*\*\* is wrong") as error:
+    with ChatServer(reply_with(status, {"error": {"message": f"no such thing, {key} is wrong"}})) as server:
+        with pytest.raises(ValueError) as error:
             extract.main(extraction_flags(server.url, data, out, "--retries", "3"))
         assert len(server.requests) == 1
+    assert f"{status}" in str(error.value) and "no such thing, *** is wrong" in str(error.value)
     assert key not in str(error.value) + "".join(capsys.readouterr()) + journal_of(out).read_text()
 
 
 def test_extraction_goes_on_if_the_server_refuses_one_row(tmp_path, capsys):
-    """A content filter, or a problem that is too long; but a server that refuses row after row is not asked by thousands."""
-    refuse = reply_with(403, {"error": {"message": "content filter"}})
+    """A content filter, or a problem that is too long: also if the refusal is the first reply of a run."""
+    for status in (400, 403):
+        refuse = reply_with(status, {"error": {"message": "content filter"}})
 
-    def script(handler, body, number):
-        return (refuse if "What is 21" in body["messages"][0]["content"] else fake_model)(handler, body, number)
+        def script(handler, body, number, refuse=refuse):
+            return (refuse if "What is 21" in body["messages"][0]["content"] else fake_model)(handler, body, number)
 
-    data, out = extraction_data(tmp_path, 3), tmp_path / "out.jsonl"
-    with ChatServer(script) as server:
-        for requests in (6 + 1 + 6, 1):
-            before = len(server.requests)
-            assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
-            assert len(server.requests) - before == requests
-            assert re.search("failed: row-1: no answer: HTTP 403: .*content filter", capsys.readouterr().err)
-    assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+        data, out = extraction_data(tmp_path, 3), tmp_path / f"out{status}.jsonl"
+        with ChatServer(script) as server:
+            for requests in (6 + 1 + 6, 1):
+                before = len(server.requests)
+                assert extract.main(extraction_flags(server.url, data, out)) == extract.ROWS_FAILED
+                assert len(server.requests) - before == requests
+                assert re.search(f"failed: row-1: no answer: HTTP {status}: .*content filter", capsys.readouterr().err)
+        assert [row.id for row in load_problems(out)] == ["row-0", "row-2"]
+    # the first reply of all, while the others are on their way
+    data, out = extraction_data(tmp_path, 3), tmp_path / "together.jsonl"
+    gate, refuse = threading.Barrier(3, timeout=30), reply_with(403, {"error": {"message": "content filter"}})
+
+    def slow(handler, body, number):
+        number < 3 and gate.wait()
+        flagged = "What is 20" in body["messages"][0]["content"]
+        number < 3 and not flagged and time.sleep(0.5)
+        return (refuse if flagged else fake_model)(handler, body, number)
+
+    with ChatServer(slow) as server:
+        assert extract.main(extraction_flags(server.url, data, out, "--workers", "3")) == extract.ROWS_FAILED
+    assert [row.id for row in load_problems(out)] == ["row-1", "row-2"]
+    # but a server that refuses row after row is not asked by thousands of them; one answer starts the count anew
     data, out = extraction_data(tmp_path, 40), tmp_path / "new.jsonl"
-    # one answer starts the count anew
     with ChatServer(lambda h, b, i: (fake_model if i < 6 or i == 16 else refuse)(h, b, i)) as server:
         with pytest.raises(ValueError, match="20 requests in a row failed for good, the last with: .*content filter"):
             extract.main(extraction_flags(server.url, data, out))
@@ -334,8 +354,26 @@ def test_extraction_reads_every_kind_of_content(key):
         server = extract.Server(args, os.environ)
         for _ in CASES["contents"]:
             answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
-            got.append([answer.text, answer.reasoning, answer.whole])
+            got.append([answer.text, answer.reasoning, answer.fault() and answer.fault()[0]])
     assert got == [case[3:] for case in CASES["contents"]]
+
+
+def test_extraction_passes_over_foreign_lines_and_refuses_a_foreign_journal(tmp_path, capsys):
+    data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
+    foreign = [line + "\n" for line in CASES["foreign"]]
+    with ChatServer(fake_model) as server:
+        flags = extraction_flags(server.url, data, out)
+        assert extract.main(flags) == 0 and len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign) + journal_of(out).read_text(), encoding="utf-8")
+        for arguments in (flags, ["--report", str(out)]):
+            assert extract.main(arguments) == 0
+            said = capsys.readouterr().err
+            assert all(f"out.jsonl.log.jsonl:{i}: cannot be read" in said for i in range(1, len(foreign) + 1))
+        assert len(server.requests) == 6
+        journal_of(out).write_text("".join(foreign), encoding="utf-8")
+        with pytest.raises(ValueError, match="out.jsonl.log.jsonl: no journal of this program"):
+            extract.main(flags)
+        assert journal_of(out).read_text(encoding="utf-8") == "".join(foreign)
 
 
 @pytest.mark.parametrize("case", CASES["rows"], ids=lambda case: case["what"])
@@ -346,7 +384,7 @@ def test_extraction_of_one_row(case, eval_worker):
         prompts.append((step, messages[0]["content"]))
         reply = case["replies"][step][index]
         reply = {"text": reply, "finish": "stop"} if isinstance(reply, str) else reply
-        return extract.Answer(reply["text"], reply["finish"], {})
+        return extract.Answer(reply["text"], reply["finish"], {}, reply.get("reasoning", ""))
 
     row, args = read_row(json.dumps(case["row"]).encode()), extract.build_parser().parse_args(["--candidates", "3"])
     record, done = extract.extract_row(row, ask, partial(extract.grade, eval_worker, threading.Lock()), args)
@@ -365,14 +403,15 @@ def test_extraction_takes_thoughts_off():
 def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     data = extraction_data(tmp_path, 3)
-    assert extract.main(["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]) == 0
+    flags = ["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]
+    assert extract.main([*flags, "--price", "0", "100"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and "nothing was sent" in printed
-    prompt = extract.extraction_prompt("What is 20 + 40?", "The sum is \\boxed{60}.")[0]["content"]
+    prompt = extraction_prompt("What is 20 + 40?", "The sum is \\boxed{60}.")[0]["content"]
     assert prompt in printed and "What is 21 + 43?" not in printed
     # 3 rows of 5 candidates and one call that scores them; out 15 * (220 + 20), at most 18 * 1000
     assert "3 rows, 18 requests" in printed
-    assert "3,600 out" in printed and "up to 18,000 tokens out" in printed
+    assert "3,600 out, cost 0.36" in printed and "up to 18,000 tokens out, cost 1.80" in printed
     tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
     assert tokens > 15 * (len(prompt) // 4 + 220)  # the scorer reads all five candidates
     with pytest.raises(ValueError, match="pip install openai"):

@@ -8,17 +8,9 @@ from collections import Counter
 import pytest
 
 from data import problems
-from strategy import Strategy, Template, auto_messages, format_strategy, guided_messages
+from strategy import Strategy, Template, auto_messages, extraction_prompt, format_strategy, guided_messages, parse_strategy
 from tests.common import ROOT, _starter_rows, leak_examples, strategy_example
-from tools.extract import (
-    CRITERIA,
-    LEAK_SCORE,
-    extraction_prompt,
-    mean_score,
-    parse_scores,
-    parse_strategy,
-    scoring_prompt,
-)
+from tools.extract import CRITERIA, LEAK_SCORE, mean_score, parse_scores, scoring_prompt
 
 CASES = json.loads((ROOT / "tests/strategy_cases.json").read_text(encoding="utf-8"))
 

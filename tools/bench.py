@@ -9,7 +9,6 @@ One run builds models by shape with random weights, does the same work on every 
 all sides compute the same, and writes every figure as JSON. Response lengths are prescribed. Timings need an idle machine.
 
     python tools/bench.py --out results/bench/cpu.json                 all parts, on the GPU if there is one
-    python tools/bench.py --out /tmp/b.json --only head --device cpu   one part
     python tools/bench.py --out /tmp/b.json --quick                    toy shapes: checks that everything runs, times nothing
 
 `pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step: the report says if a rival is missing, or

@@ -4,10 +4,10 @@
     python strategy.py --help                       # our own sampler instead, an estimate, the report
 
 A row gets a solution if the data has none, then five candidate strategies. The leak filter rejects some, one call scores the
-rest, and the best one is kept [app B]; data/README.md has the details. What the prompts ask for, and the four criteria, are the
-paper's [app B, tab 4, tab 5], every wording is ours. The journal beside the output, OUT.log.jsonl, makes the command safe to
-kill: each answer is on the disk, under a hash of its exact request, before its worker asks the next question. A kill loses at
-most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
+rest, and the best one is kept [app B]; data/README.md has the details. The four criteria are the paper's [tab 5], every wording
+is ours. The journal beside the output, OUT.log.jsonl, makes the command safe to kill: each answer is on the disk, under a hash
+of its exact request, before its worker asks the next question. A kill loses at most one answer a worker. What needs no model
+(reading, the filter, the choice) is done anew each time.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from email.utils import mktime_tz, parsedate_tz
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,30 @@ from tqdm import tqdm
 from checkpoint import lock, to_json
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, same_answer
-from strategy import INSTRUCTION, Strategy, format_strategy
+from strategy import INSTRUCTION, Strategy, extraction_prompt, format_strategy, parse_strategy
 from tools.leaks import leaks
 
-EXCERPT = 300  # characters of what a message quotes
-GIVE_UP_AFTER = 20  # requests in a row that failed for good: the server is down, or has no such model, for the other rows too
+EXCERPT = 300  # characters of what a message or a record quotes
+GIVE_UP_AFTER = 20  # requests in a row that failed for good: the server is down, for the other rows too
 LONGEST_WAIT = 900.0  # seconds; a limit that lasts longer stops the command
 WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason, in lower case, of a text that is not cut off
-PASSING = (None, 408, 409, 425, 429)  # statuses that the next try may not meet, beside 5xx; None: nothing to read
-# The marks of a model's thoughts before its answer. Some chat templates put the first one into the prompt.
-THOUGHTS_BEGIN, THOUGHTS_END = (
-    re.compile(rf"<{slash}(?:think|thinking|thought|reasoning|seed:think)>|\[{slash}THINK]", re.I) for slash in ("", "/")
+PASSING = (None, 408, 409, 424, 425, 429, 498)  # statuses that the next try may not meet, beside 5xx; None: nothing to read
+# What a 429 says when the money is gone: a code, or words without a hint that it is free soon.
+NO_MONEY_CODE = re.compile(r"insufficient.(?:quota|balance|fund|credit)|billing.hard.limit|arrears|out of credit", re.I)
+NO_MONEY = re.compile(
+    r"(?:current|monthly).quota|(?:credit|balance(?!r)|budget|spend)[^.]{0,30}(?:limit|exceed|exhaust|spent|used up)", re.I
 )
+FREE_SOON = re.compile(r"(?:per.?|/)(?:sec|min)", re.I)
+WAIT_HINT = re.compile(r"(?:retry|try again) (?:in|after) ((?:[0-9]+(?:\.[0-9]+)? ?(?:ms|[dhms])[a-z]* ?)+)", re.I)
+UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+# (open, close) of the thoughts before an answer, which begins after the last close: some chat templates put the open into the
+# prompt. FRAME: what may be around the answer itself, and the control tokens after it. All in any case.
+THOUGHTS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    (r"\[THINK]", r"\[/THINK]"),
+    (r"<\|channel\|>", r"<\|channel\|>final<\|message\|>|\A\s*analysis(?s:.*)assistantfinal"),
+)
+FRAME = re.compile(r"\A<answer>|(?:<(?:[|｜][^<>\s]+[|｜]|/s|/answer|end_of_turn)>\s*)+\Z", re.I)
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something stopped the command, 2 that a flag is wrong
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
@@ -57,9 +70,6 @@ LEAK_SCORE = 0.2
 
 Record = dict[str, Any]  # a JSON object
 Messages = list[dict[str, str]]
-
-
-# ------------------------------------------------------------------------------------ prompts and the readers of their replies
 
 
 def solution_prompt(problem: str) -> Messages:
@@ -75,70 +85,6 @@ step that matters with its reason, in order, without false starts and without re
 </problem>
 
 {INSTRUCTION}""")
-
-
-def extraction_prompt(problem: str, solution: str) -> Messages:
-    """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
-
-    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
-    """
-    return _user(f"""A strong model solved the problem below. Write down the strategy in its response, for another model \
-that will have to solve similar problems without seeing this response.
-
-<problem>
-{problem}
-</problem>
-
-<response>
-{solution}
-</response>
-
-Describe three things, and no others:
-- Problem type: a short phrase for the kind of problem, so specific that an expert recognises it.
-- Strategy: the idea that carries the response, such as a theorem or a technique, and why it fits; one to three sentences.
-- Steps: two to six, in the order of the response; each one sentence that says what to do, as a plan would.
-
-Rules:
-- Keep to the approach that led to the answer, without its detours.
-- Be brief and general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
-- Carry nothing out: no calculation, no intermediate result.
-- Neither state the final answer nor hint at it.
-
-Reply in English with nothing but the form below: plain text without Markdown, the labels as they are here, each of the \
-three things and each step on one line, as many steps as there are.
-
-Problem type: ...
-Strategy: ...
-Steps:
-(a) ...
-(b) ...
-(c) ...""")
-
-
-# Models set labels in bold whatever the prompt says.
-LABELS = [rf"(?:\*\*)?{label}(?:\*\*:|:\*\*|:)" for label in ("Problem type", "Strategy", "Steps")]
-
-
-def parse_strategy(text: str) -> Strategy:
-    """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s.
-
-    The steps are marked (a), (b), ... as in the paper [tab 4], or 1., 2., ... as in our text form. Empty lines and blanks
-    around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of which there are five, than
-    to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a
-    form feed and "rac", and few models write \\\\frac every time.
-    """
-    lines = "\n".join(line.strip() for line in text.split("\n") if line.strip())
-    head = re.match("{}(.*)\n{}(.*)\n{}\n".format(*LABELS), lines)
-    if not head:
-        raise ValueError(f"strategy reply: expected lines with the three labels, then the steps, got {text[:200]!r}")
-    steps = []
-    for i, line in enumerate(lines[head.end() :].split("\n"), start=1):
-        letter = re.escape(chr(ord("a") + i - 1))
-        step = re.fullmatch(rf"(?:\({letter}\)|{i}\.)(.*)", line)
-        if not step:
-            raise ValueError(f"strategy reply: expected step {i}, got {line[:200]!r}")
-        steps.append(step[1].strip())
-    return Strategy(head[1].strip(), head[2].strip(), tuple(steps))
 
 
 def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> Messages:
@@ -204,9 +150,6 @@ def _user(content: str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-# ------------------------------------------------------------------------------------ answers
-
-
 class Stop(Exception):
     """Nothing can go on: the server refuses us, or is gone. The message is for the user."""
 
@@ -215,11 +158,19 @@ class RowFailed(Exception):
     """This row gets no strategy, for the reason given; the others go on."""
 
 
+class Refused(RowFailed):
+    """The server will not answer this request. Before it has answered any, the reason is not the row."""
+
+
+class NoAnswer(ValueError):
+    """A reply of HTTP 200 without an answer. args: what it says instead, and the status of the error in it, or None."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart.
 
-    finish: why the text ended, such as "stop", "length", "content_filter" or None.
+    finish: why the text ended. One of WHOLE ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
     """
 
     text: str
@@ -227,10 +178,15 @@ class Answer:
     usage: dict[str, int]
     reasoning: str = ""
 
-    @property
-    def whole(self) -> bool:
-        """Whether nothing broke it off: what is there may be readable, with only half of its last step."""
-        return str(self.finish).lower() in WHOLE
+    def fault(self) -> list[str] | None:
+        """[kind, detail] of why there is nothing to read in it, or None."""
+        if self.finish == "refusal":
+            return ["refused", self.text[:EXCERPT]]
+        if str(self.finish).lower() not in WHOLE:  # what is there may be readable, with only half of its last step
+            return ["cut off", f"finish_reason {self.finish}"]
+        if (self.text + self.reasoning).strip() and not without_thoughts(self.text):
+            return ["thoughts without content", (self.reasoning or self.text)[:EXCERPT]]
+        return None
 
 
 Ask = Callable[[str, int, Messages], Answer]  # (step, index of the try, messages) -> Answer
@@ -268,7 +224,7 @@ class Server:
     """A chat server, asked through the openai package.
 
     A request is repeated after a failed connection, a timeout, a reply without an answer, and a status that may pass
-    [PASSING], up to --retries times. Not by the package: that waits without a word, and nothing can stop it.
+    [PASSING], up to --retries times. Not by the package: that waits without a word, and asks again when the money is gone.
     """
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
@@ -303,8 +259,8 @@ class Server:
                 self.failures = 0
                 return answer
             except (self.openai.APIError, ValueError) as error:  # ValueError: no JSON, or no answer in it
-                status, after, reason = self._read(error)
-            seconds = max(float(after) if after.isdecimal() else 0.0, min(2**number / 2, 60.0))
+                status, said, reason = self._read(error)
+            seconds = said or min(2**number / 2, 60.0)
             if number == self.retries or seconds > LONGEST_WAIT or not (status in PASSING or status >= 500):
                 break
             if seconds >= 1:
@@ -316,41 +272,76 @@ class Server:
         self.failures += 1
         if self.failures >= GIVE_UP_AFTER:
             raise Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
-        raise RowFailed(f"no answer: {reason}")
+        # A wrong model or path is as wrong for the next row; but these may also be about one text.
+        raise (Refused if status in (403, 404, 451) else RowFailed)(f"no answer: {reason}")
 
-    def _read(self, error: Exception) -> tuple[int | None, str, str]:
-        """(status or None, the header Retry-After or "", reason) of a failed try."""
-        response = getattr(error, "response", None)
-        if response is None:
-            status, after, text = None, "", f"{error} ({error.__cause__!r})" if error.__cause__ else str(error)
-        else:  # what the server wrote: the package may leave out all but one field of it
-            status, after = response.status_code, response.headers.get("retry-after", "")
-            text = f"HTTP {status}: {response.text or error}"
+    def _read(self, error: Exception) -> tuple[int | None, float | None, str]:
+        """(status, seconds to wait, reason) of a failed try; None for what the server does not say.
+
+        An error inside a reply has a status too. It is 402 for all that say that the money is gone.
+        """
+        status, headers, text = None, {}, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error)
+        if isinstance(error, NoAnswer):
+            text, status = error.args
+        elif (response := getattr(error, "response", None)) is not None:
+            status, headers = response.status_code, response.headers
+            text = f"HTTP {status}: {response.text or error}"  # the package may leave out all but one field of it
+        said = retry_after(headers, text)
+        gone = NO_MONEY.search(text) and said is None and not FREE_SOON.search(text)
+        if status in (None, 429) and (gone or NO_MONEY_CODE.search(text)):
+            status = 402
         if self.key:
             text = text.replace(self.key, "***")  # some servers quote the key when they refuse it
-        return status, after, " ".join(text.split())[:EXCERPT] + (f"; Retry-After: {after}" if after else "")
+        wait = f"; Retry-After: {headers['retry-after']}" if "retry-after" in headers else ""
+        return status, said, " ".join(text.split())[:EXCERPT] + wait
+
+
+def retry_after(headers: Mapping[str, str], text: str) -> float | None:
+    """The seconds to wait by a reply's header (a number or a date [RFC 9110]) or by its text; None if neither says."""
+    after = headers.get("retry-after", "")
+    with suppress(ValueError, OverflowError):  # OverflowError: a date that no calendar has
+        date = parsedate_tz(after)
+        seconds = mktime_tz(date) - time.time() if date else float(after)
+        return seconds if 0 < seconds < float("inf") else None
+    hint = WAIT_HINT.search(text)
+    parts = re.findall("([0-9.]+) ?(ms|[dhms])", hint[1].lower()) if hint else []
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts) or None
 
 
 def read_reply(reply: Any) -> Answer:
-    """The Answer in a reply, an openai ChatCompletion. ValueError if there is none in it.
+    """The Answer in a reply, an openai ChatCompletion. NoAnswer if there is none in it.
 
     The package checks no field, so any may be missing. An empty text is an answer too: it is paid, and cannot be read.
     """
-    try:
+    choice = message = None
+    with suppress(AttributeError, LookupError, TypeError):
         choice = reply.choices[0]
-        message, content = choice.message, choice.message.content
-    except (AttributeError, LookupError, TypeError):
-        raise ValueError(f"no answer in the reply: {reply}") from None
+        content, message = choice.message.content, choice.message
     if error := getattr(choice, "error", None) or getattr(reply, "error", None):  # half a text may be beside it
-        raise ValueError(f"an error in the reply: {error}")
+        code = str(error.get("code") if isinstance(error, dict) else None)
+        raise NoAnswer(f"an error in the reply: {error}", int(code) if re.fullmatch("[45][0-9]{2}", code) else None)
+    if message is None:
+        raise NoAnswer(f"no message in the reply: {reply}", None)
     counts = {name: getattr(getattr(reply, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
-    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Answer(text_of(content), text_of(getattr(choice, "finish_reason", None)) or None, usage, text_of(reasoning))
+    parts = content if isinstance(content, list) else None
+    thoughts = getattr(message, "reasoning_content", None), getattr(message, "reasoning", None), parts
+    reasoning = next(filter(None, (text_of(value, "thinking", "reasoning") for value in thoughts)), "")
+    text, finish = text_of(content, "text", "output_text"), text_of(getattr(choice, "finish_reason", None)) or None
+    refusal = text_of(getattr(message, "refusal", None)) or text_of(parts, "refusal")
+    if refusal and not text:
+        text, finish = refusal, "refusal"
+    return Answer(text, finish, usage, reasoning)
 
 
-def text_of(value: Any) -> str:
-    """A field's text, "" if it has none. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?"."""
+def text_of(value: Any, *kinds: str) -> str:
+    """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}.
+
+    The end of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?".
+    """
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") in kinds]
+        value = "".join(text_of(part.get(part.get("type", "text").split("_")[-1]), "text") for part in parts)
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
@@ -439,7 +430,8 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
         journal = Journal(stream)
         for record in read_journal(path):
             if record["kind"] == "answer":
-                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"])
+                thoughts = record["reasoning"][:EXCERPT]
+                journal.answers[record["key"]] = Answer(record["text"], record["finish"], record["usage"], thoughts)
             elif record["kind"] == "run" and record["settings"] != start["settings"]:
                 made = f"made with {record['settings']}, now {start['settings']}"
                 raise ValueError(f"{path}: {made}: no paid answer would fit; name another --out, or go on with the same")
@@ -452,16 +444,21 @@ def open_journal(path: Path, start: Record) -> Iterator[Journal]:
 
 
 def read_journal(path: Path) -> Iterator[Record]:
-    """The lines of a journal. Others, such as half of one that a kill left, are reported."""
+    """The lines of a journal, ValueError if it has none. Others, such as half of one that a kill left, are reported."""
+    number = passed_over = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 record = json.loads(line)
-                record["kind"]
+                if record["kind"] not in ("run", "answer", "row"):
+                    raise ValueError
             except (ValueError, LookupError, TypeError):
+                passed_over += 1
                 print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
             else:
                 yield record
+    if number and number == passed_over:
+        raise ValueError(f"{path}: no journal of this program; move it away, or name another --out")
 
 
 def to_line(record: Record) -> bytes:
@@ -502,9 +499,10 @@ def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
         reply = ask("solution", index, solution_prompt(row.problem))
         text = without_thoughts(reply.text)
         found, right = verdict(text, row.answer)
-        if right and reply.whole:
+        fault = reply.fault()
+        if right and not fault:
             return text
-        given.append("cut off" if not reply.whole else "no answer" if found is None else f"answer {found[:60]!r}")
+        given.append(fault[0] if fault else "no answer" if found is None else f"answer {found[:60]!r}")
     raise RowFailed(f"{tries} solutions, none with the answer {row.answer!r}: {', '.join(given)}")
 
 
@@ -521,6 +519,8 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
     candidates, unread = record["candidates"], None
     for number in range(args.rounds):
         if all(candidate["rejected"] for candidate in candidates):
+            if candidates and all(candidate["rejected"][0] == "thoughts without content" for candidate in candidates):
+                break  # the server keeps the answers among the thoughts, or the model thinks on: so would the next ones
             for index in range(len(candidates), len(candidates) + args.candidates):
                 reply = ask("candidate", index, extraction_prompt(row.problem, row.solution))
                 candidates.append(judge_candidate(index, reply, replace(row, solution=written), candidates))
@@ -538,16 +538,18 @@ def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> 
 
 
 def without_thoughts(text: str) -> str:
-    """What a model wrote after its thoughts; "" if they never end."""
-    rest = THOUGHTS_END.split(text)[-1]
-    return "" if THOUGHTS_BEGIN.search(rest) else rest.strip()
+    """What a model wrote after its thoughts [THOUGHTS]; "" if they never end."""
+    rests = [re.split(close, text, flags=re.I)[-1] for _, close in THOUGHTS]
+    if any(re.search(opening, rest, re.I) for (opening, _), rest in zip(THOUGHTS, rests, strict=True)):
+        return ""
+    return FRAME.sub("", min(rests, key=len).strip()).strip()
 
 
 def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Record]) -> Record:
     """A candidate's record after everything that needs no model: read, compared with the others, searched for leaks."""
     candidate = {"index": index, "strategy": None, "rejected": None, "scores": None}
-    if not reply.whole:
-        return candidate | {"rejected": ["cut off", f"finish_reason {reply.finish}"]}
+    if fault := reply.fault():
+        return candidate | {"rejected": fault}
     try:
         strategy = parse_strategy(without_thoughts(reply.text))
     except ValueError as error:
@@ -565,8 +567,8 @@ def score_candidates(candidates: Sequence[Record], reply: Answer) -> str | None:
 
     A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
     """
-    if not reply.whole:
-        return f"scores: cut off, finish_reason {reply.finish}"
+    if fault := reply.fault():
+        return ": ".join(["scores", *fault])
     try:
         scores = parse_scores(without_thoughts(reply.text), len(candidates))
     except ValueError as error:
@@ -598,7 +600,7 @@ def extract(args: Namespace) -> int:
             part = Path(f"{out}.part")
             part.write_bytes(b"".join(to_line(row.to_row()) for _, row in results if row is not None))
             part.replace(out)  # the file appears whole, or not at all
-    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(list(journal.answers.values()))}")
+    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(list(journal.answers.values()), args)}")
     for record in failed:
         print(f"failed: {record['row']}: {record['failed']}", file=sys.stderr)
     if failed:
@@ -614,19 +616,30 @@ def ask_all(
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, ended_by = settings_of(args), []
+    settings, stop = settings_of(args), model.stop
+    ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
         key = hash_of([body, step, index])  # the index too: --body may have removed the seed
-        if key not in journal.answers:
-            if model.stop.is_set():
-                raise Stop("stopped")
+        if key in journal.answers:
+            return journal.answers[key]
+        if stop.is_set():
+            raise Stop("stopped")
+        asking.add(row.id)
+        try:
             answer = model.ask(body)
             place = {"kind": "answer", "key": key, "row": row.id, "step": step, "index": index}
             journal.write(place | asdict(answer))  # before this worker goes on
-            journal.answers[key] = replace(answer, reasoning="")  # thoughts would fill the memory
-        return journal.answers[key]
+            journal.answers[key] = replace(answer, reasoning=answer.reasoning[:EXCERPT])  # whole ones would fill the memory
+            return answer
+        except Refused as error:
+            asking.discard(row.id)
+            while asking and not journal.answers and not stop.wait(0.1):
+                pass  # an answer that is on its way to another row would show that this is about the row
+            raise (error if journal.answers else Stop(str(error))) from None
+        finally:
+            asking.discard(row.id)
 
     def work(row: Problem) -> tuple[Record, Problem | None]:
         try:
@@ -635,7 +648,7 @@ def ask_all(
             return record, done
         except BaseException as error:
             ended_by.append(error)  # the first is the reason; those after it only say that the run has ended
-            model.stop.set()  # here, before this worker takes its next row
+            stop.set()  # here, before this worker takes its next row
             raise
 
     with ThreadPoolExecutor(args.workers) as pool:
@@ -644,7 +657,7 @@ def ask_all(
             for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=None):  # None: without a terminal
                 future.result()
         except BaseException as error:
-            model.stop.set()
+            stop.set()
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
@@ -652,11 +665,18 @@ def ask_all(
     return [future.result() for future in futures]
 
 
-def spent(answers: Sequence[Answer]) -> str:
-    """12 answers, 3,400 + 1,200 tokens: sent and received."""
+def spent(answers: Sequence[Answer], args: Namespace) -> str:
+    """12 answers, 3,400 + 1,200 tokens, cost 0.01: tokens sent and received, and the cost if the prices are given."""
     sent = sum(answer.usage.get("prompt_tokens", 0) for answer in answers)
     received = sum(answer.usage.get("completion_tokens", 0) for answer in answers)
-    return f"{len(answers):,} answers, {sent:,} + {received:,} tokens"
+    return f"{len(answers):,} answers, {sent:,} + {received:,} tokens{cost(sent, received, args)}"
+
+
+def cost(prompt_tokens: int, completion_tokens: int, args: Namespace) -> str:
+    if args.price is None:
+        return ""
+    price_in, price_out = args.price
+    return f", cost {(prompt_tokens * price_in + completion_tokens * price_out) / 1e6:.2f}"
 
 
 def dry_run(args: Namespace) -> int:
@@ -671,8 +691,9 @@ def dry_run(args: Namespace) -> int:
             if number < args.samples:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
     print(f"{len(rows)} rows, {requests:,} requests in one round")
-    print(f"about {tokens_in:,} tokens in and {tokens_out:,} out")
-    print(f"thoughts are billed too: up to {requests * args.max_tokens:,} tokens out, --max_tokens for each request")
+    print(f"about {tokens_in:,} tokens in and {tokens_out:,} out{cost(tokens_in, tokens_out, args)}")
+    most = requests * args.max_tokens
+    print(f"thoughts are billed too: up to {most:,} tokens out{cost(tokens_in, most, args)}, --max_tokens for each request")
     print("nothing was sent")
     return 0
 
@@ -699,7 +720,7 @@ def report(args: Namespace) -> int:
     print(f"{path}: {len(rows)} strategies")
     log = Path(f"{path}.log.jsonl")
     if log.is_file():
-        report_journal(log, {row.id for row in rows})
+        report_journal(log, {row.id for row in rows}, args)
     else:
         print(f"{log.name} is not there: nothing about candidates, scores and rejections")
     for row in random.Random(args.seed).sample(rows, min(args.samples, len(rows))):
@@ -707,7 +728,7 @@ def report(args: Namespace) -> int:
     return 0
 
 
-def report_journal(log: Path, kept: set[str]) -> None:
+def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
     """What the journal knows: candidates and why they were rejected, bands of the kept ones, tokens."""
     records, answers = {}, []
     for record in read_journal(log):
@@ -723,7 +744,7 @@ def report_journal(log: Path, kept: set[str]) -> None:
     means = [mean_score(record["candidates"][record["kept"]]["scores"]) for record in chosen]
     bands = Counter("high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low" for mean in means)  # [app H]
     print("quality: " + ", ".join(f"{band} {share(bands[band], len(chosen))}" for band in ("high", "medium", "low")))
-    print(f"paid: {spent(answers)}")
+    print(f"paid: {spent(answers, args)}")
 
 
 def share(part: int, whole: int) -> str:
@@ -760,6 +781,7 @@ def build_parser() -> ArgumentParser:
     add("--body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--retries", type=int, default=10, help="repeats of a request after HTTP 429 or 5xx, or no connection" + default)
     add("--read_timeout", type=float, default=600.0, help="seconds without a byte from the server" + default)
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens sent and received, to show the cost")
     add = parser.add_argument_group("a model here").add_argument
     add("--local", metavar="DIR", help="instead of a server: a model folder or hub name, sampled here")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the model" + default)
