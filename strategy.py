@@ -1,24 +1,20 @@
-r"""Strategies: what one is, its text form, and every prompt that contains one. Read this file first.
+r"""Strategies: what one is, how a strong model is asked for one, how its reply is read, and the policy's two prompts.
 
-A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any computation and
-without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution; the policy gets it in the
-guided prompt. What the prompts ask the strong model for, and the four criteria, are the paper's [app B, tab 4, tab 5];
-every wording and the text form are ours. It needs the standard library only: copy this file alone. The command line,
-`python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl`, is tools/extract.py's. A look:
+Read this file first. A strategy says how to solve a KIND of problem: its type, the idea, and general steps, without any
+computation and without the answer (SGPO, arXiv 2606.24064). A strong model writes it from its own solution [app B]; the policy
+gets it in the guided prompt. What a strategy holds is the paper's [tab 4]; every wording and the text form are ours. It needs
+the standard library only: copy this file alone. The command is tools/extract.py's, which also chooses among candidates:
 
+    python strategy.py --data problems.jsonl --endpoint URL --model NAME --out strategies.jsonl
     python -c "import strategy as s; print(s.guided_messages('1+2?', s.Strategy('sum', 'Add.', ('Add.',)))[0]['content'])"
 """
 
 import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
 GUIDE = "Follow this strategy."  # few and plain words: the tiny world's vocabulary of about 100 has to hold them as well
-CRITERIA = ("type", "strategy", "steps", "no_leak")  # [tab 5]; each is scored from 0.0 to 1.0
-# [ours] With this score on no_leak, or a lower one, a candidate is out: scoring_prompt says what such a score means.
-LEAK_SCORE = 0.2
 SLOT = r"\{(problem|strategy)\}"  # in a Template
 
 
@@ -60,6 +56,45 @@ def format_strategy(strategy: Strategy) -> str:
     """The text form of a Strategy, as it appears in every prompt: two labelled lines, then the numbered steps."""
     steps = "\n".join(f"{i}. {step}" for i, step in enumerate(strategy.steps, start=1))
     return f"Problem type: {strategy.type}\nStrategy: {strategy.strategy}\nSteps:\n{steps}"
+
+
+def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
+    """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
+
+    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
+    """
+    text = f"""A strong model solved the problem below. Write down the strategy in its response, for another model that will \
+have to solve similar problems without seeing this response.
+
+<problem>
+{problem}
+</problem>
+
+<response>
+{solution}
+</response>
+
+Describe three things, and no others:
+- Problem type: a short phrase for the kind of problem, so specific that an expert recognises it.
+- Strategy: the idea that carries the response, such as a theorem or a technique, and why it fits; one to three sentences.
+- Steps: two to six, in the order of the response; each one sentence that says what to do, as a plan would.
+
+Rules:
+- Keep to the approach that led to the answer, without its detours.
+- Be brief and general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
+- Carry nothing out: no calculation, no intermediate result.
+- Neither state the final answer nor hint at it.
+
+Reply in English with nothing but the form below: plain text without Markdown, the labels as they are here, each of the \
+three things and each step on one line, as many steps as there are.
+
+Problem type: ...
+Strategy: ...
+Steps:
+(a) ...
+(b) ...
+(c) ..."""
+    return [{"role": "user", "content": text}]
 
 
 # Models set labels in bold whatever the prompt says.
@@ -127,7 +162,7 @@ class Template:
 
     def messages(self, text: str, **values: str) -> list[dict[str, str]]:
         # in one pass: a problem may have "{strategy}" in it
-        user = _user(re.sub(SLOT, lambda slot: values[slot[1]], text))
+        user = [{"role": "user", "content": re.sub(SLOT, lambda slot: values[slot[1]], text)}]
         return [{"role": "system", "content": self.system}, *user] if self.system else user
 
 
@@ -142,125 +177,6 @@ def auto_messages(problem: str, template: Template = DEFAULT) -> list[dict[str, 
 def guided_messages(problem: str, strategy: Strategy, template: Template = DEFAULT) -> list[dict[str, str]]:
     """The chat messages of the guided prompt, pi(.|q, s): with the strategy before the problem [§3.1]."""
     return template.messages(template.guided, problem=problem, strategy=format_strategy(strategy))
-
-
-# ------------------------------------------------------------------------------------ prompts for the strong model
-
-
-def solution_prompt(problem: str) -> list[dict[str, str]]:
-    """Messages that ask for a worked solution, for rows that have none [ours].
-
-    It ends with INSTRUCTION, because the policy is warmed up on such solutions, and they are graded like its own.
-    """
-    return _user(f"""Solve the problem below and write the solution down for a reader who wants to learn from it: every \
-step that matters with its reason, in order, without false starts and without remarks about yourself.
-
-<problem>
-{problem}
-</problem>
-
-{INSTRUCTION}""")
-
-
-def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
-    """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
-
-    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
-    """
-    return _user(f"""A strong model solved the problem below. Write down the strategy in its response, for another model \
-that will have to solve similar problems without seeing this response.
-
-<problem>
-{problem}
-</problem>
-
-<response>
-{solution}
-</response>
-
-Describe three things, and no others:
-- Problem type: a short phrase for the kind of problem, so specific that an expert recognises it.
-- Strategy: the idea that carries the response, such as a theorem or a technique, and why it fits; one to three sentences.
-- Steps: two to six, in the order of the response; each one sentence that says what to do, as a plan would.
-
-Rules:
-- Keep to the approach that led to the answer, without its detours.
-- Be brief and general: no names, objects or numbers of this problem. Symbols and general formulas are allowed.
-- Carry nothing out: no calculation, no intermediate result.
-- Neither state the final answer nor hint at it.
-
-Reply in English with nothing but the form below: plain text without Markdown, the labels as they are here, each of the \
-three things and each step on one line, as many steps as there are.
-
-Problem type: ...
-Strategy: ...
-Steps:
-(a) ...
-(b) ...
-(c) ...""")
-
-
-def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> list[dict[str, str]]:
-    """Messages that ask for the scores of all candidates of a problem in one call [app B], on the four criteria [tab 5].
-
-    They are scored side by side so that one measure holds for all of them. parse_scores reads the reply [ours].
-    """
-    shown = "\n\n".join(
-        f"<candidate {i}>\n{format_strategy(candidate)}\n</candidate {i}>" for i, candidate in enumerate(candidates, start=1)
-    )
-    form = "\n".join(f"{i}: {' '.join(CRITERIA)}" for i in range(1, len(candidates) + 1))
-    return _user(f"""Below are a problem, a solution to it, and {len(candidates)} attempts at describing the strategy of \
-that solution, for use on similar problems. Score the attempts.
-
-<problem>
-{problem}
-</problem>
-
-<solution>
-{solution}
-</solution>
-
-{shown}
-
-Give each attempt four scores from 0.0 (fails) to 1.0 (could not be better):
-- type: the problem type is correct, and narrower than a field of mathematics.
-- strategy: it solves this problem, it names a definite idea, and the idea says more than "set up and solve".
-- steps: a solver can act on each of them, and each still serves the other problems of the type.
-- no_leak: no value computed for this problem and no answer. At most {LEAK_SCORE} if the answer can be read from it.
-
-Use the same measure for all, whatever their order. Reply with one line for each attempt, in their order, and nothing \
-else: its number and a colon as below, then its four scores in place of the names, with a blank between them.
-
-{form}""")
-
-
-def _user(content):
-    return [{"role": "user", "content": content}]
-
-
-def parse_scores(text: str, n: int) -> list[dict[str, float]]:
-    """The scores in a reply to scoring_prompt with n candidates: n dicts {criterion: 0.0 to 1.0}, in the candidates' order.
-
-    The reply has one line for each candidate, "2: 0.9 1.0 0.8 1.0"; empty lines do no harm. ValueError naming the line
-    for anything else.
-    """
-    lines, scores = [line.strip() for line in text.splitlines() if line.strip()], []
-    if len(lines) != n:
-        raise ValueError(f"scores reply: expected {n} lines, got {len(lines)}: {text[:200]!r}")
-    for i, line in enumerate(lines, start=1):
-        found = re.fullmatch(f"{i}:" + r"\s+(0?\.[0-9]+|0|1(?:\.0+)?)" * len(CRITERIA), line)
-        if not found:
-            raise ValueError(f"scores reply: expected '{i}:' and {len(CRITERIA)} scores from 0.0 to 1.0, got {line!r}")
-        scores.append(dict(zip(CRITERIA, map(float, found.groups()), strict=True)))
-    return scores
-
-
-def mean_score(scores: Mapping[str, float]) -> float:
-    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B].
-
-    Rounded: tenths that add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H].
-    """
-    return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
 
 
 if __name__ == "__main__":

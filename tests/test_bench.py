@@ -48,7 +48,7 @@ def test_bench_quick_runs_and_all_ways_agree(tmp_path):
     assert [run["side"] for run in report["update"]["runs"]] == ["ours", "transformers"]
     if importlib.util.find_spec("trl") is None:
         assert "No module named 'trl'" in report["step"]["left_out"]["trl"]
-    assert report["head"]["ratio"].keys() == {"ours", "autograd"} and 0 < report["sampler"]["prefill"]["share"]["median"] < 1
+    assert report["head"]["ratio"].keys() == {"ours", "autograd"}
 
 
 def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsys):

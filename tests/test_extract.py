@@ -20,7 +20,7 @@ import rollout
 import strategy as strategy_module
 from data.problems import load_problems, read_row
 from grader import MathWorker, is_correct
-from strategy import CRITERIA, auto_messages, extraction_prompt, guided_messages
+from strategy import auto_messages, extraction_prompt, guided_messages
 from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with, write_rows
 from tools import extract
 
@@ -114,7 +114,8 @@ def test_extraction_end_to_end(tmp_path, capsys, monkeypatch, key):
 
 
 def test_the_bands_of_the_report_by_hand(tmp_path, capsys):
-    rows = [(str(mean), [{"rejected": None, "scores": dict.fromkeys(CRITERIA, mean)}]) for mean in (0.8, 0.79, 0.5, 0.49)]
+    scores = {str(mean): dict.fromkeys(extract.CRITERIA, mean) for mean in (0.8, 0.79, 0.5, 0.49)}
+    rows = [(row, [{"rejected": None, "scores": own}]) for row, own in scores.items()]
     records = [{"kind": "row", "row": row, "kept": 0, "candidates": candidates} for row, candidates in rows]
     log = write_rows(tmp_path / "log.jsonl", records)
     extract.report_journal(log, {row for row, _ in rows}, types.SimpleNamespace(price=None))
@@ -225,7 +226,7 @@ def test_extraction_waits_or_gives_up_by_what_the_first_reply_says(monkeypatch, 
 
     with ChatServer(script) as chat:
         server = extract.Server(extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "1"]), os.environ)
-        monkeypatch.setattr(server, "_wait", lambda seconds, reason: waited.append(seconds))
+        monkeypatch.setattr(server.stop, "wait", waited.append)
         for number in range(len(cases)):
             try:
                 answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}], "number": number})
@@ -348,21 +349,18 @@ def test_extraction_keeps_odd_texts_as_paid_answers(tmp_path):
 
 def test_extraction_reads_every_kind_of_content(key):
     replies = [completion(content, finish, **message) for content, message, finish, *_ in CASES["contents"]]
-    replies.append((200, replies[0][1], b"[" * 5000))  # and a body that no reader takes
     with ChatServer(lambda handler, body, number: replies[number]) as chat:
         args, got = extract.build_parser().parse_args(["--endpoint", chat.url, "--retries", "0"]), []
         server = extract.Server(args, os.environ)
         for _ in CASES["contents"]:
             answer = server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
             got.append([answer.text, answer.reasoning, answer.fault() and answer.fault()[0]])
-        with pytest.raises(extract.RowFailed, match="no answer"):
-            server.ask({"model": "m", "messages": [{"role": "user", "content": "?"}]})
     assert got == [case[3:] for case in CASES["contents"]]
 
 
 def test_extraction_passes_over_foreign_lines_and_refuses_a_foreign_journal(tmp_path, capsys):
     data, out = extraction_data(tmp_path, 1), tmp_path / "out.jsonl"
-    foreign = [line + "\n" for line in (*CASES["foreign"], "[" * 5000)]
+    foreign = [line + "\n" for line in CASES["foreign"]]
     with ChatServer(fake_model) as server:
         flags = extraction_flags(server.url, data, out)
         assert extract.main(flags) == 0 and len(server.requests) == 6
@@ -405,14 +403,15 @@ def test_extraction_takes_thoughts_off():
 def test_extraction_dry_run_sends_nothing_and_needs_no_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     data = extraction_data(tmp_path, 3)
-    assert extract.main(["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]) == 0
+    flags = ["--data", str(data), "--dry_run", "--samples", "1", "--max_tokens", "1000"]
+    assert extract.main([*flags, "--price", "0", "100"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"] and "nothing was sent" in printed
     prompt = extraction_prompt("What is 20 + 40?", "The sum is \\boxed{60}.")[0]["content"]
     assert prompt in printed and "What is 21 + 43?" not in printed
     # 3 rows of 5 candidates and one call that scores them; out 15 * (220 + 20), at most 18 * 1000
-    assert "0 of which have a strategy already; 18 requests" in printed
-    assert "3,600 out" in printed and "up to 18,000 tokens out" in printed
+    assert "3 rows, 18 requests" in printed
+    assert "3,600 out, cost 0.36" in printed and "up to 18,000 tokens out, cost 1.80" in printed
     tokens = int(re.search(r"about ([\d,]+) tokens in", printed)[1].replace(",", ""))
     assert tokens > 15 * (len(prompt) // 4 + 220)  # the scorer reads all five candidates
     with pytest.raises(ValueError, match="pip install openai"):
@@ -433,9 +432,6 @@ def test_extraction_takes_the_key_from_the_environment_alone(capsys):
             extract.main([flag, "sk-1"])
     args = extract.build_parser().parse_args(["--endpoint", "https://h/v1", "--key_env", "MINE"])
     assert extract.Server(args, {"MINE": " k\n", "OPENAI_API_KEY": "other"}).client.api_key == "k"
-    with pytest.raises(ValueError, match="no HTTP header can carry") as error:
-        extract.Server(args, {"MINE": "a\r\nHost: evil"})
-    assert "evil" not in str(error.value)
 
 
 def test_extraction_sends_a_key_over_plain_http_to_this_machine_alone():
@@ -476,7 +472,7 @@ def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
     problems = load_problems(ROOT / "data/tiny/test.jsonl")[:6]
     with ThreadPoolExecutor(6) as pool, MathWorker(60) as worker:
         answers = list(pool.map(ask, problems))
-        assert sum(sizes) == 6 and len(sizes) < 6
+        assert sum(sizes) == 6 and len(sizes) < 6 and not local.waiting
         # greedy and guided, the tiny base is always right, so each got the answer to its own question
         assert all(is_correct(answer.text, p.answer, worker) for answer, p in zip(answers, problems, strict=True))
     assert all(a.finish == "stop" and 0 < a.usage["completion_tokens"] <= 32 < a.usage["prompt_tokens"] for a in answers)

@@ -1,4 +1,4 @@
-"""Strategies: their text form, its reader, all prompts, the choice."""
+"""Strategies: their text form and its reader, the prompts with them, their scores."""
 
 import itertools
 import json
@@ -7,22 +7,10 @@ from collections import Counter
 
 import pytest
 
-import strategy as strategy_module
 from data import problems
-from strategy import (
-    CRITERIA,
-    Strategy,
-    Template,
-    auto_messages,
-    extraction_prompt,
-    format_strategy,
-    guided_messages,
-    mean_score,
-    parse_scores,
-    parse_strategy,
-    scoring_prompt,
-)
+from strategy import Strategy, Template, auto_messages, extraction_prompt, format_strategy, guided_messages, parse_strategy
 from tests.common import ROOT, _starter_rows, leak_examples, strategy_example
+from tools.extract import CRITERIA, LEAK_SCORE, mean_score, parse_scores, scoring_prompt
 
 CASES = json.loads((ROOT / "tests/strategy_cases.json").read_text(encoding="utf-8"))
 
@@ -122,7 +110,7 @@ def test_strategy_pipeline_prompts_hold_their_inputs_and_ask_for_the_form_that_i
     for label in ("Problem type", "Strategy", "Steps"):
         assert f"\n- {label}: " in extraction[0]["content"]
     assert all(f"\n- {name}: " in scoring[0]["content"] for name in CRITERIA) and len(CRITERIA) == 4
-    assert f"At most {strategy_module.LEAK_SCORE} if the answer can be read" in scoring[0]["content"]
+    assert f"At most {LEAK_SCORE} if the answer can be read" in scoring[0]["content"]
     # The last lines of a prompt are the form of the reply.
     form = extraction[0]["content"].split("\n\n")[-1]
     assert parse_strategy(form) == Strategy("...", "...", ("...", "...", "..."))

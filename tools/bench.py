@@ -1,6 +1,6 @@
 """Speed and memory, measured side by side against named rivals that do the same work.
 
-    sampler   rollout.generate against transformers' model.generate and model.generate_batch (continuous batching); prefill
+    sampler   rollout.generate against transformers' model.generate and model.generate_batch (continuous batching)
     update    one optimizer update on given rollouts against plain transformers and autograd on padded batches
     step      a whole GRPO step, sampling included, against TRL's GRPOTrainer
     head      the loss at the head in chunks against the whole logits
@@ -9,7 +9,6 @@ One run builds models by shape with random weights, does the same work on every 
 all sides compute the same, and writes every figure as JSON. Response lengths are prescribed. Timings need an idle machine.
 
     python tools/bench.py --out results/bench/cpu.json                 all parts, on the GPU if there is one
-    python tools/bench.py --out /tmp/b.json --only head --device cpu   one part
     python tools/bench.py --out /tmp/b.json --quick                    toy shapes: checks that everything runs, times nothing
 
 `pip install psutil` for generate_batch on a CPU, `pip install trl` for the part step: the report says if a rival is missing, or
@@ -355,19 +354,7 @@ def bench_sampler(args: argparse.Namespace) -> dict[str, Any]:
     limits = machine_limits(args)
     ours, theirs = model_pair(SHAPES[args.shape], args.dtype, args.device)
     results = [sampler_workload(ours, theirs, workload, limits, args) for workload in workloads]
-    prefill = bench_prefill(ours, make_prompts(workloads[-1], ours.config.vocab_size), limits, args)
-    return {"limits": limits, "checks": checks, "prefill": prefill, "workloads": results}
-
-
-def bench_prefill(model: CausalLM, prompts, limits: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
-    """Reading the prompts, by a call of the sampler that ends with a first token: which share of the matrix peak it reaches."""
-    tokens = sum(map(len, prompts))
-    flops = forward_flops(Shape(model.config), [(0, len(prompt)) for prompt in prompts], len(prompts))
-    work = partial(sample_ours, model, prompts, [1] * len(prompts), seed=SEED)
-    rates = per_second(work, tokens, args.device, args.repeats)
-    share = {name: rate * flops / tokens / limits["matmul"] for name, rate in rates.items()}
-    print(f"  prefill          {rates['median']:.0f} tokens/s, {100 * share['median']:.0f} % of the matrix peak", flush=True)
-    return {"prompts": len(prompts), "tokens": tokens, "tokens_per_s": rates, "share": share}
+    return {"limits": limits, "checks": checks, "workloads": results}
 
 
 def sampler_workload(ours, theirs, workload: Workload, limits, args: argparse.Namespace) -> dict[str, Any]:
@@ -554,12 +541,11 @@ def trl_steps(model: Any, tokenizer: Any, prompts, workload: Workload, args: arg
 
 
 def head_side(chunk: int | None, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[float]:
-    """Forward and backward of the mean cross-entropy: [the loss, the norms of the two gradients].
+    """Forward and backward of the mean cross-entropy, `chunk` tokens at a time: [the loss, the norms of the two gradients].
 
-    chunk  tokens; None: the whole (M, V) logits and F.cross_entropy, PyTorch's own fused loss, the fastest and leanest way
-           without chunks. They get no name, so that autograd alone decides how long they live
+    None: the whole (M, V) logits and F.cross_entropy, PyTorch's own fused loss, the fastest and leanest way without chunks.
     """
-    if chunk is None:
+    if chunk is None:  # the logits get no name, so that autograd alone decides how long they live
         loss = F.cross_entropy(F.linear(hidden, weight).float(), targets)
     else:
         share = torch.full(targets.shape, 1 / len(targets), device=targets.device)

@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +17,21 @@ from data.prepare import BENCHMARKS as PROBLEMS  # {name: number of problems}
 # ---------------------------------------------------------------------------------------------------- the paper's benchmarks
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """title: the paper's column, or ours. n: samples a problem."""
-
-    title: str
-    n: int
-
-
-# by the name of the file that data/prepare.py writes. n [§4.2]; AIME25 and Minerva, which the paper's table does not have, get
-# the n of the benchmarks that are most like them [ours]
+# {name of the file that data/prepare.py writes: samples a problem} [§4.2]; AIME25 and Minerva, which the paper's table does not
+# have, get the number of the benchmarks that are most like them [ours]
 BENCHMARKS = {
-    "math500": Benchmark("MATH500", 4),
-    "amc23": Benchmark("AMC23", 32),
-    "olympiad": Benchmark("Olympiad", 4),
-    "aime24": Benchmark("AIME24", 32),
-    "aime25": Benchmark("AIME25", 32),
-    "minerva": Benchmark("Minerva", 4),
+    "math500": 4,
+    "amc23": 32,
+    "olympiad": 4,
+    "aime24": 32,
+    "aime25": 32,
+    "minerva": 4,
+}
+COLUMNS = {  # of the paper's table
+    "math500": "MATH500",
+    "amc23": "AMC23",
+    "olympiad": "Olympiad",
+    "aime24": "AIME24",
 }
 # "up to 32K tokens" [§4.2]: a cap, because a context of 32,768 has less room than that after the prompt
 PAPER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32_768}
@@ -48,7 +45,7 @@ def benchmark_files(folder: str) -> list[tuple[str, int, int]]:
         raise ValueError(f"{folder}: {unknown[0]}.jsonl is none of {', '.join(BENCHMARKS)}; name the files with --data instead")
     if not files:
         raise ValueError(f"{folder}: no folder with {'.jsonl, '.join(BENCHMARKS)}.jsonl (data/prepare.py writes them)")
-    return [(files[name], one.n, PAPER_SETTINGS["max_new_tokens"]) for name, one in BENCHMARKS.items() if name in files]
+    return [(files[name], n, PAPER_SETTINGS["max_new_tokens"]) for name, n in BENCHMARKS.items() if name in files]
 
 
 def read_results(path: str) -> dict:
@@ -93,7 +90,11 @@ SETTINGS = ("n", "max_new_tokens", "temperature", "top_p")
 def compare_files(a: str, b: str, *, seed: int) -> list[dict]:
     """`eval.py --compare`: print and return the rows of `compare` for two result files."""
     rows = compare(read_results(a), read_results(b), (a, b), seed=seed)
-    print("\n".join(comparison_lines(rows, (a, b))))
+    print(f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)\nA: {a}\nB: {b}")
+    for row in rows:
+        of_a, of_b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
+        figures = f"A {of_a:.1f}  B {of_b:.1f}  difference {change:+.1f} [{low:+.1f}, {high:+.1f}]"
+        print(f"{row['file']}{' guided' * row['guided']}: {figures}  problems {row['problems']}")
     return rows
 
 
@@ -150,28 +151,13 @@ def _parts(results: dict) -> dict[tuple[str, bool], dict]:
     return parts
 
 
-def comparison_lines(rows: Sequence[dict], names: tuple[str, str]) -> list[str]:
-    """compare's rows as text, in per cent."""
-    lines = [f"B minus A, 95 % interval over problems ({RESAMPLES:,} paired resamples)", f"A: {names[0]}", f"B: {names[1]}"]
-    for row in rows:
-        a, b, change, low, high = (100 * row[name] for name in ("a", "b", "difference", "low", "high"))
-        lines.append(
-            f"{row['file']}{' guided' * row['guided']}: A {a:.1f}  B {b:.1f}  difference {change:+.1f} "
-            f"[{low:+.1f}, {high:+.1f}]  problems {row['problems']}"
-        )
-    return lines
-
-
 # ---------------------------------------------------------------------------------------------------- the paper's table
 
-COLUMNS = ("math500", "amc23", "olympiad", "aime24")
 # the paper's own figures (arXiv 2606.24064), per cent: {model: {method: the columns, and their average}}
 PAPER_ROWS = json.loads(Path(__file__).with_name("paper_table.json").read_text(encoding="utf-8"))
 PAPER_NOTE = (
     "[paper]: the paper's own figures (arXiv 2606.24064), not measured here: avg@4 on MATH500 and Olympiad, avg@32 on AMC23 "
-    "and AIME24, temperature 0.6, top_p 0.95, up to 32K tokens."
-)
-LLAMA_NOTE = (
+    "and AIME24, temperature 0.6, top_p 0.95, up to 32K tokens.\n"
     "[paper]: Llama-3.2-8B-Instruct is the name as printed; the public model of that size is Llama-3.1-8B-Instruct. Its LUFFY "
     "row averages 26.6, printed is 26.5."
 )
@@ -188,9 +174,8 @@ def table(results: Sequence[dict]) -> str:
     """Markdown in the paper's layout: a row per result, the paper's rows, and below them what differs from its settings.
 
     Per cent, ± the standard error over problems. The average is over the four benchmarks, and left out if one is missing.
-    The paper's rows are those of the models that are named in a result's model name or folder; if none is named, all of them.
     """
-    lines = ["| model | " + " | ".join(BENCHMARKS[name].title for name in COLUMNS) + " | avg |", "|---" * 6 + "|"]
+    lines = ["| model | " + " | ".join(COLUMNS.values()) + " | avg |", "|---" * 6 + "|"]
     notes = []
     for result in results:
         parts = _parts(result)
@@ -202,20 +187,10 @@ def table(results: Sequence[dict]) -> str:
                 raise ValueError(f"{model}: two files have one name, but the table has one place for it")
             lines.append(f"| {model} | {' | '.join(_cells(found))} |")
             notes += [f"{model}: {note}" for note in _differences(found, guided)]
-    shown = _paper_models(results)
-    for model in shown:
-        for method, figures in PAPER_ROWS[model].items():
+    for model, methods in PAPER_ROWS.items():
+        for method, figures in methods.items():
             lines.append(f"| {model}, {method} [paper] | {' | '.join(f'{figure:.1f}' for figure in figures)} |")
-    paper_notes = [PAPER_NOTE] + [LLAMA_NOTE] * ("Llama-3.2-8B-Instruct" in shown)
-    if left_out := [model for model in PAPER_ROWS if model not in shown]:
-        paper_notes.append(f"[paper]: the rows of {' and '.join(left_out)} are left out, no result is of a model of that name.")
-    return "\n".join([*lines, "", *paper_notes, *notes])
-
-
-def _paper_models(results: Sequence[dict]) -> list[str]:
-    """The paper's models whose rows belong beside these results."""
-    names = [result["config"]["model"].lower().replace("llama-3.1-8b", "llama-3.2-8b") for result in results]
-    return [model for model in PAPER_ROWS if any(model.lower() in name for name in names)] or list(PAPER_ROWS)
+    return "\n".join([*lines, "", PAPER_NOTE, *notes])
 
 
 def _cells(found: dict[str, dict]) -> list[str]:
@@ -238,8 +213,8 @@ def _differences(found: dict[str, dict], guided: bool) -> list[str]:
         if name not in COLUMNS:
             notes.append(f"{name} {100 * figures['accuracy']:.1f} (avg@{figures['n']}) has no column in the paper's table")
             continue
-        wanted = PAPER_SETTINGS | {"n": BENCHMARKS[name].n, "problems": PROBLEMS[name]}
+        wanted = PAPER_SETTINGS | {"n": BENCHMARKS[name], "problems": PROBLEMS[name]}
         other = [f"{key} {figures[key]} (paper {value})" for key, value in wanted.items() if figures[key] != value]
         if other:
-            notes.append(f"{BENCHMARKS[name].title} differs from the paper in {', '.join(other)}")
+            notes.append(f"{COLUMNS[name]} differs from the paper in {', '.join(other)}")
     return notes

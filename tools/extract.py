@@ -4,9 +4,10 @@
     python strategy.py --help                       # our own sampler instead, an estimate, the report
 
 A row gets a solution if the data has none, then five candidate strategies. The leak filter rejects some, one call scores the
-rest, and the best one is kept [app B]; data/README.md has the details. The journal beside the output, OUT.log.jsonl, makes the
-command safe to kill: each answer is on the disk, under a hash of its exact request, before its worker asks the next question.
-A kill loses at most one answer a worker. What needs no model (reading, the filter, the choice) is done anew each time.
+rest, and the best one is kept [app B]; data/README.md has the details. The four criteria are the paper's [tab 5], every wording
+is ours. The journal beside the output, OUT.log.jsonl, makes the command safe to kill: each answer is on the disk, under a hash
+of its exact request, before its worker asks the next question. A kill loses at most one answer a worker. What needs no model
+(reading, the filter, the choice) is done anew each time.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import re
+import statistics
 import sys
 import threading
 import time
@@ -26,7 +28,6 @@ from dataclasses import asdict, dataclass, replace
 from email.utils import mktime_tz, parsedate_tz
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,17 +36,7 @@ from tqdm import tqdm
 from checkpoint import lock, to_json
 from data.problems import Problem, load_problems
 from grader import MathWorker, extract_answer, same_answer
-from strategy import (
-    LEAK_SCORE,
-    Strategy,
-    extraction_prompt,
-    format_strategy,
-    mean_score,
-    parse_scores,
-    parse_strategy,
-    scoring_prompt,
-    solution_prompt,
-)
+from strategy import INSTRUCTION, Strategy, extraction_prompt, format_strategy, parse_strategy
 from tools.leaks import leaks
 
 EXCERPT = 300  # characters of what a message or a record quotes
@@ -67,19 +58,96 @@ THOUGHTS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
     (r"\[THINK]", r"\[/THINK]"),
     (r"<\|channel\|>", r"<\|channel\|>final<\|message\|>|\A\s*analysis(?s:.*)assistantfinal"),
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
 )
-FRAME = re.compile(r"\A(?:<\|begin_of_solution\|>|<answer>)|(?:<(?:[|｜][^<>\s]+[|｜]|/s|/answer|end_of_turn)>\s*)+\Z", re.I)
+FRAME = re.compile(r"\A<answer>|(?:<(?:[|｜][^<>\s]+[|｜]|/s|/answer|end_of_turn)>\s*)+\Z", re.I)
 ROWS_FAILED = 3  # exit status: some rows got no strategy; 1 says that something stopped the command, 2 that a flag is wrong
 # For the estimate of --dry_run only, roughly: English and LaTeX; texts without thoughts, the scores of one candidate.
 CHARACTERS_A_TOKEN, SOLUTION_TOKENS, STRATEGY_TOKENS, SCORE_TOKENS = 4, 700, 220, 20
 
-# What is read again of each kind of line in a journal.
-_ANSWER = {"key": str, "text": str, "finish": str | None, "usage": dict, "reasoning": str}
-JOURNAL_FIELDS = {"run": {"settings": dict}, "answer": _ANSWER, "row": {"row": str, "kept": int | None, "candidates": list}}
+CRITERIA = ("type", "strategy", "steps", "no_leak")  # [tab 5]; each is scored from 0.0 to 1.0
+# [ours] With this score on no_leak, or a lower one, a candidate is out: scoring_prompt says what such a score means.
+LEAK_SCORE = 0.2
 
 Record = dict[str, Any]  # a JSON object
 Messages = list[dict[str, str]]
+
+
+def solution_prompt(problem: str) -> Messages:
+    """Messages that ask for a worked solution, for rows that have none [ours].
+
+    It ends with INSTRUCTION, because the policy is warmed up on such solutions, and they are graded like its own.
+    """
+    return _user(f"""Solve the problem below and write the solution down for a reader who wants to learn from it: every \
+step that matters with its reason, in order, without false starts and without remarks about yourself.
+
+<problem>
+{problem}
+</problem>
+
+{INSTRUCTION}""")
+
+
+def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> Messages:
+    """Messages that ask for the scores of all candidates of a problem in one call [app B], on the four criteria [tab 5].
+
+    They are scored side by side so that one measure holds for all of them. parse_scores reads the reply [ours].
+    """
+    shown = "\n\n".join(
+        f"<candidate {i}>\n{format_strategy(candidate)}\n</candidate {i}>" for i, candidate in enumerate(candidates, start=1)
+    )
+    form = "\n".join(f"{i}: {' '.join(CRITERIA)}" for i in range(1, len(candidates) + 1))
+    return _user(f"""Below are a problem, a solution to it, and {len(candidates)} attempts at describing the strategy of \
+that solution, for use on similar problems. Score the attempts.
+
+<problem>
+{problem}
+</problem>
+
+<solution>
+{solution}
+</solution>
+
+{shown}
+
+Give each attempt four scores from 0.0 (fails) to 1.0 (could not be better):
+- type: the problem type is correct, and narrower than a field of mathematics.
+- strategy: it solves this problem, it names a definite idea, and the idea says more than "set up and solve".
+- steps: a solver can act on each of them, and each still serves the other problems of the type.
+- no_leak: no value computed for this problem and no answer. At most {LEAK_SCORE} if the answer can be read from it.
+
+Use the same measure for all, whatever their order. Reply with one line for each attempt, in their order, and nothing \
+else: its number and a colon as below, then its four scores in place of the names, with a blank between them.
+
+{form}""")
+
+
+def parse_scores(text: str, n: int) -> list[dict[str, float]]:
+    """The scores in a reply to scoring_prompt with n candidates: n dicts {criterion: 0.0 to 1.0}, in the candidates' order.
+
+    The reply has one line for each candidate, "2: 0.9 1.0 0.8 1.0"; empty lines do no harm. ValueError naming the line
+    for anything else.
+    """
+    lines, scores = [line.strip() for line in text.splitlines() if line.strip()], []
+    if len(lines) != n:
+        raise ValueError(f"scores reply: expected {n} lines, got {len(lines)}: {text[:200]!r}")
+    for i, line in enumerate(lines, start=1):
+        found = re.fullmatch(f"{i}:" + r"\s+(0?\.[0-9]+|0|1(?:\.0+)?)" * len(CRITERIA), line)
+        if not found:
+            raise ValueError(f"scores reply: expected '{i}:' and {len(CRITERIA)} scores from 0.0 to 1.0, got {line!r}")
+        scores.append(dict(zip(CRITERIA, map(float, found.groups()), strict=True)))
+    return scores
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B].
+
+    Rounded: tenths that add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H].
+    """
+    return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
+
+
+def _user(content: str) -> Messages:
+    return [{"role": "user", "content": content}]
 
 
 class Stop(Exception):
@@ -95,11 +163,7 @@ class Refused(RowFailed):
 
 
 class NoAnswer(ValueError):
-    """A reply of HTTP 200 without an answer. status_code: that of the error in it, None if it names none."""
-
-    def __init__(self, text: str, status_code: int | None = None) -> None:
-        super().__init__(text)
-        self.status_code = status_code
+    """A reply of HTTP 200 without an answer. args: what it says instead, and the status of the error in it, or None."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +223,7 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 class Server:
     """A chat server, asked through the openai package.
 
-    A request is repeated after a failed connection, a timeout, a reply that cannot be read, and a status that may pass
+    A request is repeated after a failed connection, a timeout, a reply without an answer, and a status that may pass
     [PASSING], up to --retries times. Not by the package: that waits without a word, and asks again when the money is gone.
     """
 
@@ -168,8 +232,6 @@ class Server:
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:  # it may hold a password
             raise ValueError("--endpoint: expected https://host/v1 or http://host:port/v1, without a user name or a query")
         self.key = environment.get(args.key_env, "").strip()
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise ValueError(f"${args.key_env}: the key holds characters that no HTTP header can carry")
         if self.key and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError(f"--endpoint: plain http would show ${args.key_env} to all on the way; use https, or unset it")
         try:
@@ -185,7 +247,6 @@ class Server:
         )
         self.retries, self.stop = args.retries, threading.Event()  # set when the run ends: nobody waits any longer
         self.failures = 0  # in a row, of all workers
-        self.waiting_until = 0.0  # when the last wait ends that the user was told of
 
     def ask(self, body: Record) -> Answer:
         """The answer to one request, after as many tries as it takes. Raises RowFailed or Stop."""
@@ -195,34 +256,36 @@ class Server:
                 # extra_body, because --body may hold fields that the package does not know as arguments
                 reply = self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
                 answer = read_reply(reply)
-                break
-            except (self.openai.APIError, ValueError, RecursionError) as error:  # the last two: no JSON, or no answer in it
+                self.failures = 0
+                return answer
+            except (self.openai.APIError, ValueError) as error:  # ValueError: no JSON, or no answer in it
                 status, said, reason = self._read(error)
-                seconds = said if 0 < (said or 0) < float("inf") else min(2**number, 16) / 2
-                if number == self.retries or seconds > LONGEST_WAIT or not (status in PASSING or status >= 500):
-                    raise self._failure(status, reason) from None
-                self._wait(seconds, reason)
-        self.failures = 0
-        return answer
-
-    def _wait(self, seconds: float, reason: str) -> None:
-        """Wait; say so, unless it is short or another worker just did. Raises Stop if the run ends before."""
-        now = time.monotonic()
-        if seconds >= 1 and now >= self.waiting_until:
-            self.waiting_until = now + seconds
-            tqdm.write(f"waiting {seconds:.3g} s before the next try: {reason}", file=sys.stderr)
-        if self.stop.wait(seconds):
-            raise Stop("stopped")
+            seconds = said or min(2**number / 2, 60.0)
+            if number == self.retries or seconds > LONGEST_WAIT or not (status in PASSING or status >= 500):
+                break
+            if seconds >= 1:
+                tqdm.write(f"waiting {seconds:.3g} s before the next try: {reason}", file=sys.stderr)
+            if self.stop.wait(seconds):
+                raise Stop("stopped")
+        if status in (401, 402, 429):  # the key, the money and the limit are the same for all rows
+            raise Stop(reason)
+        self.failures += 1
+        if self.failures >= GIVE_UP_AFTER:
+            raise Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
+        # A wrong model or path is as wrong for the next row; but these may also be about one text.
+        raise (Refused if status in (403, 404, 451) else RowFailed)(f"no answer: {reason}")
 
     def _read(self, error: Exception) -> tuple[int | None, float | None, str]:
         """(status, seconds to wait, reason) of a failed try; None for what the server does not say.
 
         An error inside a reply has a status too. It is 402 for all that say that the money is gone.
         """
-        status, response, cause = getattr(error, "status_code", None), getattr(error, "response", None), error.__cause__
-        text, headers = f"{error} ({cause!r})" if cause else str(error), {}
-        if response is not None:  # what the server wrote: the package may leave out all but one field of it
-            text, headers = f"HTTP {status}: {response.text or error}", response.headers
+        status, headers, text = None, {}, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error)
+        if isinstance(error, NoAnswer):
+            text, status = error.args
+        elif (response := getattr(error, "response", None)) is not None:
+            status, headers = response.status_code, response.headers
+            text = f"HTTP {status}: {response.text or error}"  # the package may leave out all but one field of it
         said = retry_after(headers, text)
         gone = NO_MONEY.search(text) and said is None and not FREE_SOON.search(text)
         if status in (None, 429) and (gone or NO_MONEY_CODE.search(text)):
@@ -232,28 +295,17 @@ class Server:
         wait = f"; Retry-After: {headers['retry-after']}" if "retry-after" in headers else ""
         return status, said, " ".join(text.split())[:EXCERPT] + wait
 
-    def _failure(self, status: int | None, reason: str) -> Exception:
-        """The exception for a request that failed for good."""
-        if status in (401, 402, 429):  # the key, the money and the limit are the same for all rows
-            return Stop(reason)
-        self.failures += 1
-        if self.failures >= GIVE_UP_AFTER:
-            return Stop(f"{self.name}: {self.failures} requests in a row failed for good, the last with: {reason}")
-        # A wrong model or path is as wrong for the next row; but 403, 404 and 451 may also be about one text.
-        kind = RowFailed if status in (*PASSING, 400, 413, 422) or status >= 500 else Refused
-        return kind(f"no answer: {reason}")
-
 
 def retry_after(headers: Mapping[str, str], text: str) -> float | None:
-    """The seconds to wait by a reply's headers (a number or a date [RFC 9110]) or by its text; None if neither says."""
-    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms")
-    try:
+    """The seconds to wait by a reply's header (a number or a date [RFC 9110]) or by its text; None if neither says."""
+    after = headers.get("retry-after", "")
+    with suppress(ValueError, OverflowError):  # OverflowError: a date that no calendar has
         date = parsedate_tz(after)
-        return mktime_tz(date) - time.time() if date else float(milliseconds) / 1000 if milliseconds else float(after)
-    except (ValueError, OverflowError):  # OverflowError: a date that no calendar has
-        hint = WAIT_HINT.search(text)
+        seconds = mktime_tz(date) - time.time() if date else float(after)
+        return seconds if 0 < seconds < float("inf") else None
+    hint = WAIT_HINT.search(text)
     parts = re.findall("([0-9.]+) ?(ms|[dhms])", hint[1].lower()) if hint else []
-    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts) if parts else None
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts) or None
 
 
 def read_reply(reply: Any) -> Answer:
@@ -269,26 +321,27 @@ def read_reply(reply: Any) -> Answer:
         code = str(error.get("code") if isinstance(error, dict) else None)
         raise NoAnswer(f"an error in the reply: {error}", int(code) if re.fullmatch("[45][0-9]{2}", code) else None)
     if message is None:
-        raise NoAnswer(f"no message in the reply: {reply}")
+        raise NoAnswer(f"no message in the reply: {reply}", None)
     counts = {name: getattr(getattr(reply, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")}
     usage = {name: count for name, count in counts.items() if isinstance(count, int)}
-    details, parts = getattr(message, "reasoning_details", None), content if isinstance(content, list) else None
-    thoughts = getattr(message, "reasoning_content", None), getattr(message, "reasoning", None), details, parts
-    reasoning = next(filter(None, (text_of(value, "thinking|reasoning.*") for value in thoughts)), str(details or ""))
-    text, finish = text_of(content), text_of(getattr(choice, "finish_reason", None)) or None
-    if not text and (refusal := text_of(getattr(message, "refusal", None)) or text_of(content, "refusal")):
+    parts = content if isinstance(content, list) else None
+    thoughts = getattr(message, "reasoning_content", None), getattr(message, "reasoning", None), parts
+    reasoning = next(filter(None, (text_of(value, "thinking", "reasoning") for value in thoughts)), "")
+    text, finish = text_of(content, "text", "output_text"), text_of(getattr(choice, "finish_reason", None)) or None
+    refusal = text_of(getattr(message, "refusal", None)) or text_of(parts, "refusal")
+    if refusal and not text:
         text, finish = refusal, "refusal"
     return Answer(text, finish, usage, reasoning)
 
 
-def text_of(value: Any, kinds: str = "text|output_text") -> str:
+def text_of(value: Any, *kinds: str) -> str:
     """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}.
 
     The end of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?".
     """
     if isinstance(value, list):
-        parts = [(str(part.get("type", "text")), part) for part in value if isinstance(part, dict)]
-        value = "".join(text_of(part.get(re.split("[._]", kind)[-1])) for kind, part in parts if re.fullmatch(kinds, kind))
+        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") in kinds]
+        value = "".join(text_of(part.get(part.get("type", "text").split("_")[-1]), "text") for part in parts)
     return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
@@ -302,12 +355,10 @@ class LocalModel:
 
         self.name, self.max_rows = f"local: {args.local}", args.workers
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
         self.stop = threading.Event()  # of the run; no question waits for another time here
-        self.arrived, self.turn = SimpleQueue(), threading.Lock()
-        self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come), for one at a time
+        self.turn = threading.Lock()
+        self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come)
 
     def ask(self, body: Record) -> Answer:
         """The answer to one request; RowFailed if its prompt does not fit the model."""
@@ -316,7 +367,7 @@ class LocalModel:
         ids, future = encode_chat(self.tokenizer, body["messages"]), Future()
         if len(ids) >= self.model.config.max_position_embeddings:
             raise RowFailed(f"a prompt of {len(ids)} tokens fills the model's context")
-        self.arrived.put((body, ids, future))
+        self.waiting.append((body, ids, future))
         with self.turn:  # whoever gets in samples for all that wait; the others find their answers when they get in
             if not future.done():
                 time.sleep(0.02)  # the workers of the last batch are about to ask their next questions
@@ -327,8 +378,6 @@ class LocalModel:
         """Answers for all that wait with this temperature: one call of generate has one."""
         from rollout import generate
 
-        while not self.arrived.empty():
-            self.waiting.append(self.arrived.get())
         batch = [place for place in self.waiting if place[0]["temperature"] == temperature]
         first = batch[0][0]
         groups = generate(
@@ -342,11 +391,12 @@ class LocalModel:
             seed=[body["seed"] for body, _, _ in batch],
             max_rows=self.max_rows,
         )
-        for (_, ids, future), (row,) in zip(batch, groups, strict=True):
+        for place, (row,) in zip(batch, groups, strict=True):
+            _, ids, future = place
             text = self.tokenizer.decode(row.response_ids, skip_special_tokens=True)
             usage = {"prompt_tokens": len(ids), "completion_tokens": len(row.response_ids)}
             future.set_result(Answer(text, "stop" if row.finished else "length", usage))
-        self.waiting = [place for place in self.waiting if not place[2].done()]
+            self.waiting.remove(place)
 
 
 class Journal:
@@ -400,9 +450,9 @@ def read_journal(path: Path) -> Iterator[Record]:
         for number, line in enumerate(stream, start=1):
             try:
                 record = json.loads(line)
-                if not all(isinstance(record[name], kind) for name, kind in JOURNAL_FIELDS[record["kind"]].items()):
+                if record["kind"] not in ("run", "answer", "row"):
                     raise ValueError
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except (ValueError, LookupError, TypeError):
                 passed_over += 1
                 print(f"{path}:{number}: cannot be read, so an answer in it is asked for again: {line[:80]!r}", file=sys.stderr)
             else:
@@ -433,10 +483,8 @@ def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tu
 def grade(worker: MathWorker, lock: threading.Lock, solution: str, answer: str) -> tuple[str | None, bool]:
     """(the answer that a solution gives, or None; whether it is right). The worker is for one thread at a time."""
     found = extract_answer(solution)
-    if found is None:
-        return None, False
     with lock:
-        return found, same_answer(found, answer, worker)
+        return found, found is not None and same_answer(found, answer, worker)
 
 
 def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
@@ -507,9 +555,8 @@ def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Re
     except ValueError as error:
         return candidate | {"rejected": ["not parsed", str(error)]}
     candidate["strategy"] = strategy.to_dict()
-    twin = next((other["index"] for other in others if other["strategy"] == candidate["strategy"]), None)
-    if twin is not None:
-        return candidate | {"rejected": ["repeated", f"the same as candidate {twin}"]}
+    if any(other["strategy"] == candidate["strategy"] for other in others):
+        return candidate | {"rejected": ["repeated", "the same as one before"]}
     if found := leaks(strategy, row.problem, row.solution, row.answer):
         return candidate | {"rejected": ["leak", "; ".join(found)]}
     return candidate
@@ -545,26 +592,17 @@ def extract(args: Namespace) -> int:
         start = {"kind": "run", "settings": settings_of(args), "endpoint": model.name, "data": args.data}
         try:
             with open_journal(log, start) as journal:
-                before = list(journal.answers.values())
                 results = ask_all(rows, journal, model, partial(grade, worker, threading.Lock()), args)
         except Stop as error:
             raise ValueError(f"{error}\nthe answers so far are in {log}: the same command again goes on from there") from None
-        failed, lines = {}, []
-        for row in rows:
-            record, done = results[row.id]
-            if done is None:
-                failed[row.id] = record["failed"]
-            else:
-                lines.append(to_line(done.to_row()))
-        if lines:
+        failed = [record for record, row in results if row is None]
+        if len(failed) < len(rows):
             part = Path(f"{out}.part")
-            part.write_bytes(b"".join(lines))
+            part.write_bytes(b"".join(to_line(row.to_row()) for _, row in results if row is not None))
             part.replace(out)  # the file appears whole, or not at all
-    answers = list(journal.answers.values())
-    now = spent(answers[len(before) :], args)
-    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(answers, args)}; now {now}")
-    for row_id, reason in failed.items():
-        print(f"failed: {row_id}: {reason}", file=sys.stderr)
+    print(f"{out}: {len(rows) - len(failed)} rows; in all {spent(list(journal.answers.values()), args)}")
+    for record in failed:
+        print(f"failed: {record['row']}: {record['failed']}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(rows)} rows failed, reasons above and in {log}", file=sys.stderr)
     return ROWS_FAILED if failed else 0
@@ -572,20 +610,20 @@ def extract(args: Namespace) -> int:
 
 def ask_all(
     rows: Sequence[Problem], journal: Journal, model: Server | LocalModel, verdict: Verdict, args: Namespace
-) -> dict[str, tuple[Record, Problem | None]]:
-    """{row id: extract_row's result}, with every answer from the journal or put into it.
+) -> list[tuple[Record, Problem | None]]:
+    """extract_row's result for each row, with every answer from the journal or put into it.
 
     Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
     are waited for and kept.
     """
-    settings, stop, results = settings_of(args), model.stop, {}
+    settings, stop = settings_of(args), model.stop
     ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 
     def ask(row: Problem, step: str, index: int, messages: Messages) -> Answer:
         body = request_body(settings, step, index, messages)
         key = hash_of([body, step, index])  # the index too: --body may have removed the seed
-        if (known := journal.answers.get(key)) is not None:
-            return known
+        if key in journal.answers:
+            return journal.answers[key]
         if stop.is_set():
             raise Stop("stopped")
         asking.add(row.id)
@@ -614,17 +652,17 @@ def ask_all(
             raise
 
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(work, row): row.id for row in rows}
+        futures = [pool.submit(work, row) for row in rows]
         try:
             for future in tqdm(as_completed(futures), total=len(rows), unit="row", disable=None):  # None: without a terminal
-                results[futures[future]] = future.result()
+                future.result()
         except BaseException as error:
             stop.set()
             if isinstance(error, KeyboardInterrupt):
                 print("\nstopping; waiting for answers on their way, the only ones that a kill would lose", file=sys.stderr)
             pool.shutdown(cancel_futures=True)
             raise (error if isinstance(error, KeyboardInterrupt) else ended_by[0]) from None
-    return results
+    return [future.result() for future in futures]
 
 
 def spent(answers: Sequence[Answer], args: Namespace) -> str:
@@ -652,10 +690,9 @@ def dry_run(args: Namespace) -> int:
             tokens_out += times * expected
             if number < args.samples:
                 print(f"--- {row.id}, {step}, {times} times\n{messages[0]['content']}\n")
-    most = requests * args.max_tokens
-    done = sum(row.strategy is not None for row in rows)
-    print(f"{len(rows)} rows, {done} of which have a strategy already; {requests:,} requests in one round")
+    print(f"{len(rows)} rows, {requests:,} requests in one round")
     print(f"about {tokens_in:,} tokens in and {tokens_out:,} out{cost(tokens_in, tokens_out, args)}")
+    most = requests * args.max_tokens
     print(f"thoughts are billed too: up to {most:,} tokens out{cost(tokens_in, most, args)}, --max_tokens for each request")
     print("nothing was sent")
     return 0
@@ -670,8 +707,8 @@ def planned_requests(row: Problem, args: Namespace) -> Iterator[tuple]:
     if row.strategy is None:
         k, example = args.candidates, Strategy("(a candidate's type)", "(its strategy)", ("(its steps)",))
         yield "candidate", k, extraction_prompt(row.problem, solution), unseen, STRATEGY_TOKENS
-        written = without_thoughts(solution) or "(nothing but thoughts: this row will fail)"
-        yield "score", 1, scoring_prompt(row.problem, written, [example] * k), unseen + k * STRATEGY_TOKENS, k * SCORE_TOKENS
+        prompt = scoring_prompt(row.problem, without_thoughts(solution), [example] * k)
+        yield "score", 1, prompt, unseen + k * STRATEGY_TOKENS, k * SCORE_TOKENS
 
 
 def report(args: Namespace) -> int:
@@ -707,7 +744,6 @@ def report_journal(log: Path, kept: set[str], args: Namespace) -> None:
     means = [mean_score(record["candidates"][record["kept"]]["scores"]) for record in chosen]
     bands = Counter("high" if mean >= 0.8 else "medium" if mean >= 0.5 else "low" for mean in means)  # [app H]
     print("quality: " + ", ".join(f"{band} {share(bands[band], len(chosen))}" for band in ("high", "medium", "low")))
-    print("  (by the model that chose; in the paper another model judged 500: 39.4 %, 54.4 %, 6.2 %)")
     print(f"paid: {spent(answers, args)}")
 
 
