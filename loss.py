@@ -25,10 +25,8 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi(target) at each position: logits (..., V), targets (...) -> (...), natural log.
-
-    `temperature` must be the one the tokens were sampled at, or the ratio to the sampler's log-probs is not 1.
-    """
+    """log pi(target) at each position: logits (..., V), targets (...) -> (...), natural log. `temperature` must be the one the
+    tokens were sampled at, or the ratio to the sampler's log-probs is not 1."""
     return log_softmax(logits, temperature).gather(-1, targets[..., None])[..., 0]
 
 

@@ -20,10 +20,8 @@ SLOT = r"\{(problem|strategy)\}"  # in a Template
 
 @dataclass(frozen=True)
 class Strategy:
-    """One strategy. ValueError, naming the field and the value, unless every text is one line without blanks around it.
-
-    type: the kind of problem, a phrase. strategy: the idea that solves it. steps: what to do, in order, at least one.
-    """
+    """One strategy. ValueError, naming the field and the value, unless every text is one line without blanks around it. type:
+    the kind of problem, a phrase. strategy: the idea that solves it. steps: what to do, in order, at least one."""
 
     type: str
     strategy: str
@@ -59,10 +57,8 @@ def format_strategy(strategy: Strategy) -> str:
 
 
 def extraction_prompt(problem: str, solution: str) -> list[dict[str, str]]:
-    """Messages that ask for the strategy in a solution: its three components and no others [tab 4].
-
-    solution: the strong model's whole response, thoughts included. parse_strategy reads the reply.
-    """
+    """Messages that ask for the strategy in a solution: its three components and no others [tab 4]. solution: the strong
+    model's whole response, thoughts included. parse_strategy reads the reply."""
     text = f"""A strong model solved the problem below. Write down the strategy in its response, for another model that will \
 have to solve similar problems without seeing this response.
 
@@ -102,13 +98,11 @@ LABELS = [rf"(?:\*\*)?{label}(?:\*\*:|:\*\*|:)" for label in ("Problem type", "S
 
 
 def parse_strategy(text: str) -> Strategy:
-    """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s.
-
-    The steps are marked (a), (b), ... as in the paper [tab 4], or 1., 2., ... as in our text form. Empty lines and blanks
-    around a line do no harm; anything else raises ValueError. It is better to lose a candidate, of which there are five, than
-    to guess which lines of a reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a
-    form feed and "rac", and few models write \\\\frac every time.
-    """
+    """The strategy in a reply to extraction_prompt. parse_strategy(format_strategy(s)) == s for every s. The steps are marked
+    (a), (b), ... as in the paper [tab 4], or 1., 2., ... as in our text form. Empty lines and blanks around a line do no harm;
+    anything else raises ValueError. It is better to lose a candidate, of which there are five, than to guess which lines of a
+    reply are the strategy. The form is not JSON because of LaTeX: a JSON string reads \\frac as a form feed and "rac", and few
+    models write \\\\frac every time."""
     lines = "\n".join(line.strip() for line in text.split("\n") if line.strip())
     head = re.match("{}(.*)\n{}(.*)\n{}\n".format(*LABELS), lines)
     if not head:
@@ -134,9 +128,7 @@ def parse_strategy(text: str) -> Strategy:
 @dataclass(frozen=True)
 class Template:
     """The wording of the policy's prompts. {problem} and {strategy} are replaced, the latter by format_strategy's text.
-
-    ValueError unless `prompt` has {problem} once, `guided` has both once, and both are the same from {problem} to the end.
-    """
+    ValueError unless `prompt` has {problem} once, `guided` has both once, and both are the same from {problem} to the end."""
 
     prompt: str = "{problem}\n\n" + INSTRUCTION
     guided: str = GUIDE + "\n{strategy}\n\n{problem}\n\n" + INSTRUCTION

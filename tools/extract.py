@@ -232,6 +232,8 @@ class Server:
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:  # it may hold a password
             raise ValueError("--endpoint: expected https://host/v1 or http://host:port/v1, without a user name or a query")
         self.key = environment.get(args.key_env, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):  # an error of the HTTP library would show it
+            raise ValueError(f"${args.key_env}: the key holds characters that no HTTP header can carry")
         if self.key and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError(f"--endpoint: plain http would show ${args.key_env} to all on the way; use https, or unset it")
         try:
