@@ -103,12 +103,6 @@ def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):
     assert panels["accuracy"]["sft"]["accuracy"]["mean"] == [0.75, 0.5]
 
 
-def test_a_log_that_training_wrote():
-    run = report.read_run(ROOT / "results/tiny/default-seed0.jsonl")
-    assert len(run.steps) == 60
-    assert [round(record["accuracy"], 3) for record in run.evals] == [0.459, 0.707, 0.974, 0.997]
-
-
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
     groups = report.read_groups(three_methods(tmp_path))
     figure = report.draw(groups, 2)
