@@ -43,9 +43,11 @@ from tests.common import (
     nucleus_logits,
     random_ids,
     read_metrics,
+    tiny_rows,
     update,
     varlen_by_loops,
     weights_of,
+    write_rows,
 )
 from tests.conftest import *  # noqa: F403  the fixtures: pytest looks for them here and in tests/, not beside this file
 
@@ -213,18 +215,11 @@ def test_each_response_has_its_own_limit(small_model):
         group[:] = [ids[:limit] for ids, limit in zip(group, most, strict=True)]
     for more in ({}, {"cache_tokens": 18 * 4}, {"max_rows": 2}):
         assert ids_of(sample(max_new_tokens=limits, **more)) == want
-
-
-@pytest.mark.usefixtures("decode_way")
-def test_responses_end_at_the_context(small_model):
-    settings = DRAWING | dict(n=2, seed=[1, 2, 3], eos_ids=(97,))  # an id that no token has
     small_model.train()
-    groups = generate(small_model, PROMPTS, max_new_tokens=1000, **settings)
+    for row in itertools.chain(*sample(max_new_tokens=1000, eos_ids=(97,))):  # an id that no token has: the context ends them
+        assert not row.finished and len(row.prompt_ids) + len(row.response_ids) == 64
     assert small_model.training  # the caller's mode is put back
     small_model.eval()
-    for row in itertools.chain(*groups):
-        assert not row.finished
-        assert len(row.prompt_ids) + len(row.response_ids) == 64  # max_position_embeddings
 
 
 @pytest.mark.parametrize(
@@ -466,25 +461,15 @@ def test_chunked_head_without_gradient_and_without_tokens():
 # ---------------------------------------------------------------------------------------------------- weighting
 
 
-@pytest.mark.parametrize(
-    "right_alone, right_guided, settings, alpha",
-    [
-        (2, 2, {}, 0.5 * (1 / 3) / math.sqrt(4 / 15)),  # of all six the mean is 2/3 and the variance 4/15
-        (2, 2, {"alpha_0": 0.9}, 0.9 * (1 / 3) / math.sqrt(4 / 15)),
-        (2, 2, {"alpha_max": 0.3}, 0.3),
-        (4, 2, {}, 0.0),
-        (4, 1, {}, 0.0),  # guidance hurts
-    ],
-)
-def test_the_guided_groups_weight_by_hand(right_alone, right_guided, settings, alpha):
-    """As an update takes it. The paper's weights: tests/test_update_from_paper.py."""
-    method = methods.Method(weight="guided_advantage", **settings)
-    auto = torch.zeros(1, 4)
-    auto[:, :right_alone] = 1
-    guided = torch.zeros(1, 2)
-    guided[:, :right_guided] = 1
-    got = methods.sgpo_advantages(method, auto, guided, None)["alpha"]
-    assert got.item() == pytest.approx(alpha, abs=1e-5)
+def test_the_guided_groups_weight_by_hand():
+    """Of all six rewards the mean is 2/3 and the variance 4/15. The paper's weights: tests/test_update_from_paper.py."""
+    auto = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0] * 4, [1.0] * 4])
+    guided = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    right = (1 / 3) / math.sqrt(4 / 15)
+    for settings, alpha in ({}, 0.5 * right), ({"alpha_0": 0.9}, 0.9 * right), ({"alpha_max": 0.3}, 0.3):
+        method = methods.Method(weight="guided_advantage", **settings)
+        got = methods.sgpo_advantages(method, auto, guided, None)["alpha"]
+        assert got.tolist() == pytest.approx([alpha, 0, 0], abs=1e-5)  # in the last one guidance hurts
 
 
 def test_reachable_target_is_the_most_probable_correct_one():
@@ -525,9 +510,10 @@ def gradients_of(run, samples, monkeypatch):
 
 
 def their_log_policy(theirs, context, response, temperature=0.7):
-    """By transformers: the log-probabilities of all tokens at each position of the response, (M, V)."""
+    """By transformers, for each position of the response: log-probabilities of all tokens, (M, V), and of its own one, (M,)."""
     logits = theirs(torch.tensor([context + response])).logits[0, len(context) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1)
+    logp = torch.log_softmax(logits / temperature, -1)
+    return logp, logp.gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("distill", ["kl", "reverse_kl"])
@@ -543,15 +529,14 @@ def test_what_an_update_logs_by_transformers_and_a_slow_loop(distill, tmp_path, 
     rho, advantages, entropies, divergences = [], [], [], []
     for sample in samples:
         for row, advantage in zip(sample.auto, sample.advantages, strict=True):
-            logp = log_policy(row.prompt_ids, row.response_ids)
+            logp, own = log_policy(row.prompt_ids, row.response_ids)
             entropies += (-logp.exp() * logp).sum(-1).tolist()
-            for t, token in enumerate(row.response_ids):
-                rho.append(math.exp(logp[t, token] - row.logprobs[t]))
-                advantages.append(advantage)
+            rho += torch.exp(own - torch.tensor(row.logprobs)).tolist()
+            advantages += [advantage] * len(own)
         for j in sample.targets:
             response = sample.guided[j].response_ids
-            log_q = log_policy(sample.example.auto_ids, response)
-            log_p = log_policy(sample.example.guided_ids, response)
+            log_q, _ = log_policy(sample.example.auto_ids, response)
+            log_p, _ = log_policy(sample.example.guided_ids, response)
             if distill == "reverse_kl":
                 log_p, log_q = log_q, log_p
             divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
@@ -598,15 +583,13 @@ def test_luffy_update_equals_its_formula_by_transformers_and_autograd(tmp_path, 
         for row, reward in zip(sample.auto, sample.auto_rewards, strict=True):
             if not row.finished:
                 continue
-            logp = their_log_policy(theirs, row.prompt_ids, row.response_ids)
+            logp, own = their_log_policy(theirs, row.prompt_ids, row.response_ids)
             entropy = -(logp.exp() * logp).sum(-1)
-            own = logp.gather(-1, torch.tensor(row.response_ids)[:, None])[:, 0]
             terms.append(-(reward - mean) * torch.exp(own - torch.tensor(row.logprobs)) - 0.001 * entropy)
             entropies += entropy.tolist()
             errors += (own - torch.tensor(row.logprobs)).abs().tolist()
-        logp = their_log_policy(theirs, sample.example.auto_ids, sample.example.solution_ids)
-        entropy = -(logp.exp() * logp).sum(-1)
-        pi = logp.exp().gather(-1, torch.tensor(sample.example.solution_ids)[:, None])[:, 0]
+        logp, own = their_log_policy(theirs, sample.example.auto_ids, sample.example.solution_ids)
+        entropy, pi = -(logp.exp() * logp).sum(-1), own.exp()
         terms.append(-(solution - mean) * pi / (pi + 0.1) - 0.001 * entropy)
     loss = torch.cat(terms).mean()
     loss.backward()
@@ -633,15 +616,12 @@ def test_hpt_update_equals_its_formula_by_transformers_and_autograd(tmp_path, wo
     got, metrics = gradients_of(run, samples, monkeypatch)
 
     theirs = AutoModelForCausalLM.from_pretrained(TINY_BASE)
-
-    def logprobs(context, response):
-        return their_log_policy(theirs, context, response).gather(-1, torch.tensor(response)[:, None])[:, 0]
-
-    terms = [-0.3 * logprobs(sample.example.auto_ids, sample.example.solution_ids) for sample in samples[:2]]
+    examples = [sample.example for sample in samples[:2]]
+    terms = [-0.3 * their_log_policy(theirs, one.auto_ids, one.solution_ids)[1] for one in examples]
     for sample, mean in zip(samples[2:], (0.25, 1.0), strict=True):
         for row, reward in zip(sample.auto, sample.auto_rewards, strict=True):
-            ratio = torch.exp(logprobs(row.prompt_ids, row.response_ids) - torch.tensor(row.logprobs))
-            terms.append(-(reward - mean) * ratio)
+            _, own = their_log_policy(theirs, row.prompt_ids, row.response_ids)
+            terms.append(-(reward - mean) * torch.exp(own - torch.tensor(row.logprobs)))
     loss = torch.cat(terms).mean()
     loss.backward()
 
@@ -667,8 +647,11 @@ def test_hpt_skips_an_update_with_a_huge_gradient(limit, moves, tmp_path, worker
 
 
 def test_how_many_each_method_samples_alone_and_with_the_strategy(tmp_path, worker):
+    bare = [{name: value for name, value in row.items() if name not in ("strategy", "solution")} for row in tiny_rows(4)]
+    path = write_rows(tmp_path / "rows.jsonl", bare)  # enough for GRPO
     for method, alone, guided in (("sgpo", 8, 4), ("hinted", 8, 4), ("grpo", 8, 0), ("luffy", 7, 0), ("hpt", 8, 0)):
-        run, examples = make_run(tmp_path / method, worker, "--method", method, "--max_new_tokens", 1)
+        more = ["--data", path, "--sft_fraction", 0] if method == "grpo" else []
+        run, examples = make_run(tmp_path / method, worker, "--method", method, "--max_new_tokens", 1, *more)
         (sample,) = draw_samples(run, [(0, examples[0])])
         assert (len(sample.auto), len(sample.guided)) == (alone, guided), method
 
@@ -685,26 +668,6 @@ def test_training_samples_at_its_settings(tmp_path, worker, monkeypatch):
     monkeypatch.setattr(sgpo, "sample_and_grade", spy)
     draw_samples(run, [(0, examples[0])])
     assert {name: seen[name] for name in want} == want
-
-
-def test_every_response_is_graded_by_its_own_problem(tmp_path, worker):
-    """The reward is the number of the question: which response, to which problem."""
-    run, examples = make_run(tmp_path, worker)
-    asked = []
-
-    def reward(response, problem):
-        asked.append((response, problem))
-        return len(asked) - 1
-
-    with parallel.whole_model(run.model) as policy:
-        samples = sgpo.sample_and_reward(policy, run.tokenizer, run.cfg, list(enumerate(examples[:3])), reward, 1)
-    for sample, example in zip(samples, examples[:3], strict=True):
-        rows = sample.auto + sample.guided
-        prompts = [example.auto_ids] * 8 + [example.guided_ids] * 4
-        for row, prompt, number in zip(rows, prompts, sample.auto_rewards + sample.guided_rewards, strict=True):
-            text = run.tokenizer.decode(row.response_ids, skip_special_tokens=True)
-            assert asked[int(number)] == (text, example.problem)
-            assert row.prompt_ids == prompt
 
 
 def test_every_group_has_random_numbers_of_its_own_and_keeps_them_on_any_rank(tmp_path, worker):

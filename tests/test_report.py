@@ -94,17 +94,14 @@ def test_a_group_is_one_setting_under_several_seeds(tmp_path):
         report.read_groups([str(tmp_path / "a/0"), str(tmp_path / "sgpo/0")])
 
 
-def test_methods_are_left_out_of_panels_they_have_nothing_for(tmp_path):
-    panels = report.panel_curves(report.read_groups(three_methods(tmp_path)), 5)
-    both = ["sgpo", "grpo"]
+def test_a_figure_shows_mean_band_and_seeds(tmp_path):
+    """In each panel the methods that have something for it."""
+    groups = report.read_groups(three_methods(tmp_path))
+    panels, both = report.panel_curves(groups, 5), ["sgpo", "grpo"]
     want = {"reward": both, "entropy": both, "length": both, "pass_rates": ["sgpo"], "alpha": ["sgpo"]}
     assert {name: list(curves) for name, curves in panels.items()} == want | {"accuracy": ["sgpo", "sft"]}
     # of two evaluations at one step the later one, none with the strategy in the prompt, and not smoothed
     assert panels["accuracy"]["sft"]["accuracy"]["mean"] == [0.75, 0.5]
-
-
-def test_a_figure_shows_mean_band_and_seeds(tmp_path):
-    groups = report.read_groups(three_methods(tmp_path))
     figure = report.draw(groups, 2)
     reward, *_, accuracy = figure.axes
     assert list(reward.lines[0].get_ydata()) == pytest.approx([0.3, 0.45, 0.5])

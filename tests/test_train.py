@@ -329,36 +329,17 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
     assert tiny.learning_rate == 0.5 and tiny.steps == 60 and not tiny.eval_guided and tiny.model.endswith("data/tiny/base")
 
 
-@pytest.mark.parametrize(
-    "rows, flags, message",
-    [
-        (None, [], "no such file"),
-        (tiny_rows(1, answer=[7]), [], "rows.jsonl:1: field 'answer'"),
-        (tiny_rows(3, strategy=...), [], "3 rows have no strategy"),
-        (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
-        (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
-        (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
-        (tiny_rows(3), ["--template", "no-such-file"], "--template no-such-file: "),
-        (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
-        (
-            tiny_rows(3), ["--cache_tokens", 256, "--eval_data", TINY_BASE.parent / "test.jsonl", "--eval_max_new_tokens", 150],
-            "test.jsonl: 'tiny",
-        ),
-    ],
-)
-def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, message):
+# changes to three good rows (with null a field is not there; null for all: no file), flags, a part of the message
+BAD_INPUT = json.loads((ROOT / "tests/bad_input.json").read_text())
+
+
+@pytest.mark.parametrize("changes, flags, message", BAD_INPUT)
+def test_bad_input_stops_before_any_training(tmp_path, changes, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     path = tmp_path / "rows.jsonl"
-    if rows is not None:
-        write_rows(path, [{k: v for k, v in row.items() if v is not ...} for row in rows])
+    if changes is not None:
+        write_rows(path, [{k: v for k, v in row.items() if v is not None} for row in tiny_rows(3, **changes)])
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--data", str(path), "--out", str(tmp_path / "run"), *map(str, flags)])
+        train.main(["--data", str(path), "--out", str(tmp_path / "run"), *flags.split()])
     assert message in str(stopped.value)
     assert not (tmp_path / "run").exists()  # nothing that the corrected run would trip over
-
-
-def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
-    rows = [{k: v for k, v in row.items() if k not in ("strategy", "solution")} for row in tiny_rows(4)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    run, examples = make_run(tmp_path, worker, "--data", path, "--method", "grpo", "--sft_fraction", 0)
-    metrics = train.rl_step(run, list(enumerate(examples)), 1, 1e-3)
-    assert metrics["length_guided"] == metrics["distillation_loss"] == metrics["alpha"] == 0
