@@ -38,7 +38,6 @@ from tests.common import (
     assert_equal_gradients,
     fake_samples,
     gathered_attention,
-    live_bytes,
     make_run,
     nucleus_logits,
     random_ids,
@@ -146,11 +145,12 @@ def decode_way(request, monkeypatch):
 def test_generate_equals_the_plain_sampler(reference, temperature, top_p):
     theirs, ours, _ = reference
     settings = dict(max_new_tokens=12, temperature=temperature, top_p=top_p, eos_ids=STOPS)
-    groups = generate(ours, PROMPTS, n=3, seed=[4, 5, 6], **settings)
+    seeds = [4, 5 + 2**62, -6]  # every bit counts
+    groups = generate(ours, PROMPTS, n=3, seed=seeds, **settings)
     finished = 0
     for p, group in enumerate(groups):
         for i, row in enumerate(group):
-            key = np.array([4 + p, i], dtype=np.uint64)
+            key = np.array([seeds[p] % 2**64, i], dtype=np.uint64)
             uniforms = np.random.Generator(np.random.Philox(key=key)).random(12)
             ids, logprobs, done = sample_plainly(theirs, PROMPTS[p], uniforms, **settings)
             assert (row.prompt_ids, row.response_ids, row.finished, row.group) == (PROMPTS[p], ids, done, p)
@@ -164,12 +164,6 @@ DRAWING = dict(temperature=1.0, top_p=1.0, eos_ids=STOPS)
 
 def ids_of(groups):
     return [[row.response_ids for row in group] for group in groups]
-
-
-def test_every_bit_of_a_seed_counts(small_model):
-    seeds = [7, 7 + 2**32, 7 + 2**40, 7 + 2**62, -7]
-    groups = generate(small_model, [PROMPTS[0]] * 5, n=2, max_new_tokens=20, seed=seeds, **DRAWING)
-    assert len({tuple(row.response_ids) for group in groups for row in group}) == 10
 
 
 @pytest.mark.usefixtures("decode_way")
@@ -428,20 +422,6 @@ def test_chunked_head_equals_the_unchunked_value_and_gradient(kind, chunk):
         assert torch.equal(x, old)  # no argument was written to
 
 
-def test_chunked_head_never_holds_the_logits_of_all_tokens():
-    tokens, vocabulary = 64, 20_000
-    hidden, head = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
-    inputs = (torch.arange(tokens), torch.ones(tokens))
-
-    def work(chunk):
-        loss, _ = losses.chunked_head(hidden, head, SFT_TERMS, inputs, chunk_tokens=chunk)
-        loss.backward()
-
-    logits = tokens * vocabulary * 4  # bytes
-    assert live_bytes(partial(work, 2)) < logits / 4
-    assert live_bytes(partial(work, tokens)) > logits  # it does hold them in one chunk: the measure measures
-
-
 def test_chunked_head_without_gradient_and_without_tokens():
     hidden = torch.randn(5, 4, requires_grad=True)
     head = torch.randn(9, 4, requires_grad=True)
@@ -478,11 +458,6 @@ def test_reachable_target_is_the_most_probable_correct_one():
     assert weighting.reachable_target(logprobs, wrong_first) == 2  # the first of two equal ones
     assert weighting.reachable_target(logprobs, torch.tensor([False] * 4)) is None
     assert weighting.reachable_target(logprobs, torch.tensor([True] * 4)) == 0  # no argument was written to
-
-
-def test_reach_gap_of_several_targets_by_hand():
-    assert weighting.reach_gap([-2.0, -9.0, -6.0], [1, 0, 1], [0, 2]) == 0  # all correct ones
-    assert weighting.reach_gap([-2.0, -3.0, -7.0], [1, 1, 1], [0, 1]) == pytest.approx(-2.5 + 4)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -630,25 +605,24 @@ def test_hpt_update_equals_its_formula_by_transformers_and_autograd(tmp_path, wo
     assert metrics["solutions"] == 2
 
 
-@pytest.mark.parametrize("limit, moves", [(1e-6, False), (80.0, True)])
-def test_hpt_skips_an_update_with_a_huge_gradient(limit, moves, tmp_path, worker, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "hpt", replace(methods.METHODS["hpt"], skip_above=limit))
+def test_hpt_skips_an_update_with_a_huge_gradient(tmp_path, worker, monkeypatch):
+    assert methods.METHODS["hpt"].skip_above == 80
+    monkeypatch.setitem(methods.METHODS, "hpt", replace(methods.METHODS["hpt"], skip_above=1e-6))
     run, examples = make_run(tmp_path, worker, "--method", "hpt")
     before = weights_of(run.model)
     samples = fake_samples(run, examples)
     for sample in samples:
         sample.targets = []
     metrics = update(run, samples, 1e-3)
-    assert metrics["left_out"] == float(not moves) and metrics["not_finite"] == 0
-    assert moves == any(not torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
+    assert metrics["left_out"] == 1 and metrics["not_finite"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(run.model), strict=True))
     samples[0].advantages[0] = math.nan
     metrics = update(run, samples, 1e-3)
     assert metrics["left_out"] == metrics["not_finite"] == 1  # and this one counts against --max_skipped
 
 
 def test_how_many_each_method_samples_alone_and_with_the_strategy(tmp_path, worker):
-    bare = [{name: value for name, value in row.items() if name not in ("strategy", "solution")} for row in tiny_rows(4)]
-    path = write_rows(tmp_path / "rows.jsonl", bare)  # enough for GRPO
+    path = write_rows(tmp_path / "rows.jsonl", tiny_rows(4, strategy=None, solution=None))  # enough for GRPO
     for method, alone, guided in (("sgpo", 8, 4), ("hinted", 8, 4), ("grpo", 8, 0), ("luffy", 7, 0), ("hpt", 8, 0)):
         more = ["--data", path, "--sft_fraction", 0] if method == "grpo" else []
         run, examples = make_run(tmp_path / method, worker, "--method", method, "--max_new_tokens", 1, *more)
@@ -846,35 +820,6 @@ def test_a_new_method_is_one_entry_and_a_reward_of_ones_own_is_one_argument(tmp_
     assert metrics["policy_loss"] == pytest.approx(np.mean(terms), rel=1e-4)
 
 
-def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
-    run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
-    both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2, "overflows": 1, "logprob_error_mean": 0.1}
-    first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "logprob_error_p999": 0.1, "logprob_error": 0.3, "loss_scale": 4}
-    second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "logprob_error_p999": 0.2, "logprob_error": 0.2, "loss_scale": 2}
-    first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0}
-    second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1}
-    places = []
-
-    def update(model, optimizer, settings, samples, learning_rate):
-        places.append([sample.place for sample in samples])
-        return first if len(places) == 1 else second
-
-    monkeypatch.setattr(sgpo, "update", update)
-    metrics = train.rl_step(run, list(enumerate(examples[:5])), 1, 0.0)
-    assert places == [[0, 1, 2], [3, 4]]
-    want = {"loss": 2.5, "grad_norm": 2.5, "left_out": 0.5}  # means over the updates
-    want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "overflows": 2, "skipped": 2}  # sums
-    want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0}  # means over tokens
-    want |= {"logprob_error_p999": 0.2, "logprob_error": 0.3}  # the largest
-    want |= {"first_logprob_error_mean": 0.1, "first_logprob_error_p999": 0.1, "first_logprob_error": 0.3}
-    want |= {"loss_scale": 2}  # the last
-    assert {name: metrics[name] for name in want} == pytest.approx(want)
-    assert run.progress.skipped == 2
-    places.clear()
-    train.rl_step(run, [(3, examples[3])], 1, 0.0)
-    assert places == [[], [3]]  # a rank that has the fourth problem alone
-
-
 def test_what_a_step_says_of_its_samples_by_hand():
     """Three problems: all right alone, all wrong, and one without a target. A reward of a half is right, and a row of four
     tokens or more is cut off."""
@@ -884,11 +829,11 @@ def test_what_a_step_says_of_its_samples_by_hand():
 
     samples = [
         sgpo.ProblemSamples(0, None, rows(1, 2, 4), rows(2, 3), [1.0, 0.5, 0.5], [0.5, 0.25], alpha=0.5, targets=[0]),
-        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6), [0.25, 0.0, 0.0], [0.5, 1.0], alpha=0.3, targets=[1]),
+        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6, 1), [0.25, 0.0, 0.0], [0.5, 1.0, 1.0], alpha=0.3, targets=[0, 1]),
         sgpo.ProblemSamples(2, None, rows(1, 1, 1), rows(1, 1), [0.5, 0.25, 0.0], [0.0, 0.0], alpha=0.1),
     ]
     samples[0].unguided_logprobs = [-2.0, -1.0]
-    samples[1].unguided_logprobs = [-8.0, -4.0]
+    samples[1].unguided_logprobs = [-2.0, -3.0, -7.0]
     samples[2].unguided_logprobs = [-3.0, -3.0]
     want = {
         "alpha": (0.5 + 0.3 + 0.1) / 3,
@@ -898,24 +843,12 @@ def test_what_a_step_says_of_its_samples_by_hand():
         "reward_auto": 3 / 9,
         "truncated": 3 / 9,
         "length_auto": 21 / 9,
-        "reward_guided": 2.25 / 6,
-        "length_guided": 18 / 6,
-        "sampled_tokens": 21 + 18,
-        "reach_gap": (0 + 2) / 2,  # of those with a target: the only right one, and -4 against a mean of -6
+        "reward_guided": 3.25 / 7,
+        "length_guided": 19 / 7,
+        "sampled_tokens": 21 + 19,
+        "reach_gap": (0 + 1.5) / 2,  # of those with a target: the only right one, and a mean of -2.5 against one of -4
     }
     assert sgpo.describe(methods.Method(correct_at=0.5), samples, CPU) == pytest.approx(want)
-
-
-def test_data_order_covers_every_epoch_and_depends_on_the_seed():
-    def two_epochs(seed, batch):
-        batches = [train.data_order(list(range(7)), step, batch, seed, "rl") for step in range(14 // batch)]
-        return [example for batch in batches for _, example in batch]
-
-    order = two_epochs(seed=0, batch=2)
-    assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
-    assert order[:7] != order[7:]
-    assert order == two_epochs(seed=0, batch=7)
-    assert order != two_epochs(seed=1, batch=2)
 
 
 def test_learning_rate_schedule(tmp_path, worker, monkeypatch):

@@ -62,8 +62,7 @@ def test_bench_a_rival_or_a_part_that_dies_is_a_row_and_not_the_end(tmp_path, mo
         calls.append(seed)
         return [[1] * length for length in lengths] if len(calls) <= 3 else dies()  # the first workload's warm-up and repeats
 
-    shorter = lambda model, prompts, lengths, *, seed: [[1]] * len(lengths)  # noqa: E731
-    monkeypatch.setattr(bench, "SAMPLERS", {"ours": bench.sample_ours, "mortal": mortal, "shorter": shorter})
+    monkeypatch.setattr(bench, "SAMPLERS", {"ours": bench.sample_ours, "mortal": mortal, "shorter": lambda *_, seed: [[1]]})
     monkeypatch.setattr(bench, "plain_update", dies)
     monkeypatch.setattr(bench, "check_logprobs", lambda *_, **__: {"ok": True})
     monkeypatch.setitem(bench.PARTS, "head", dies)

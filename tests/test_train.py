@@ -162,13 +162,6 @@ def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
     assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
 
 
-def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
-    want = {"sgpo": (25_165_824, 12), "luffy": (14_680_064, 7), "sft": (0, 0)}  # 128 problems, 16,384 tokens a response
-    for method, (tokens, responses) in want.items():
-        line = train.most_sampled(train.Config(method=method, eval_max_new_tokens=99_999), 32_768, held_out=128)
-        assert f"{tokens:,} tokens sampled a step ({responses} responses a problem) and 16,777,216 an evaluation" in line
-
-
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
     flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9, "--correct_at", 0.25]
     (run, examples), seen = make_run(tmp_path, worker, *flags), []
@@ -237,6 +230,47 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_end_the_run(loss,
         run.progress.count_skipped(1, allowed=1)
 
 
+def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
+    both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2, "overflows": 1, "logprob_error_mean": 0.1}
+    first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "logprob_error_p999": 0.1, "logprob_error": 0.3, "loss_scale": 4}
+    second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "logprob_error_p999": 0.2, "logprob_error": 0.2, "loss_scale": 2}
+    first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0}
+    second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1}
+    places = []
+
+    def update(model, optimizer, settings, samples, learning_rate):
+        places.append([sample.place for sample in samples])
+        return first if len(places) == 1 else second
+
+    monkeypatch.setattr(sgpo, "update", update)
+    metrics = train.rl_step(run, list(enumerate(examples[:5])), 1, 0.0)
+    assert places == [[0, 1, 2], [3, 4]]
+    want = {"loss": 2.5, "grad_norm": 2.5, "left_out": 0.5}  # means over the updates
+    want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "overflows": 2, "skipped": 2}  # sums
+    want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0}  # means over tokens
+    want |= {"logprob_error_p999": 0.2, "logprob_error": 0.3}  # the largest
+    want |= {"first_logprob_error_mean": 0.1, "first_logprob_error_p999": 0.1, "first_logprob_error": 0.3}
+    want |= {"loss_scale": 2}  # the last
+    assert {name: metrics[name] for name in want} == pytest.approx(want)
+    assert run.progress.skipped == 2
+    places.clear()
+    train.rl_step(run, [(3, examples[3])], 1, 0.0)
+    assert places == [[], [3]]  # a rank that has the fourth problem alone
+
+
+def test_data_order_covers_every_epoch_and_depends_on_the_seed():
+    def two_epochs(seed, batch):
+        batches = [train.data_order(list(range(7)), step, batch, seed, "rl") for step in range(14 // batch)]
+        return [example for batch in batches for _, example in batch]
+
+    order = two_epochs(seed=0, batch=2)
+    assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
+    assert order[:7] != order[7:]
+    assert order == two_epochs(seed=0, batch=7)
+    assert order != two_epochs(seed=1, batch=2)
+
+
 def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     run, _ = make_run(tmp_path, worker)
     for parameter in run.model.parameters():
@@ -275,6 +309,7 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
     for target in (s for s in samples if s["target"]):  # the most reachable of the right ones
         group = [s for s in samples if s["step"] == target["step"] and s["group"] == "guided" and s["reward"]]
         assert target["reach"] == max(s["reach"] for s in group)
+    assert "at most 1,152 tokens sampled a step (12 responses a problem) and 192 an evaluation" in text  # 3 * 12 * 32, 6 * 32
     for part in ("reward ", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
         assert part in text, part
     with pytest.raises(SystemExit, match="holds a run already"):
