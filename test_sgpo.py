@@ -829,7 +829,7 @@ def test_what_a_step_says_of_its_samples_by_hand():
 
     samples = [
         sgpo.ProblemSamples(0, None, rows(1, 2, 4), rows(2, 3), [1.0, 0.5, 0.5], [0.5, 0.25], alpha=0.5, targets=[0]),
-        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6, 1), [0.25, 0.0, 0.0], [0.5, 1.0, 1.0], alpha=0.3, targets=[0, 1]),
+        sgpo.ProblemSamples(1, None, rows(4, 4, 3), rows(5, 6, 1), [0.25, 0, 0], [0.5, 1.0, 1.0], alpha=0.3, targets=[0, 1]),
         sgpo.ProblemSamples(2, None, rows(1, 1, 1), rows(1, 1), [0.5, 0.25, 0.0], [0.0, 0.0], alpha=0.1),
     ]
     samples[0].unguided_logprobs = [-2.0, -1.0]
