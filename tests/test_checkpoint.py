@@ -98,7 +98,6 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     assert "2 RL steps and no longer 1: the learning rate goes on at 8e-05 (constant)" in capsys.readouterr().out
     assert faults.tensors(longer / "model/model.safetensors") == faults.tensors(whole / "model/model.safetensors")
     assert faults.tensors(longer / "model-000001/model.safetensors") == before
-    assert checkpoint.stored_config(longer)["steps"] == 2
     after = [record["step"] for record in read_metrics(longer) if record.get("when") == "after sgpo"]
     assert after == [1, 2]
     with pytest.raises(SystemExit, match="has done 2 RL steps, and is to have 1"):

@@ -95,7 +95,6 @@ def test_a_group_is_one_setting_under_several_seeds(tmp_path):
 
 
 def test_a_figure_shows_mean_band_and_seeds(tmp_path):
-    """In each panel the methods that have something for it."""
     groups = report.read_groups(three_methods(tmp_path))
     panels, both = report.panel_curves(groups, 5), ["sgpo", "grpo"]
     want = {"reward": both, "entropy": both, "length": both, "pass_rates": ["sgpo"], "alpha": ["sgpo"]}
