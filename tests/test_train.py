@@ -328,12 +328,6 @@ def test_what_ends_a_run_is_said_in_a_line(error, monkeypatch):
         train.main([])
 
 
-def test_a_machine_without_cuda_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--device cuda: torch .* finds no CUDA device here"):
-        parallel.start_ranks("cuda", 1.0)
-
-
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
     run, examples = make_run(tmp_path, worker, "--eval_n", 2)
     problems = load_problems(run.cfg.eval_data, worker)[:80]
