@@ -113,9 +113,6 @@ def test_compare_refuses_what_is_not_about_the_same():
     ):
         with pytest.raises(ValueError, match=message):
             benchmark.compare(a, _results(**{"correct": {"p": 0, "q": 2}} | changes))
-    more = _results({"p": 1}, "more.jsonl", sha256="e")
-    with pytest.raises(ValueError, match="more.jsonl without strategies is in B only"):
-        benchmark.compare(a, more | {"files": a["files"] | more["files"]})
 
 
 def test_compare_and_table_name_a_file_that_is_none_of_ours(tmp_path):
@@ -142,15 +139,9 @@ def test_table_by_hand():
         benchmark.table([ours])
 
 
-@pytest.mark.parametrize(
-    "evaluated, shown",
-    [
-        (["Qwen/Qwen2.5-7B-Instruct", "runs/x/model"], ["Qwen2.5-7B"]),
-        (["meta-llama/Llama-3.1-8B-Instruct", "runs/qwen2.5-1.5b-instruct-sgpo/model"], ["Qwen2.5-1.5B", "Llama-3.2-8B"]),
-    ],
-)
-def test_the_table_shows_the_papers_rows_of_the_models_that_were_evaluated(evaluated, shown):
+def test_the_table_shows_the_papers_rows_of_the_models_that_were_evaluated():
+    evaluated = "meta-llama/Llama-3.1-8B-Instruct", "runs/qwen2.5-1.5b-instruct-sgpo/model"
     text = benchmark.table([_results({"p": 1}, model=model) for model in evaluated])
     rows = [line for line in text.splitlines() if line.startswith("|") and "[paper]" in line]
-    assert [row.split("-Instruct,")[0] for row in rows] == [f"| {model}" for model in shown for _ in range(6)]
-    assert ("Llama-3.2-8B-Instruct is the name as printed" in text) == ("Llama-3.2-8B" in shown) and "are left out" in text
+    assert [row.split("-Instruct,")[0] for row in rows] == ["| Qwen2.5-1.5B"] * 6 + ["| Llama-3.2-8B"] * 6
+    assert "Llama-3.2-8B-Instruct is the name as printed" in text and "Qwen2.5-7B-Instruct are left out" in text

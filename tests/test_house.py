@@ -82,10 +82,15 @@ def test_no_function_is_longer_than_a_screen():
     assert [f"{path}: {node.name}" for path, node in functions if node.end_lineno - node.lineno >= 60] == []
 
 
+def at_the_top(path):
+    return [node for node in ast.parse(PROGRAMS[path]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def test_leaves_import_no_sibling_and_no_file_imports_in_a_circle():
     graph = {path: imported(ast.parse(text)) - {path} for path, text in PROGRAMS.items()}
     for path, used in graph.items():
         tools = {other for other in used if other.parts[0] == "tools"}
+        assert path.name not in COMMANDS or not any(imported(node) & tools for node in at_the_top(path)), path
         if path.parts[0] != "tools":
             assert not tools or path.name in COMMANDS, f"{path} imports {tools}"
         used -= tools if path.name in COMMANDS else set()
@@ -96,16 +101,9 @@ def test_leaves_import_no_sibling_and_no_file_imports_in_a_circle():
     assert not graph, "these import each other in a circle"
 
 
-def test_the_commands_import_tools_only_when_they_are_asked_to():
-    for name in COMMANDS:
-        top = [node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not {path for node in top for path in imported(node) if path.parts[0] == "tools"}, name
-
-
 def test_leaves_load_few_packages():
     for leaf in LEAVES:
-        top = [node for node in ast.parse(PROGRAMS[Path(f"{leaf}.py")]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = {name.split(".")[0] for node in top for name in modules(node)}
+        names = {name.split(".")[0] for node in at_the_top(Path(f"{leaf}.py")) for name in modules(node)}
         allowed = PACKAGES.get(leaf, {"torch", "numpy", "safetensors", "tqdm", "kv_cache"})
         assert names - sys.stdlib_module_names <= allowed, leaf
 
