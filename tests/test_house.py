@@ -5,6 +5,7 @@ Nothing here runs code that comes with data: ruff looks for that (pyproject.toml
 
 import argparse
 import ast
+import json
 import re
 import runpy
 import sys
@@ -19,23 +20,8 @@ PACKAGES = {"strategy": set(), "grader": set(), "loss": {"torch"}, "weighting": 
 COMMANDS = ("train.py", "eval.py", "strategy.py")  # they may call tools/, inside a function
 LINES = {"sgpo.py": 460, "train.py": 620, "README.md": 230}
 LINES_OF_ALL = {"core": 5000, "tools": 5000, "data": 3000, "tests": 7500}
-SCRIPTS = {  # every program, and the flags without which it does not get as far as a wrong one
-    "train.py": "",
-    "eval.py": "--model x --data x",
-    "strategy.py": "--data x --out x --model x --endpoint http://localhost:1",
-    "checkpoint.py": "x --out x",
-    "tools/bench.py": "--out x",
-    "tools/track.py": "x --to wandb",
-    "tools/sweep.py": "table --results x",
-    "tools/report.py": "rows x.csv --out x",
-    "tools/faults.py": "--out x --log x",
-    "tools/gpu_step.py": "--out x",
-    "data/prepare.py": "gsm8k --source x --out x",
-    "data/starter.py": "--out x",
-    "data/smollm2.py": "--out x",
-    "data/tiny_world.py": "--out x",
-    "data/hard_world.py": "--out x",
-}
+# every program, and the flags without which it does not get as far as a wrong one
+SCRIPTS = json.loads((ROOT / "tests/programs.json").read_text(encoding="utf-8"))
 
 
 def python_files():
