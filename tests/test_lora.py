@@ -181,7 +181,7 @@ def test_the_learning_rates_of_adapters_are_ten_times_the_others_unless_they_are
         assert sum("warning" in note for note in train.lora_notes(cfg)) == warnings
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"config": {**vars(cfg), "out": str(tmp_path)}}) + "\n")
         assert train.parse_config(["--out", str(tmp_path), "--resume"]) == replace(cfg, out=str(tmp_path), resume=True)
-    assert train.parse_config(["--lora_rank", "8"]).learning_rate == 2e-3  # the tiny world's
+    assert train.parse_config(["--lora_rank", "8"]).learning_rate == 1.5e-3  # the tiny world's
     assert train.lora_notes(train.parse_config(given[:4])) == []
 
 
