@@ -98,7 +98,6 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     assert "2 RL steps and no longer 1: the learning rate goes on at 6e-05 (constant)" in capsys.readouterr().out
     assert faults.tensors(longer / "model/model.safetensors") == faults.tensors(whole / "model/model.safetensors")
     assert faults.tensors(longer / "model-000001/model.safetensors") == before
-    assert checkpoint.stored_config(longer)["steps"] == 2
     after = [record["step"] for record in read_metrics(longer) if record.get("when") == "after sgpo"]
     assert after == [1, 2]
     with pytest.raises(SystemExit, match="has done 2 RL steps, and is to have 1"):
@@ -227,23 +226,20 @@ def test_only_what_we_made_is_read_and_deleted(tmp_path, worker):
     shutil.copytree(folder / "step-000001", folder / "step-950000")  # a copy of ours, under a name of ours
     for name in ("step-000003", "step-900000", "step-000009.part"):  # of these the first is in the way, the second sorts last
         (folder / name).mkdir()
-    (folder / "step-900000/state.json").write_text('{"global_step": 900000}')  # another program's
-    (folder / "step-900001").mkdir()
-    (folder / "step-900001/state.json").write_text("[1]")
+    (folder / "step-900000/state.json").write_text("[1]")  # another program's
     for name in ("step-000001", "step-000003", "step-900000", "step-000009.part"):
         (folder / name / "notes.txt").write_text(name)
     (folder / "step-800000").symlink_to("nowhere")
     save(2, 3, 4, 800_000)
     moved = [path.name for name in ("step-000003-*", "step-800000-*") for path in folder.glob(name)]
     assert len(moved) == 2
-    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-900001", "step-950000", "step-000009.part"]
+    kept = ["step-000001", "step-000004", "step-800000", "step-900000", "step-950000", "step-000009.part"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(FOREIGN + moved + kept)
     noted = {moved[0], "step-000001", "step-900000", "step-000009.part"}
     assert {path.parent.name for path in folder.glob("*/notes.txt")} == noted
     path, state, damaged = checkpoint.find_checkpoint(folder)
     assert (path.name, state["progress"]["rl_steps"]) == ("step-800000", 800_000)
-    assert len(damaged) == 3
-    for reason, name in zip(damaged, ("step-950000", "step-900001", "step-900000"), strict=True):
+    for reason, name in zip(damaged, ("step-950000", "step-900000"), strict=True):
         assert f"{name}/state.json" in reason
     path.symlink_to(path.rename(tmp_path / "on a larger disk"))
     save(2)  # the checkpoints of later steps go, but not the one that is a link by now
@@ -331,8 +327,7 @@ def test_a_resumed_run_has_the_same_data_and_prompts_token_by_token(tmp_path, wo
     assert changes() is None
     day.now = lambda: datetime(2026, 7, 5)
     assert changes() == ["prompts", "eval_prompts", "template"]
-    template.write_text(template.read_text().replace("{{ strftime_now('%d') }}", "04"))
-    assert changes() is None  # the first day's date, by hand
+    day.now = lambda: datetime(2026, 7, 4)
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"."', '"first"').replace('","', '"."').replace('"first"', '","'))
     assert changes() == ["prompts", "eval_prompts", "tokenizer"]

@@ -5,6 +5,7 @@ Nothing here runs code that comes with data: ruff looks for that (pyproject.toml
 
 import argparse
 import ast
+import json
 import re
 import runpy
 import sys
@@ -19,23 +20,8 @@ PACKAGES = {"strategy": set(), "grader": set(), "loss": {"torch"}, "weighting": 
 COMMANDS = ("train.py", "eval.py", "strategy.py")  # they may call tools/, inside a function
 LINES = {"sgpo.py": 460, "train.py": 620, "README.md": 230}
 LINES_OF_ALL = {"core": 5000, "tools": 5000, "data": 3000, "tests": 7500}
-SCRIPTS = {  # every program, and the flags without which it does not get as far as a wrong one
-    "train.py": "",
-    "eval.py": "--model x --data x",
-    "strategy.py": "--data x --out x --model x --endpoint http://localhost:1",
-    "checkpoint.py": "x --out x",
-    "tools/bench.py": "--out x",
-    "tools/track.py": "x --to wandb",
-    "tools/sweep.py": "table --results x",
-    "tools/report.py": "rows x.csv --out x",
-    "tools/faults.py": "--out x --log x",
-    "tools/gpu_step.py": "--out x",
-    "data/prepare.py": "gsm8k --source x --out x",
-    "data/starter.py": "--out x",
-    "data/smollm2.py": "--out x",
-    "data/tiny_world.py": "--out x",
-    "data/hard_world.py": "--out x",
-}
+# every program, and the flags without which it does not get as far as a wrong one
+SCRIPTS = json.loads((ROOT / "tests/programs.json").read_text(encoding="utf-8"))
 
 
 def python_files():
@@ -82,10 +68,15 @@ def test_no_function_is_longer_than_a_screen():
     assert [f"{path}: {node.name}" for path, node in functions if node.end_lineno - node.lineno >= 60] == []
 
 
+def at_the_top(path):
+    return [node for node in ast.parse(PROGRAMS[path]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def test_leaves_import_no_sibling_and_no_file_imports_in_a_circle():
     graph = {path: imported(ast.parse(text)) - {path} for path, text in PROGRAMS.items()}
     for path, used in graph.items():
         tools = {other for other in used if other.parts[0] == "tools"}
+        assert path.name not in COMMANDS or not any(imported(node) & tools for node in at_the_top(path)), path
         if path.parts[0] != "tools":
             assert not tools or path.name in COMMANDS, f"{path} imports {tools}"
         used -= tools if path.name in COMMANDS else set()
@@ -96,16 +87,9 @@ def test_leaves_import_no_sibling_and_no_file_imports_in_a_circle():
     assert not graph, "these import each other in a circle"
 
 
-def test_the_commands_import_tools_only_when_they_are_asked_to():
-    for name in COMMANDS:
-        top = [node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not {path for node in top for path in imported(node) if path.parts[0] == "tools"}, name
-
-
 def test_leaves_load_few_packages():
     for leaf in LEAVES:
-        top = [node for node in ast.parse(PROGRAMS[Path(f"{leaf}.py")]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = {name.split(".")[0] for node in top for name in modules(node)}
+        names = {name.split(".")[0] for node in at_the_top(Path(f"{leaf}.py")) for name in modules(node)}
         allowed = PACKAGES.get(leaf, {"torch", "numpy", "safetensors", "tqdm", "kv_cache"})
         assert names - sys.stdlib_module_names <= allowed, leaf
 

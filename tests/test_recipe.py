@@ -122,7 +122,8 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
     settings = {"PATH": os.environ["PATH"], "ENDPOINT": "http://x/v1", "STRONG": "y", "OPENR1": "z", "ROWS": "rows.jsonl"}
     if script == "smoke":
         settings["MODEL"] = str(TINY_BASE)
-    done = subprocess.run(["bash", f"runs/{script}.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    run = partial(subprocess.run, ["bash", f"runs/{script}.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    done = run()
     assert done.returncode == 0, done.stderr
     *flags, last = done.stdout.splitlines()
     cfg = train.parse_config(["--model", "x", "--data", "y", *flags])
@@ -133,9 +134,9 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
         assert len(rows["train"]) == 60 and len(rows["test"]) == 32
         assert not {row.id for row in rows["train"]} & {row.id for row in rows["test"]}
         settings["MODEL"] = "Qwen2.5-0.5B-Instruct"  # a hub's name: no folder of that name with SmolLM2's weights is made here
-        done = subprocess.run(["bash", "runs/smoke.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+        done = run()
         assert done.returncode == 0 and "MODEL=Qwen2.5-0.5B-Instruct" in done.stdout, done.stderr
         write_rows(tmp_path / "other.jsonl", tiny_rows(300))
         settings["ROWS"] = "other.jsonl"
-        done = subprocess.run(["bash", "runs/smoke.sh"], cwd=tmp_path, env=settings, capture_output=True, text=True)
+        done = run()
         assert done.returncode == 2 and "runs/smoke was made with other rows than other.jsonl" in done.stderr

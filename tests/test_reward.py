@@ -14,8 +14,7 @@ import sgpo
 import train
 from data.problems import Problem, load_problems
 from grader import RewardError, grader_of
-from rollout import Trajectory
-from tests.common import CPU, ROOT, TINY_BASE, make_run, read_metrics, tiny_rows, write_rows
+from tests.common import ROOT, TINY_BASE, make_run, read_metrics, tiny_rows, write_rows
 
 SOURCE = """
 import multiprocessing, os, subprocess, sys
@@ -107,20 +106,6 @@ def test_correct_at_decides_what_is_correct_and_advantages_use_the_reward():
     assert none["alpha"].item() == 0  # no guided response is correct at 1.0
     assert methods.hpt_advantages(methods.Method(hpt_gate=0), auto, None, None)["use_solution"].tolist() == [True]
     assert methods.hinted_advantages(methods.Method(), auto, guided, None)["use_guided"].tolist() == [True]
-
-
-def test_a_step_says_what_is_correct_by_correct_at():
-    def row(length):
-        return Trajectory([1], [5] * length, [0.0] * length, finished=True, group=0)
-
-    groups = [row(1), row(2)], [row(1), row(2)]
-    samples = [
-        sgpo.ProblemSamples(0, None, *groups, [0.5, 0.75], [0.25, 0.5], targets=[1], unguided_logprobs=[-2.0, -3.0]),
-        sgpo.ProblemSamples(1, None, *groups, [0.25, 0.25], [0.25, 0.0], unguided_logprobs=[-2.0, -3.0]),
-    ]
-    got = sgpo.describe(methods.Method(correct_at=0.5), samples, CPU)
-    assert (got["all_right"], got["all_wrong"], got["reach_gap"]) == (0.5, 0.5, 0)  # one is correct: no gap to a mean
-    assert got["reward_auto"] == pytest.approx(1.75 / 4)
 
 
 def test_targets_are_correct_by_correct_at(monkeypatch):

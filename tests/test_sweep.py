@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import math
 import shutil
 from collections import defaultdict
@@ -87,17 +88,7 @@ def test_the_rows_of_a_model_draw_equally_many_responses(configs):
     assert {cfg.sft_fraction for cfg in own.values()} == {0}
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["model", "--steps", "4"], "--model among its flags"),
-        (["model", "--base=--model m --data d", "--steps", "4"], "--data without --eval_data"),
-        (["model", "--base=--model m --group_auto 4", "--steps", "4"], "--base: --group_auto would make the numbers"),
-        (["table", "--seeds", "18"], "need 2 to 17 seeds"),
-        (["table", "--steps", "3"], "are for the suite model"),
-        (["table"], "run `python tools/sweep.py rates` first"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", json.loads((ROOT / "tests/bad_sweeps.json").read_text()))
 def test_sweep_refuses_what_it_cannot_run(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main([*flags, "--results", str(tmp_path)])
@@ -150,15 +141,8 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_names_what_failed(tmp_path, ca
 
 
 def test_figures_that_the_csv_does_not_hold():
-    line = {
-        "row": "a",
-        "seed": "0",
-        "entropy_first10": "0.5",
-        "entropy_last10": "0.2",
-        "reward_peak": "0.9",
-        "reward_last10": "0.6",
-    }
-    lines = [line, line | {"seed": "1", "entropy_first10": ""}]
+    line = {"row": "a", "entropy_first10": "0.5", "entropy_last10": "0.2", "reward_peak": "0.9", "reward_last10": "0.6"}
+    lines = [line | {"seed": "0"}, line | {"seed": "1", "entropy_first10": ""}]
     assert sweep.column(lines, "a", "entropy_change") == pytest.approx({"0": -0.3})
     assert sweep.column(lines, "a", "reward_fall") == pytest.approx({"0": 0.3, "1": 0.3})
 

@@ -132,16 +132,6 @@ def test_around_a_spelled_control_token_nothing_else_changes(make, monkeypatch):
         assert len(calls) > 1 and ids == ours.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), text
 
 
-def test_a_thought_that_the_prompt_opens_is_not_opened_again(make):
-    folder = make()
-    (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"][0].replace("assistant\n", "assistant\n<think>\n"))
-    tokenizer = load_tokenizer(folder)
-    problem = Problem("p", "What is 1 + 2?", "3", "<think>\n1 + 2 = 3\n</think>\nIt is 3.", None)
-    (example,) = encode_examples([problem], tokenizer, Config(model="", data="", out="", method="grpo"), 0)
-    text = tokenizer.decode(example.auto_ids + example.solution_ids)
-    assert text.count("<think>") == 1 and "<think>\n1 + 2 = 3\n</think>\nIt is 3." in text
-
-
 def test_ids_without_a_row_in_the_embedding_are_refused(make):
     with pytest.raises(ValueError, match=r"model: its tokenizer's '<\|new\|>' has id (\d+), .* vocab_size.* is \1"):
         blank_model(make(more=["<|new|>", "<|newer|>"]))

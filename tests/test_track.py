@@ -53,23 +53,9 @@ def test_following_a_file_that_grows_and_is_cut(tmp_path, monkeypatch):
     files = [[HEAD, RL[0]], [HEAD, RL[0], RL[1]], [HEAD, RL[0]]]
 
     def next_file(seconds):
-        if not files:
-            raise KeyboardInterrupt
         write(tmp_path, *files.pop(0))
 
     next_file(0)
     monkeypatch.setattr(track.time, "sleep", next_file)
-    seen = []
-    with pytest.raises(KeyboardInterrupt):
-        for number, record in track.read_lines(tmp_path / "metrics.jsonl", follow=True):
-            seen.append((number, record.get("step")))
-    assert seen == [(0, None), (1, 1), (2, 2), (0, None), (1, 1)]
-
-
-def test_a_missing_tracker_and_a_missing_run_are_said(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no metrics.jsonl"):
-        track.track(tmp_path, "wandb", "p", follow=False)
-    write(tmp_path, HEAD)
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ValueError, match="pip install trackio"):
-        track.track(tmp_path, "trackio", "p", follow=False)
+    lines = track.read_lines(tmp_path / "metrics.jsonl", follow=True)
+    assert [next(lines) for _ in range(5)] == [(0, HEAD), (1, RL[0]), (2, RL[1]), (0, HEAD), (1, RL[0])]

@@ -64,7 +64,7 @@ def test_sft_step_equals_transformers_loss(tmp_path, worker, monkeypatch):
     assert validation == want  # the update was not made, so it is the loss of the same weights; nor did it add to the gradient
 
 
-FEW_ROWS = "--method sft --sft_batch 3 --sft_validation 0.25 --sft_epochs 4 --sft_learning_rate 1e-2 --sft_warmup_ratio 1"
+FEW_ROWS = "--method sft --sft_batch 3 --sft_validation 0.25 --sft_epochs 3.5 --sft_learning_rate 1e-2 --sft_warmup_ratio 1"
 
 
 def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worker, monkeypatch):
@@ -83,7 +83,7 @@ def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worke
     monkeypatch.setattr(train, "validate_sft", keep_weights)
     train.sft_stage(run, for_sft, validation)
     records = [record for record in read_metrics(run.folder.out) if record["stage"] == "sft_validation"]
-    assert [(record["epoch"], record["step"]) for record in records] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 3), (2, 6), (3, 9), (3.5, 11)]
     losses = [record["loss"] for record in records]
     best = losses.index(min(losses))
     assert 0 < best < 3  # neither the first nor the last
@@ -93,15 +93,7 @@ def test_sft_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path, worke
         assert same == (number == best)
     # one after each that is the best so far, and at the end: the clock, which is at 10 minutes, asks for none
     names = sorted(path.name for path in (run.folder.out / "checkpoints").iterdir())
-    assert names == [f"step-{run.progress.best_step:06d}", "step-000012"]
-
-
-def test_half_an_epoch_is_validated_at_its_end(tmp_path, worker):
-    run, examples = make_run(tmp_path, worker, "--method", "sft", "--sft_epochs", 0.5, "--sft_batch", 4)
-    train.sft_stage(run, examples[:16], examples[16:18])
-    records = read_metrics(run.folder.out)
-    assert [(record["stage"], record["step"]) for record in records] == [("sft", 1), ("sft", 2), ("sft_validation", 2)]
-    assert records[-1]["epoch"] == 0.5
+    assert names == [f"step-{run.progress.best_step:06d}", "step-000011"]
 
 
 def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_path, worker, monkeypatch):
@@ -134,6 +126,8 @@ def test_validation_is_a_random_tenth_of_the_rows_for_sft(tmp_path, worker):
     assert [len(held_out(n)) for n in (18, 20, 24, 40)] == [0, 1, 1, 2]  # of half of them
     assert held_out(40) == held_out(40, seed=5) != held_out(40, data_seed=5)
     assert held_out(40, method="sft") != {example.problem.id for example in examples[:4]}  # not the first ones
+    few = [train.split_examples(examples[:40], replace(run.cfg, problems_per_step=n), 256)[3] for n in (20, 21)]
+    assert not few[0] and "20 problems for RL, fewer than --problems_per_step" in few[1][0]
 
 
 def test_sft_leaves_out_rows_that_are_too_long_and_says_so(tmp_path, worker):
@@ -168,20 +162,6 @@ def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
     assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
     _, plain = make_run(tmp_path / "sft", worker, "--data", data, "--method", "sft")  # which leaves them out
     assert f"needs {len(plain[2].auto_ids + plain[2].solution_ids)} tokens (prompt" in lines[0]
-
-
-def test_the_start_says_that_a_step_has_more_problems_than_there_are():
-    cfg = train.parse_config([])  # 16 problems a step
-    assert [train.split_examples([*range(n)], cfg, 256)[3][:1] for n in (16, 15)] == [
-        [], ["15 problems for RL, fewer than --problems_per_step: some are in a step more than once"]
-    ]  # fmt: skip
-
-
-def test_the_start_says_what_a_step_and_an_evaluation_can_sample():
-    want = {"sgpo": (25_165_824, 12), "luffy": (14_680_064, 7), "sft": (0, 0)}  # 128 problems, 16,384 tokens a response
-    for method, (tokens, responses) in want.items():
-        line = train.most_sampled(train.Config(method=method, eval_max_new_tokens=99_999), 32_768, held_out=128)
-        assert f"{tokens:,} tokens sampled a step ({responses} responses a problem) and 16,777,216 an evaluation" in line
 
 
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
@@ -252,6 +232,47 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_end_the_run(loss,
         run.progress.count_skipped(1, allowed=1)
 
 
+def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch):
+    run, examples = make_run(tmp_path, worker, "--minibatches", 2, "--problems_per_step", 5)
+    both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2, "overflows": 1, "logprob_error_mean": 0.1}
+    first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "logprob_error_p999": 0.1, "logprob_error": 0.3, "loss_scale": 4}
+    second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "logprob_error_p999": 0.2, "logprob_error": 0.2, "loss_scale": 2}
+    first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0}
+    second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1}
+    places = []
+
+    def update(model, optimizer, settings, samples, learning_rate):
+        places.append([sample.place for sample in samples])
+        return first if len(places) == 1 else second
+
+    monkeypatch.setattr(sgpo, "update", update)
+    metrics = train.rl_step(run, list(enumerate(examples[:5])), 1, 0.0)
+    assert places == [[0, 1, 2], [3, 4]]
+    want = {"loss": 2.5, "grad_norm": 2.5, "left_out": 0.5}  # means over the updates
+    want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "overflows": 2, "skipped": 2}  # sums
+    want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0}  # means over tokens
+    want |= {"logprob_error_p999": 0.2, "logprob_error": 0.3}  # the largest
+    want |= {"first_logprob_error_mean": 0.1, "first_logprob_error_p999": 0.1, "first_logprob_error": 0.3}
+    want |= {"loss_scale": 2}  # the last
+    assert {name: metrics[name] for name in want} == pytest.approx(want)
+    assert run.progress.skipped == 2
+    places.clear()
+    train.rl_step(run, [(3, examples[3])], 1, 0.0)
+    assert places == [[], [3]]  # a rank that has the fourth problem alone
+
+
+def test_data_order_covers_every_epoch_and_depends_on_the_seed():
+    def two_epochs(seed, batch):
+        batches = [train.data_order(list(range(7)), step, batch, seed, "rl") for step in range(14 // batch)]
+        return [example for batch in batches for _, example in batch]
+
+    order = two_epochs(seed=0, batch=2)
+    assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
+    assert order[:7] != order[7:]
+    assert order == two_epochs(seed=0, batch=7)
+    assert order != two_epochs(seed=1, batch=2)
+
+
 def test_gradients_are_clipped_by_the_global_norm(tmp_path, worker):
     run, _ = make_run(tmp_path, worker)
     for parameter in run.model.parameters():
@@ -290,6 +311,7 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
     for target in (s for s in samples if s["target"]):  # the most reachable of the right ones
         group = [s for s in samples if s["step"] == target["step"] and s["group"] == "guided" and s["reward"]]
         assert target["reach"] == max(s["reach"] for s in group)
+    assert "at most 1,152 tokens sampled a step (12 responses a problem) and 192 an evaluation" in text  # 3 * 12 * 32, 6 * 32
     for part in ("reward ", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
         assert part in text, part
     with pytest.raises(SystemExit, match="holds a run already"):
@@ -306,24 +328,6 @@ def test_what_ends_a_run_is_said_in_a_line(error, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(SystemExit, match="stopped by Ctrl-C|error: why"):
         train.main([])
-
-
-def test_a_machine_without_cuda_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--device cuda: torch .* finds no CUDA device here"):
-        parallel.start_ranks("cuda", 1.0)
-
-
-def test_the_line_of_a_step():
-    names = "reward_auto reward_guided with_target alpha kl kept entropy length_auto truncated grader_timeouts".split()
-    metrics = dict(zip(names, (0.5, 0.75, 1.0, 0.25, 0.125, 1.0, 0.5, 24.0, 0.5, 0.0), strict=True)) | {"step": 2}
-    line = "step 2/60  reward 0.50  guided 0.75  alpha 0.25  KL 0.125  kept 1.00  entropy 0.50  length 24"
-    assert sgpo.step_line("sgpo", metrics, 60) == line
-    metrics |= {"with_target": 0.0, "truncated": 0.75, "grader_timeouts": 3.0}
-    line = "step 2/60  reward 0.50{}  entropy 0.50  75% cut off"
-    said = line.format("  guided 0.75  no guided response is right") + "  3 not graded in time"
-    assert sgpo.step_line("sgpo", metrics, 60) == said
-    assert sgpo.step_line("grpo", metrics | {"grader_timeouts": 0.0}, 60) == line.format("")
 
 
 def test_ten_steps_of_sgpo_beat_the_base(tmp_path, worker):
@@ -356,36 +360,18 @@ def test_defaults_are_the_papers_and_presets_give_way_to_flags():
     assert tiny.learning_rate == 0.5 and tiny.steps == 60 and not tiny.eval_guided and tiny.model.endswith("data/tiny/base")
 
 
-@pytest.mark.parametrize(
-    "rows, flags, message",
-    [
-        (None, [], "no such file"),
-        (tiny_rows(1, answer=[7]), [], "rows.jsonl:1: field 'answer'"),
-        (tiny_rows(3, strategy=...), [], "3 rows have no strategy"),
-        (tiny_rows(3, solution=...), ["--method", "sft"], "3 rows have no solution"),
-        (tiny_rows(3), ["--sft_fraction", 1.0], "leaves none of the 3 problems for RL"),
-        (tiny_rows(3), ["--model", "no-such-model"], "no such folder"),
-        (tiny_rows(3), ["--template", "no-such-file"], "--template no-such-file: "),
-        (tiny_rows(3), ["--cache_tokens", 64], "with its longest response, needs --cache_tokens"),
-        (
-            tiny_rows(3), ["--cache_tokens", 256, "--eval_data", TINY_BASE.parent / "test.jsonl", "--eval_max_new_tokens", 150],
-            "test.jsonl: 'tiny",
-        ),
-    ],
-)
-def test_bad_input_stops_before_any_training(tmp_path, capsys, rows, flags, message):
+# changes to three good rows (with null a field is not there; null for all: no file), flags, a part of the message
+BAD_INPUT = json.loads((ROOT / "tests/bad_input.json").read_text())
+
+
+@pytest.mark.parametrize("changes, flags, message", BAD_INPUT)
+def test_bad_input_stops_before_any_training(tmp_path, changes, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "rows.jsonl"
-    if rows is not None:
-        write_rows(path, [{k: v for k, v in row.items() if v is not ...} for row in rows])
+    if changes is not None:
+        write_rows(path, [{k: v for k, v in row.items() if v is not None} for row in tiny_rows(3, **changes)])
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--data", str(path), "--out", str(tmp_path / "run"), *map(str, flags)])
+        train.main(["--data", str(path), "--out", str(tmp_path / "run"), *flags.split()])
     assert message in str(stopped.value)
     assert not (tmp_path / "run").exists()  # nothing that the corrected run would trip over
-
-
-def test_grpo_needs_no_strategy_and_samples_no_guided_group(tmp_path, worker):
-    rows = [{k: v for k, v in row.items() if k not in ("strategy", "solution")} for row in tiny_rows(4)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    run, examples = make_run(tmp_path, worker, "--data", path, "--method", "grpo", "--sft_fraction", 0)
-    metrics = train.rl_step(run, list(enumerate(examples)), 1, 1e-3)
-    assert metrics["length_guided"] == metrics["distillation_loss"] == metrics["alpha"] == 0
