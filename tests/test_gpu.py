@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kv_cache
 import model as models
 import rollout
 from model import ModelConfig, build_model
-from rollout import generate
+from rollout import generate, pack
 from tests.common import (
     CPU,
     FAMILIES,

@@ -109,7 +109,8 @@ def test_rl_starts_without_the_moments_of_sft_and_each_stage_is_evaluated(tmp_pa
     monkeypatch.setattr(train, "sft_stage", sft_stage)
     monkeypatch.setattr(train, "rl_stage", lambda run, *_: seen.append(bool(run.optimizer.state)))
     monkeypatch.setattr(train, "show", lambda *_: None)
-    monkeypatch.setattr(train, "measure", lambda *_, guided: {"guided": guided})
+    figures = {"accuracy": 0.5, "standard_error": None, "truncation": 0.0}
+    monkeypatch.setattr(train, "measure", lambda *_, guided: figures | {"guided": guided})
     monkeypatch.setattr(train, "accuracy_table", lambda table: seen.append({when: list(table[when]) for when in table}) or "")
     train.stages(run, examples[:1], [], examples[1:], examples[:1])
     assert seen == [True, False, dict.fromkeys(("base", "after SFT", "after sgpo"), ["alone", "guided"])]
@@ -167,8 +168,8 @@ def test_all_rows_that_are_too_long_are_named_at_once(tmp_path, worker):
 def test_what_is_evaluated_and_shown_has_settings_of_its_own(tmp_path, worker, monkeypatch):
     flags = ["--eval_max_new_tokens", 3, "--eval_n", 2, "--eval_temperature", 0.5, "--eval_top_p", 0.9, "--correct_at", 0.25]
     (run, examples), seen = make_run(tmp_path, worker, *flags), []
-    for name in ("evaluate", "show_responses"):
-        monkeypatch.setattr(train, name, lambda *_, **settings: seen.append(settings) or {})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **settings: seen.append(settings) or {})
+    monkeypatch.setattr(train, "sample_and_grade", lambda *_, **settings: seen.append(settings) or ([], [[("", 0.0)]] * 2))
     train.measure(run, [], guided=False)
     train.show(run, examples[0], "before")
     assert seen[0]["n"] == 2 and seen[0]["correct_at"] == 0.25
@@ -314,7 +315,7 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
     assert "at most 1,152 tokens sampled a step (12 responses a problem) and 192 an evaluation" in text  # 3 * 12 * 32, 6 * 32
     for part in ("reward ", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
         assert part in text, part
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="is there already"):
         train.main([*flags, "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         train.main([*flags, "--model", "no-such-org/no-such-model", "--out", str(tmp_path / "other")])
