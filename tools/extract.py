@@ -73,10 +73,8 @@ Messages = list[dict[str, str]]
 
 
 def solution_prompt(problem: str) -> Messages:
-    """Messages that ask for a worked solution, for rows that have none [ours].
-
-    It ends with INSTRUCTION, because the policy is warmed up on such solutions, and they are graded like its own.
-    """
+    """Messages that ask for a worked solution, for rows that have none [ours]. It ends with INSTRUCTION, because the policy is
+    warmed up on such solutions, and they are graded like its own."""
     return _user(f"""Solve the problem below and write the solution down for a reader who wants to learn from it: every \
 step that matters with its reason, in order, without false starts and without remarks about yourself.
 
@@ -88,10 +86,8 @@ step that matters with its reason, in order, without false starts and without re
 
 
 def scoring_prompt(problem: str, solution: str, candidates: Sequence[Strategy]) -> Messages:
-    """Messages that ask for the scores of all candidates of a problem in one call [app B], on the four criteria [tab 5].
-
-    They are scored side by side so that one measure holds for all of them. parse_scores reads the reply [ours].
-    """
+    """Messages that ask for the scores of all candidates of a problem in one call [app B], on the four criteria [tab 5]. They
+    are scored side by side so that one measure holds for all of them. parse_scores reads the reply [ours]."""
     shown = "\n\n".join(
         f"<candidate {i}>\n{format_strategy(candidate)}\n</candidate {i}>" for i, candidate in enumerate(candidates, start=1)
     )
@@ -122,11 +118,9 @@ else: its number and a colon as below, then its four scores in place of the name
 
 
 def parse_scores(text: str, n: int) -> list[dict[str, float]]:
-    """The scores in a reply to scoring_prompt with n candidates: n dicts {criterion: 0.0 to 1.0}, in the candidates' order.
-
-    The reply has one line for each candidate, "2: 0.9 1.0 0.8 1.0"; empty lines do no harm. ValueError naming the line
-    for anything else.
-    """
+    """The scores in a reply to scoring_prompt with n candidates: n dicts {criterion: 0.0 to 1.0}, in the candidates' order. The
+    reply has one line for each candidate, "2: 0.9 1.0 0.8 1.0"; empty lines do no harm. ValueError naming the line for anything
+    else."""
     lines, scores = [line.strip() for line in text.splitlines() if line.strip()], []
     if len(lines) != n:
         raise ValueError(f"scores reply: expected {n} lines, got {len(lines)}: {text[:200]!r}")
@@ -139,10 +133,8 @@ def parse_scores(text: str, n: int) -> list[dict[str, float]]:
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
-    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B].
-
-    Rounded: tenths that add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H].
-    """
+    """The mean of one candidate's scores over CRITERIA: the candidate with the highest is kept [app B]. Rounded: tenths that
+    add up to 3.2 must not end below 0.8, from which on the paper's audit says "high" [app H]."""
     return round(statistics.fmean(scores[name] for name in CRITERIA), 6)
 
 
@@ -168,10 +160,8 @@ class NoAnswer(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart.
-
-    finish: why the text ended. One of WHOLE ends a whole one; all others ("length", "content_filter", null, ...) broke it off.
-    """
+    """One paid reply. usage: prompt_tokens, completion_tokens, or {}. reasoning: thoughts that the server keeps apart. finish:
+    why the text ended. One of WHOLE ends a whole one; all others ("length", "content_filter", null, ...) broke it off."""
 
     text: str
     finish: str | None
@@ -221,11 +211,9 @@ def request_body(settings: Record, step: str, index: int, messages: Messages) ->
 
 
 class Server:
-    """A chat server, asked through the openai package.
-
-    A request is repeated after a failed connection, a timeout, a reply without an answer, and a status that may pass
-    [PASSING], up to --retries times. Not by the package: that waits without a word, and asks again when the money is gone.
-    """
+    """A chat server, asked through the openai package. A request is repeated after a failed connection, a timeout, a reply
+    without an answer, and a status that may pass [PASSING], up to --retries times. Not by the package: that waits without a
+    word, and asks again when the money is gone."""
 
     def __init__(self, args: Namespace, environment: dict[str, str]) -> None:
         url = urlsplit(args.endpoint)
@@ -278,10 +266,8 @@ class Server:
         raise (Refused if status in (403, 404, 451) else RowFailed)(f"no answer: {reason}")
 
     def _read(self, error: Exception) -> tuple[int | None, float | None, str]:
-        """(status, seconds to wait, reason) of a failed try; None for what the server does not say.
-
-        An error inside a reply has a status too. It is 402 for all that say that the money is gone.
-        """
+        """(status, seconds to wait, reason) of a failed try; None for what the server does not say. An error inside a reply has
+        a status too. It is 402 for all that say that the money is gone."""
         status, headers, text = None, {}, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error)
         if isinstance(error, NoAnswer):
             text, status = error.args
@@ -311,10 +297,8 @@ def retry_after(headers: Mapping[str, str], text: str) -> float | None:
 
 
 def read_reply(reply: Any) -> Answer:
-    """The Answer in a reply, an openai ChatCompletion. NoAnswer if there is none in it.
-
-    The package checks no field, so any may be missing. An empty text is an answer too: it is paid, and cannot be read.
-    """
+    """The Answer in a reply, an openai ChatCompletion. NoAnswer if there is none in it. The package checks no field, so any may
+    be missing. An empty text is an answer too: it is paid, and cannot be read."""
     choice = message = None
     with suppress(AttributeError, LookupError, TypeError):
         choice = reply.choices[0]
@@ -337,10 +321,8 @@ def read_reply(reply: Any) -> Answer:
 
 
 def text_of(value: Any, *kinds: str) -> str:
-    """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}.
-
-    The end of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?".
-    """
+    """A field's text, "" if it has none: a string, or the joined parts of these types, {"type": "text", "text": "..."}. The end
+    of a part's type names its field. Half of a surrogate pair, which cannot be written as UTF-8, becomes "?"."""
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") in kinds]
         value = "".join(text_of(part.get(part.get("type", "text").split("_")[-1]), "text") for part in parts)
@@ -423,10 +405,8 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, start: Record) -> Iterator[Journal]:
-    """The journal at `path`, made if there is none, with the answers in it, locked against a second run.
-
-    start: the line of this run. ValueError if the journal's answers were made with other settings.
-    """
+    """The journal at `path`, made if there is none, with the answers in it, locked against a second run. start: the line of
+    this run. ValueError if the journal's answers were made with other settings."""
     with path.open("a+b") as stream:
         lock(stream, f"{path}: another run is writing it, and both would pay for the same answers", tqdm.write)
         journal = Journal(stream)
@@ -469,11 +449,9 @@ def to_line(record: Record) -> bytes:
 
 
 def extract_row(row: Problem, ask: Ask, verdict: Verdict, args: Namespace) -> tuple[Record, Problem | None]:
-    """(the journal's record of a row, the row with solution and strategy, or None if it failed).
-
-    The record: row, kept (the candidate's index), failed (the reason, or null), candidates: a list of {index, strategy,
-    rejected: [kind, detail] or null, scores}.
-    """
+    """(the journal's record of a row, the row with solution and strategy, or None if it failed). The record: row, kept (the
+    candidate's index), failed (the reason, or null), candidates: a list of {index, strategy, rejected: [kind, detail] or null,
+    scores}."""
     record = {"kind": "row", "row": row.id, "kept": None, "failed": None, "candidates": []}
     try:
         row = replace(row, solution=right_solution(row, ask, verdict, args.solution_tries))
@@ -509,12 +487,10 @@ def right_solution(row: Problem, ask: Ask, verdict: Verdict, tries: int) -> str:
 
 
 def chosen_strategy(row: Problem, ask: Ask, args: Namespace, record: Record) -> Strategy:
-    """The best of k candidates. Fills record's candidates.
-
-    A round asks for what is missing: for k candidates (k more if none of those before is left), then for the scores of all
-    that are left, in one call. There are up to --rounds of them. The strategy is extracted from the whole response [tab 4].
-    The leak filter and the scorer get it without its thoughts [ours], which hold every number that was tried.
-    """
+    """The best of k candidates. Fills record's candidates. A round asks for what is missing: for k candidates (k more if none
+    of those before is left), then for the scores of all that are left, in one call. There are up to --rounds of them. The
+    strategy is extracted from the whole response [tab 4]. The leak filter and the scorer get it without its thoughts [ours],
+    which hold every number that was tried."""
     written = without_thoughts(row.solution)
     if not written:
         raise RowFailed("its solution is nothing but thoughts")
@@ -565,10 +541,8 @@ def judge_candidate(index: int, reply: Answer, row: Problem, others: Sequence[Re
 
 
 def score_candidates(candidates: Sequence[Record], reply: Answer) -> str | None:
-    """Put the scores into the candidates' records. Returns why the reply is of no use, or None.
-
-    A candidate from which the answer can be read, by its score, is out even if no other is left [ours].
-    """
+    """Put the scores into the candidates' records. Returns why the reply is of no use, or None. A candidate from which the
+    answer can be read, by its score, is out even if no other is left [ours]."""
     if fault := reply.fault():
         return ": ".join(["scores", *fault])
     try:
@@ -613,11 +587,8 @@ def extract(args: Namespace) -> int:
 def ask_all(
     rows: Sequence[Problem], journal: Journal, model: Server | LocalModel, verdict: Verdict, args: Namespace
 ) -> list[tuple[Record, Problem | None]]:
-    """extract_row's result for each row, with every answer from the journal or put into it.
-
-    Rows are worked on in --workers threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way
-    are waited for and kept.
-    """
+    """extract_row's result for each row, with every answer from the journal or put into it. Rows are worked on in --workers
+    threads. The first Stop, or Ctrl-C, ends all of them; the answers that are on their way are waited for and kept."""
     settings, stop = settings_of(args), model.stop
     ended_by, asking = [], set()  # the exceptions that ended it; ids of the rows whose request is on its way
 

@@ -4,7 +4,8 @@ python tools/gpu_step.py --out step.json                        Qwen2.5-1.5B's s
 python tools/gpu_step.py --out step.json --lora                 Qwen2.5-7B's with adapters of rank 16, as on a card of 80 GB
 python tools/gpu_step.py --out step.json --quick --device cpu   a toy: does it run
 
-sampling   256 rows: tokens/s, the share of the machine's floor (bench.py), time by kernel
+sampling   256 rows: tokens/s, the share of the machine's floor (bench.py), kernels a layer of a decode step and time by kernel,
+           the host's time for a step, and for capturing its graph
 step       the two halves of sgpo_step, with their peaks of memory beside those that plan.py predicts; the update's share of the
            matrix peak and its time by kernel, with and without recomputation in passes of 16,384 tokens, and with the defaults;
            the sampler's log-probabilities against the trainer's
@@ -12,18 +13,21 @@ step       the two halves of sgpo_step, with their peaks of memory beside those 
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kv_cache import pages_for
+from kv_cache import Decoder, pages_for
 from lora import add_adapters
 from model import CausalLM, ModelConfig, inverse_frequencies
 from parallel import apply_gradients, leave, shard, trained, whole_model
@@ -82,13 +86,29 @@ def predicted_update(job: plan.Job, samples: Sequence[ProblemSamples]) -> tuple[
 # ---------------------------------------------------------------------------------------------------- measurements
 
 
-def time_by_kernel(work: Callable[[], Any], device: torch.device) -> list[str]:
-    """The lines of PyTorch's own table of one call: the kernels (on a CPU the operations) that took longest, and their sum."""
+def time_by_kernel(work: Callable[[], Any], device: torch.device) -> tuple[list[str], int]:
+    """The lines of PyTorch's own table of one call: the kernels (on a CPU the operations) that took longest, and their sum; and
+    how many kernels (operations) ran."""
     with torch.profiler.profile() as profile:
         bench.measured(work, device)
-    longest_first = f"self_{device.type}_time_total"
-    table = profile.key_averages().table(sort_by=longest_first, row_limit=24, max_name_column_width=90)
-    return table.splitlines()
+    events, longest_first = profile.key_averages(), f"self_{device.type}_time_total"
+    table = events.table(sort_by=longest_first, row_limit=24, max_name_column_width=90)
+    return table.splitlines(), sum(event.count for event in events if event.device_type.name.lower() == device.type)
+
+
+def host_times(work: Callable[[], Any]) -> dict[str, float]:
+    """The host's time for a decode step of one call: the median, and the longest, in which it captures a graph."""
+    seconds, decode = [], Decoder.__call__
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = decode(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    with patch.object(Decoder, "__call__", timed):
+        work()
+    return {"host_ms_a_step": 1000 * statistics.median(seconds), "longest_step_s": max(seconds)}
 
 
 def sampling_part(model: CausalLM, args: argparse.Namespace) -> dict[str, Any]:
@@ -107,9 +127,10 @@ def sampling_part(model: CausalLM, args: argparse.Namespace) -> dict[str, Any]:
             work = partial(bench.sample_groups, policy, prompts, seed=0, top_p=top_p)
             rate = bench.per_second(partial(work, lengths), sum(lengths), args.device, args.repeats)
             share = floor * rate["median"] / sum(lengths)
-            kernels = time_by_kernel(partial(work, short), args.device)
-            result[f"top_p {top_p}"] = {"tokens_per_s": rate, "floor_share": share, "kernels_of_32_tokens": kernels}
-            print(f"  sampling, top_p {top_p:4}  {rate['median']:9.0f} tokens/s, {100 * share:.0f} % of the floor", flush=True)
+            table, count = time_by_kernel(partial(work, short), args.device)
+            row = {"kernels_a_layer": count / max(short) / len(policy.model.layers), **host_times(partial(work, short))}
+            print(f"  top_p {top_p}: {rate['median']:.0f} tokens/s, {100 * share:.0f} % of the floor", row, flush=True)
+            result[f"top_p {top_p}"] = {"tokens_per_s": rate, "floor_share": share, **row, "kernels_of_32_tokens": table}
     return result
 
 
@@ -155,10 +176,10 @@ def step_part(model: CausalLM, optimizer: Any, settings: Config, args: argparse.
             result[name] = {"planned_gb": predicted[1] / 1e9, "failed": repr(error)[:200]}
             continue
         sizes = {"passes": plan.passes_text(changed), "share_of_peak": flops / seconds / limit}
-        result[name] = memory_row(name, predicted, peak + resident, seconds, sizes)
+        result[name] = memory_row(name, predicted, peak + resident, seconds, **sizes)
         if "logprob_error" not in result:  # of the first update alone: then the policy has moved
             result |= {error: metrics[error] for error in ("logprob_error_mean", "logprob_error_p999", "logprob_error")}
-        result[name]["kernels_of_4_problems"] = time_by_kernel(partial(work, samples[:4], 1e-6), device)
+        result[name]["kernels_of_4_problems"] = time_by_kernel(partial(work, samples[:4], 1e-6), device)[0]
     model.zero_grad()
     return result
 
@@ -177,11 +198,9 @@ def update_flops(job: plan.Job, samples: Sequence[ProblemSamples]) -> float:
     return total
 
 
-def memory_row(
-    name: str, predicted: tuple[str, float], measured: float, seconds: float, more: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def memory_row(name: str, predicted: tuple[str, float], measured: float, seconds: float, **more: Any) -> dict[str, Any]:
     phase, planned = predicted
-    row = {"phase": phase, "planned_gb": planned / 1e9, "measured_gb": measured / 1e9, "seconds": seconds, **(more or {})}
+    row = {"phase": phase, "planned_gb": planned / 1e9, "measured_gb": measured / 1e9, "seconds": seconds, **more}
     print(f"  {name:19} {json.dumps(row)}", flush=True)
     return row
 
