@@ -57,5 +57,4 @@ def test_from_the_problems_to_an_evaluation(tmp_path, monkeypatch):
     train.main([*flags, *run.split(), "--out", str(tmp_path / "run")])
     evaluation.main([*flags, "--data", f"{tmp_path}/test.jsonl", "--n", "2", "--out", f"{tmp_path}/out.json"])
     (figures,) = json.loads((tmp_path / "out.json").read_text())["files"].values()
-    # two steps of 3 * (4 + 2), four responses to look at, and 3 * 2 in the evaluation
-    assert graded == [0, 1] * 23 and figures["accuracy"] == figures["reward"] == 0.5
+    assert graded == [0, 1] * (18 + 2 + 3) and figures["accuracy"] == figures["reward"] == 0.5  # steps, those shown, evaluation
