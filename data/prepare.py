@@ -5,6 +5,7 @@ r"""Training data and benchmarks, from their published files into this project's
     python data/prepare.py gsm8k --part train --source hub --out data/gsm8k
     python data/prepare.py math --source MATH/train --out data/math         # Hendrycks' folders, or a file of such rows
     python data/prepare.py jsonl --source mine.jsonl --problem_column question --answer_column answer --out data/mine
+    python data/prepare.py gym --out data/gym --seed 0                      # no file: problems made by reasoning-gym (make_gym)
 
 and in the same way math500, amc23, olympiad, aime24, aime25, minerva, mawps, svamp, asdiv, solutions. `--source` is a file
 (jsonl, a JSON array or parquet, told apart by their content) or `hub`, which downloads it at the commit in sources.jsonl. Each
@@ -56,7 +57,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.problems import Problem, load_problems, raise_all
-from grader import MathWorker, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
+from grader import MathWorker, UserReward, extract_answer, is_correct, normalise_answer, same_answer, why_unusable
 from strategy import Strategy, auto_messages, guided_messages
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -588,6 +589,36 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
     report(out, entry)
 
 
+def make_gym(options: argparse.Namespace) -> None:
+    """Problems of reasoning-gym: for each task in gym_strategies.json --count rows in train.jsonl, --test_count in test.jsonl.
+
+    They have no answer, because there may be many: examples/gym_reward.py asks the package's verifier, for which `entry` has
+    the package's answer and metadata. No problem comes twice, nor with its words or letters in another order.
+    """
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ValueError("gym: the problems come from one more package: pip install reasoning-gym") from None
+    rows, wanted = {"test": [], "train": []}, options.test_count + options.count
+    for task, strategy in json.loads(Path(__file__).with_name("gym_strategies.json").read_text(encoding="utf-8")).items():
+        found = {}
+        # Problem i comes from the package's seed + i: as they are, our seeds 0 and 1 would have all problems but one in common.
+        for entry in reasoning_gym.create_dataset(task, seed=options.seed * 1_000_003, size=10 * wanted):
+            found.setdefault(tuple(sorted(re.findall(r"\w+", entry["question"]))), entry)
+            if len(found) == wanted:
+                break
+        else:
+            raise ValueError(f"{task} has {len(found)} different problems, --count and --test_count ask for {wanted}")
+        for number, entry in enumerate(found.values()):
+            problem, extra = entry.pop("question").strip(), {"entry": entry}
+            row = Row(task, f"{task}-{number}", problem, "", None, Strategy.from_dict(strategy), extra)
+            rows["test" if number < options.test_count else "train"].append(row)
+    with UserReward(f"{Path(__file__).resolve().parent.parent / 'examples/gym_reward.py'}:score", 60) as grader:
+        for part, its_rows in rows.items():
+            write(options.out / f"{part}.jsonl", its_rows, {"command": options.typed, "versions": versions()}, grader)
+            print(f"{options.out / part}.jsonl: {len(its_rows)} rows")
+
+
 def read_manifest(folder: Path) -> dict[str, dict]:
     path = folder / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -600,8 +631,9 @@ def is_entered(out: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """What may change the outcome: the interpreter, the grader's packages, and the reader of parquet if it was used."""
-    packages = ["math-verify", "sympy", "latex2sympy2_extended"] + ["pyarrow"] * ("pyarrow" in sys.modules)
+    """What may change the outcome: the interpreter, the grader's packages, and the optional ones that were used."""
+    packages = ["math-verify", "sympy", "latex2sympy2_extended"]
+    packages += [name for name in ("pyarrow", "reasoning_gym") if name in sys.modules]
     return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
 
 
@@ -670,6 +702,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--sha256", help="checksum to expect instead of the pinned one; `any` takes whatever is there")
         if command not in BENCHMARKS:
             _training_arguments(sub, command)
+    sub = commands.add_parser("gym", allow_abbrev=False)
+    sub.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl and manifest.json")
+    sub.add_argument("--seed", type=int, default=0, help="of the problems (default: %(default)s)")
+    sub.add_argument("--count", type=int, default=300, help="training rows of each task (default: %(default)s)")
+    sub.add_argument("--test_count", type=int, default=50, help="test rows of each task (default: %(default)s)")
+    sub.set_defaults(max_tokens=None)
     return parser
 
 
@@ -715,7 +753,7 @@ def find_benchmarks(folder: Path) -> dict[str, Path]:
 
 
 def run(options: argparse.Namespace, folder: Path, worker: MathWorker) -> None:
-    """One command: find or fetch its files (downloads go to `folder`), convert each."""
+    """One command: find or fetch its files (downloads go to `folder`), convert each; `gym` makes its rows."""
     if options.command == "benchmarks":
         left = [command for command in BENCHMARKS if not is_entered(options.out / f"{command}.jsonl")]
         if len(left) < len(BENCHMARKS):
@@ -725,9 +763,12 @@ def run(options: argparse.Namespace, folder: Path, worker: MathWorker) -> None:
             changes = {"command": command, "part": command, "source": local.get(command, "hub")}
             run(argparse.Namespace(**vars(options) | changes), folder, worker)
         return
-    out = options.out / f"{options.part}.jsonl"
-    if out.exists():  # asked before a download, and before minutes of grading
-        raise ValueError(f"{out}: already there; remove it or name another folder with --out")
+    for part in ("train", "test") if options.command == "gym" else (options.part,):
+        out = options.out / f"{part}.jsonl"
+        if out.exists():  # asked before a download, and before minutes of grading
+            raise ValueError(f"{out}: already there; remove it or name another folder with --out")
+    if options.command == "gym":
+        return make_gym(options)
     path, origin = Path(options.source), None
     if options.source == "hub":
         known = [s for s in SOURCES if (s.command, s.part) == (options.command, options.part)]
@@ -743,8 +784,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Convert from the command line. ValueError, one line per fault, or OSError for whatever is wrong with the input."""
     options = build_parser().parse_args(arguments)
     options.typed = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if arguments is None else arguments)])
-    if options.count is not None and options.count < 1:
-        raise ValueError(f"--count must be at least 1, got {options.count}")
+    for name in ("count", "test_count"):
+        if (number := getattr(options, name, None)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
     if options.max_tokens and not re.fullmatch("[1-9][0-9]*", options.max_tokens[1]):
         raise ValueError(f"--max_tokens MODEL N: N must be a positive whole number, got {options.max_tokens[1]!r}")
     with tempfile.TemporaryDirectory() as folder, MathWorker() as worker:
