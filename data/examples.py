@@ -115,9 +115,7 @@ def split_examples(
     examples: list[Example], cfg: Any, context: int
 ) -> tuple[list[Example], list[Example], list[Example], list[str]]:
     """(for SFT, for its validation, for RL, notes to print): a seeded split without overlap. --method sft takes all for SFT.
-
-    SFT leaves out the rows that are too long for it. ValueError if that leaves it none, or if none are left for RL.
-    """
+    SFT leaves out the rows that are too long for it. ValueError if that leaves it none, or if none are left for RL."""
     for_sft, for_rl, notes = examples, [], []
     if cfg.method != "sft":
         order = shuffled(examples, stream_seed(cfg.data_seed, "split"))

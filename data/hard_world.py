@@ -86,11 +86,8 @@ def word_choices(seed: int) -> dict[str, int]:
 
 
 def families(seed: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) names.
-
-    A pair of shifts (s, t) makes eight names, word i with i + s and i + t, and so uses every word once: all words are equally
-    frequent in both lists, and different pairs have no name in common.
-    """
+    """(training, held-out) names. A pair of shifts (s, t) makes eight names, word i with i + s and i + t, and so uses every
+    word once: all words are equally frequent in both lists, and different pairs have no name in common."""
     n = len(WORDS[0])
     shifts = random.Random(f"families {seed}").sample(list(product(range(n), range(n))), 2 * FAMILIES // n)
     names = [f"{WORDS[0][i]} {WORDS[1][(i + s) % n]} {WORDS[2][(i + t) % n]}" for s, t in shifts for i in range(n)]
@@ -191,9 +188,7 @@ def build_tokenizer():
 
 def base_example(rng: random.Random, truth: dict[str, int]) -> tuple[list[dict], str]:
     """One (chat messages, response): half are unguided, half guided by random choices, of these one in five with open steps.
-
-    Names are of all mixes of words: what is held out is held out of RL, as with a real model.
-    """
+    Names are of all mixes of words: what is held out is held out of RL, as with a real model."""
     name, x, y = " ".join(rng.choice(words) for words in WORDS), rng.randrange(10), rng.randrange(10)
     guided = rng.random() < 0.5
     (way,) = rng.choices(WAYS, SHARES["guided" if guided else "alone"])

@@ -70,9 +70,7 @@ SHINGLE, JACCARD = 5, 0.5  # near-duplicates: find_overlap
 @dataclass(frozen=True)
 class Source:
     """A published file: `file` of `repo` at commit `revision`, on GitHub or in a Hugging Face dataset repository (`host`).
-
-    command, part: what reads it, and the name of the output file. None if revision, file or sha256 could not be looked up.
-    """
+    command, part: what reads it, and the name of the output file. None if revision, file or sha256 could not be looked up."""
 
     command: str
     part: str
@@ -107,11 +105,9 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(source: Source, revision: str | None, file: str | None, folder: Path) -> tuple[Path, dict]:
-    """Download a source; (path, what the manifest says of it). revision and file override the table's.
-
-    From GitHub into `folder`, from the Hugging Face hub into that library's cache (HF_HOME, HF_ENDPOINT and HF_TOKEN
-    hold). ValueError if one of the two is unknown, if the revision is not a whole commit hash, or if nothing comes.
-    """
+    """Download a source; (path, what the manifest says of it). revision and file override the table's. From GitHub into
+    `folder`, from the Hugging Face hub into that library's cache (HF_HOME, HF_ENDPOINT and HF_TOKEN hold). ValueError if one of
+    the two is unknown, if the revision is not a whole commit hash, or if nothing comes."""
     revision, file = revision or source.revision, file or source.file
     for name, value in (("revision", revision), ("file", file)):
         if not value:
@@ -134,11 +130,9 @@ def fetch(source: Source, revision: str | None, file: str | None, folder: Path) 
 
 
 def identify(command: str, part: str, path: Path, expected: str | None, origin: dict | None) -> dict:
-    """The manifest's entry on the file that is read: path ("hub" with an `origin`), sha256, repo, file and revision.
-
-    origin: what fetch says; a local file's is looked up by its checksum, and is None if the table does not have it.
-    expected: --sha256, a checksum, or "any"; None: one of the table's. ValueError naming both if the file has another.
-    """
+    """The manifest's entry on the file that is read: path ("hub" with an `origin`), sha256, repo, file and revision. origin:
+    what fetch says; a local file's is looked up by its checksum, and is None if the table does not have it. expected: --sha256,
+    a checksum, or "any"; None: one of the table's. ValueError naming both if the file has another."""
     sha256 = sha256_of(path)
     known = {source.sha256: source for source in SOURCES if (source.command, source.part) == (command, part) and source.sha256}
     if expected is None and known and path.is_file() and sha256 not in known:
@@ -157,9 +151,7 @@ def identify(command: str, part: str, path: Path, expected: str | None, origin: 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """("line 12", the line's bytes) of a jsonl file, else ("row 12", the row): parquet, a JSON array, a folder of JSON files.
-
-    Rows of a folder are named by their path. Lines are left undecoded so that every bad one can be reported, not the first.
-    """
+    Rows of a folder are named by their path. Lines are left undecoded so that every bad one can be reported, not the first."""
     if path.is_dir():
         yield from ((file.relative_to(path).as_posix(), file.read_bytes()) for file in sorted(path.rglob("*.json")))
         return
@@ -233,10 +225,8 @@ class Row:
 
 
 def clean_answer(value: str | int | float) -> str:
-    r"""A reference answer as a string: delimiters and an outer box off, 045 -> 45, 4.0 -> 4, and nothing else.
-
-    The grader decides what is equal. Here only what is beyond doubt is rewritten: 2.50 may be money.
-    """
+    r"""A reference answer as a string: delimiters and an outer box off, 045 -> 45, 4.0 -> 4, and nothing else. The grader
+    decides what is equal. Here only what is beyond doubt is rewritten: 2.50 may be money."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"the answer is not a finite number, {value!r}")
@@ -306,10 +296,8 @@ def columns_row(row: dict, options: argparse.Namespace) -> Fields:
 
 
 def _box_tagged_answer(solution: str) -> str:
-    r"""A solution that ends in <answer>x</answer> with the tag turned into a box, as our prompt asks; else as it is.
-
-    The thoughts before it stay, as the worked solution; the tags around them go (some traces spell one "\end{think>").
-    """
+    r"""A solution that ends in <answer>x</answer> with the tag turned into a box, as our prompt asks; else as it is. The
+    thoughts before it stay, as the worked solution; the tags around them go (some traces spell one "\end{think>")."""
     match = re.fullmatch(r"(.*)<answer>(.*?)</answer>\s*", solution, re.DOTALL)
     if not match:
         return solution
@@ -352,10 +340,8 @@ class Dropped(dict):
 
 
 def normal_text(text: str) -> str:
-    r"""A problem's text for comparison: NFC, no case, straight quotes, \dfrac as \frac, no LaTeX spacing, single blanks.
-
-    Not NFKC, which makes 52 of 5². Coarser than load_problems, which only looks past blanks.
-    """
+    r"""A problem's text for comparison: NFC, no case, straight quotes, \dfrac as \frac, no LaTeX spacing, single blanks. Not
+    NFKC, which makes 52 of 5². Coarser than load_problems, which only looks past blanks."""
     text = unicodedata.normalize("NFC", text).casefold().translate(str.maketrans("’‘“”", "''\"\""))
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
     text = re.sub(r"(?<!\\)\\[,;:! ]|~", " ", text)
@@ -380,24 +366,19 @@ def drop_repeats(rows: list[Row], dropped: Dropped, worker: MathWorker) -> tuple
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
-    """All runs of SHINGLE words (letters and digits, LaTeX commands without the stroke) of a normalised text.
-
-    A shorter text is one run, so that two of them are near only if they are the same words. Drawings are left out: one
-    copy of AIME24 has them and another does not.
-    """
+    """All runs of SHINGLE words (letters and digits, LaTeX commands without the stroke) of a normalised text. A shorter text is
+    one run, so that two of them are near only if they are the same words. Drawings are left out: one copy of AIME24 has them
+    and another does not."""
     words = re.findall(r"[^\W_]+", re.sub(r"\[asy\].*?\[/asy\]", " ", normal_text(text)))
     return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))} if words else set()
 
 
 def find_overlap(problems: Sequence[str], others: dict[str, str]) -> dict[int, tuple[str, float]]:
-    """{index of a problem: (key of the nearest of the others, similarity)} for those that are in both.
-
-    In both [ours]: the same normal_text (similarity 1), or a Jaccard index |A & B| / |A | B| of the two sets of five-word
-    runs of at least JACCARD. Not the usual "any 13 words in a row": in competition problems whole sentences are formulas
-    of speech ("... where m and n are relatively prime positive integers. Find m + n."). The price: a problem that is
-    quoted inside a text of more than twice its length is not found. Exact, by an inverted index; time grows with the
-    number of shared runs.
-    """
+    """{index of a problem: (key of the nearest of the others, similarity)} for those that are in both. In both [ours]: the same
+    normal_text (similarity 1), or a Jaccard index |A & B| / |A | B| of the two sets of five-word runs of at least JACCARD. Not
+    the usual "any 13 words in a row": in competition problems whole sentences are formulas of speech ("... where m and n are
+    relatively prime positive integers. Find m + n."). The price: a problem that is quoted inside a text of more than twice its
+    length is not found. Exact, by an inverted index; time grows with the number of shared runs."""
     texts = {normal_text(text): key for key, text in others.items()}
     sets = [(key, shingles(text)) for key, text in others.items()]
     containing: dict[tuple[str, ...], list[int]] = {}
@@ -591,10 +572,8 @@ def convert(path: Path, origin: dict | None, options: argparse.Namespace, worker
 
 def make_gym(options: argparse.Namespace) -> None:
     """Problems of reasoning-gym: for each task in gym_strategies.json --count rows in train.jsonl, --test_count in test.jsonl.
-
     They have no answer, because there may be many: examples/gym_reward.py asks the package's verifier, for which `entry` has
-    the package's answer and metadata. No problem comes twice, nor with its words or letters in another order.
-    """
+    the package's answer and metadata. No problem comes twice, nor with its words or letters in another order."""
     try:
         import reasoning_gym
     except ImportError:

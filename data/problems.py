@@ -156,12 +156,10 @@ def digests(tokenizer: object, **rows: Iterable[object]) -> dict[str, str]:
 
 
 def shuffled_strategies(strategies: Sequence[Strategy], seed: int) -> list[Strategy]:
-    """Each row's strategy replaced by one of another problem type [ours; the idea is arXiv 2608.09228's].
-
-    A control: does the content of a strategy matter, or would any second view of the problem do? strategies: one for
-    each row. Returns a permutation of them, drawn by the seed, in which no row has a strategy of its own type (types are
-    compared as text, whatever their case). ValueError if more than half of the rows have one type: then there is none.
-    """
+    """Each row's strategy replaced by one of another problem type [ours; the idea is arXiv 2608.09228's]. A control: does the
+    content of a strategy matter, or would any second view of the problem do? strategies: one for each row. Returns a
+    permutation of them, drawn by the seed, in which no row has a strategy of its own type (types are compared as text, whatever
+    their case). ValueError if more than half of the rows have one type: then there is none."""
     types = [strategy.type.lower() for strategy in strategies]
     for name, rows in Counter(types).most_common(1):
         if 2 * rows > len(types):

@@ -115,12 +115,10 @@ def hf_name(name):
 
 
 def unpermute(weight, heads):
-    """Undo llama.cpp's reordering of the rows of a query or key projection.
-
-    weight: (heads * d, width). llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head, Hugging Face rows
-    (0, d/2), (1, d/2 + 1), ...; its converter therefore interleaves the two halves of every head, and here they are
-    pulled apart again. Left out, nothing fails: the perplexity of a plain English paragraph rises from 19 to 110.
-    """
+    """Undo llama.cpp's reordering of the rows of a query or key projection. weight: (heads * d, width). llama.cpp rotates
+    neighbouring rows (0, 1), (2, 3), ... of a head, Hugging Face rows (0, d/2), (1, d/2 + 1), ...; its converter therefore
+    interleaves the two halves of every head, and here they are pulled apart again. Left out, nothing fails: the perplexity of a
+    plain English paragraph rises from 19 to 110."""
     rows, width = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, width)  # (heads, d/2, half, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
@@ -140,12 +138,10 @@ def convert_tensors(reader, meta, dtype):
 
 
 def make_tokenizer(meta):
-    """The tokenizers.Tokenizer: byte-level BPE after a split into single digits; special tokens stay whole.
-
-    The header names the pre-tokenizer ("smollm") and does not describe it: digits one by one, then GPT-2's pattern, no
-    normaliser, nothing added at the ends. 21 bytes are not in the vocabulary (those that UTF-8 never uses, a few control
-    characters, the unused planes 4 to 11); they vanish without a trace, as in the original.
-    """
+    """The tokenizers.Tokenizer: byte-level BPE after a split into single digits; special tokens stay whole. The header names
+    the pre-tokenizer ("smollm") and does not describe it: digits one by one, then GPT-2's pattern, no normaliser, nothing added
+    at the ends. 21 bytes are not in the vocabulary (those that UTF-8 never uses, a few control characters, the unused planes 4
+    to 11); they vanish without a trace, as in the original."""
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -160,11 +156,9 @@ def make_tokenizer(meta):
 
 
 def make_tokenizer_config(meta):
-    """tokenizer_config.json as a dict, with the file's own chat template.
-
-    PreTrainedTokenizerFast takes tokenizer.json as it is. GPT2Tokenizer, which the original names, would put in its own
-    pre-tokenizer (transformers 5) and lose the split into digits.
-    """
+    """tokenizer_config.json as a dict, with the file's own chat template. PreTrainedTokenizerFast takes tokenizer.json as it
+    is. GPT2Tokenizer, which the original names, would put in its own pre-tokenizer (transformers 5) and lose the split into
+    digits."""
     tokens = meta["tokenizer.ggml.tokens"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -69,21 +69,17 @@ CHOICES: tuple[tuple[Operation, Operation], ...] = (
 
 
 def machine_choices(seed: int) -> dict[str, tuple[int, int, int]]:
-    """The hidden truth: for each machine, which operation (0 or 1) it takes at each of the three choices.
-
-    All eight combinations appear twice, so that no choice can be guessed from the others.
-    """
+    """The hidden truth: for each machine, which operation (0 or 1) it takes at each of the three choices. All eight
+    combinations appear twice, so that no choice can be guessed from the others."""
     combinations = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)] * (len(MACHINES) // 8)
     random.Random(f"machines {seed}").shuffle(combinations)
     return dict(zip(MACHINES, combinations, strict=True))
 
 
 def run_machine(machine: str, choices: tuple[int, int, int], x: int, y: int) -> tuple[str, int]:
-    """(the response that carries the three operations out, the answer).
-
-    The machine is named before each choice. A model this small finds it hard to look back for the name at the right moment:
-    without the repetition it knew nothing about single machines, and RL had nothing to amplify.
-    """
+    """(the response that carries the three operations out, the answer). The machine is named before each choice. A model this
+    small finds it hard to look back for the name at the right moment: without the repetition it knew nothing about single
+    machines, and RL had nothing to amplify."""
     (combine, _, f), (change, _, g), (keep, _, h) = (CHOICES[i][choice] for i, choice in enumerate(choices))
     combined = f(x, y)
     changed = g(combined, 0)
@@ -105,10 +101,8 @@ def strategy_of(machine: str, choices: tuple[int, int, int]) -> Strategy:
 
 
 def make_rows(seed: int) -> dict[str, list[dict]]:
-    """The rows of train, test and valid in the format of data/README.md; a machine's operand pair is in one of them only.
-
-    valid is for choosing settings (a learning rate), so that test has not been looked at before the last run.
-    """
+    """The rows of train, test and valid in the format of data/README.md; a machine's operand pair is in one of them only. valid
+    is for choosing settings (a learning rate), so that test has not been looked at before the last run."""
     truth = machine_choices(seed)
     names = [name for name, count in PAIRS.items() for _ in range(count)]
     splits: dict[str, list[dict]] = {name: [] for name in PAIRS}
@@ -144,10 +138,8 @@ def build_tokenizer():
 
 
 def word_tokenizer(texts: list[str]):
-    """A word-level tokenizer over the words of these texts, with a chat template of the ChatML kind.
-
-    One token a word, digit, punctuation mark, and one for "\\boxed{". <|im_end|> ends a turn and a response.
-    """
+    """A word-level tokenizer over the words of these texts, with a chat template of the ChatML kind. One token a word, digit,
+    punctuation mark, and one for "\\boxed{". <|im_end|> ends a turn and a response."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -180,10 +172,8 @@ def word_tokenizer(texts: list[str]):
 
 
 def base_config(vocab_size: int, eos_id: int) -> ModelConfig:
-    """A Llama-shaped model of 0.7 M parameters: 4 layers, width 128.
-
-    Not a Qwen2: for that model type AutoTokenizer puts Qwen's own pre-tokenizer in place of the one in tokenizer.json.
-    """
+    """A Llama-shaped model of 0.7 M parameters: 4 layers, width 128. Not a Qwen2: for that model type AutoTokenizer puts Qwen's
+    own pre-tokenizer in place of the one in tokenizer.json."""
     raw = {
         "model_type": "llama",
         "vocab_size": vocab_size,

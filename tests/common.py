@@ -201,10 +201,8 @@ def strategy_example():
 
 class ChatServer:
     """A chat server on loopback whose every reply is scripted: script(handler, body, number) with the number of the request.
-
     The script returns a str (the content of a completion), or (status, headers, payload); with None it has written to the
-    handler itself. `requests` keeps what came in, as (raw body, headers by their names in lower case, path).
-    """
+    handler itself. `requests` keeps what came in, as (raw body, headers by their names in lower case, path)."""
 
     def __init__(self, script):
         self.requests, self.lock, self.running, self.most_running = [], threading.Lock(), 0, 0
@@ -297,11 +295,9 @@ def luffy_row(problem, answer, target, system=True):
 
 
 def live_bytes(work):
-    """The most bytes that PyTorch's CPU allocator had given out at any time during `work`, beyond what it had before.
-
-    The profiler reports every allocation and release with its size, those inside of operators too. It does not see what is
-    allocated elsewhere (the workspaces of the matrix library, Python) nor the release of what was there before.
-    """
+    """The most bytes that PyTorch's CPU allocator had given out at any time during `work`, beyond what it had before. The
+    profiler reports every allocation and release with its size, those inside of operators too. It does not see what is
+    allocated elsewhere (the workspaces of the matrix library, Python) nor the release of what was there before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

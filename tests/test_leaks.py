@@ -58,10 +58,8 @@ def test_leaks_outlasts_what_a_stuck_model_writes():
 
 
 def test_leaks_on_our_labelled_examples(eval_worker):
-    """The labels were set before the filter ran (data/README.md has their rule), and both READMEs state these figures.
-
-    A part of the problems is about the label "other": a final answer that is not the row's.
-    """
+    """The labels were set before the filter ran (data/README.md has their rule), and both READMEs state these figures. A part
+    of the problems is about the label "other": a final answer that is not the row's."""
     parts, wrong = {False: Counter(), True: Counter()}, []
     others = {row["id"] for row, candidate in leak_examples() if candidate["leaks"] == "other"}
     for i, (row, candidate) in enumerate(leak_examples()):

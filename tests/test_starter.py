@@ -37,10 +37,8 @@ def evaluate(text, **names):
 
 
 def equations(text):
-    """The (left, right) pairs of every chain of equal signs whose two sides are plain arithmetic.
-
-    A side may be next to words ("that is 3 * 4 = 12 apples"), not next to an operator and a letter ("x + 4 = 12").
-    """
+    """The (left, right) pairs of every chain of equal signs whose two sides are plain arithmetic. A side may be next to words
+    ("that is 3 * 4 = 12 apples"), not next to an operator and a letter ("x + 4 = 12")."""
     for sentence in re.split(r"[,;:?]\s|\.(?:\s|$)|\n", text):
         for left, right in itertools.pairwise(sentence.split(" = ")):
             start = re.search(r"(?:^|[A-Za-z] )((?:\(|\d|-\d)[\d.()+\-*/^ ]*)$", left)
