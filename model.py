@@ -615,7 +615,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Chat messages -> prompt ids with the header of the assistant's turn, ready to be continued. A special token's name in a
     message is text. The template is a program (Jinja) of the model folder, which transformers runs in a sandbox. ValueError if
-    there is none (take an instruct model) or it fails."""
+    there is none (take an instruct model) or it fails. Not for two threads at once: the tokenizer changes for a moment."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True)
     texts = [message["content"] for message in messages]

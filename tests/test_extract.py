@@ -1,5 +1,6 @@
 """The extraction of strategies, against a chat server on this machine."""
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import rollout
 import strategy as strategy_module
 from data.problems import load_problems, read_row
 from grader import MathWorker, is_correct
+from model import encode_chat
 from strategy import auto_messages, extraction_prompt, guided_messages
 from tests.common import ROOT, TINY_BASE, ChatServer, completion, reply_with, write_rows
 from tools import extract
@@ -458,10 +460,10 @@ def test_extraction_body_adds_and_removes_fields():
 def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
     flags = ["--local", str(TINY_BASE), "--dtype", "float32", "--device", "cpu", "--max_tokens", "32", "--temperature", "0"]
     args = extract.build_parser().parse_args(flags)
-    local, sizes, plain = extract.LocalModel(args), [], rollout.generate
+    local, batches, plain = extract.LocalModel(args), [], rollout.generate
 
     def counting(model, prompts, **settings):
-        sizes.append(len(prompts))
+        batches.append(prompts)
         return plain(model, prompts, **settings)
 
     def ask(problem):
@@ -469,10 +471,11 @@ def test_extraction_by_our_own_sampler_batches_the_workers(monkeypatch):
         return local.ask(extract.request_body(extract.settings_of(args), "solution", 0, messages))
 
     monkeypatch.setattr(rollout, "generate", counting)
-    problems = load_problems(ROOT / "data/tiny/test.jsonl")[:6]
+    problems = load_problems(ROOT / "data/tiny/test.jsonl")[:48]
     with ThreadPoolExecutor(6) as pool, MathWorker(60) as worker:
         answers = list(pool.map(ask, problems))
-        assert sum(sizes) == 6 and len(sizes) < 6 and not local.waiting
+        prompts = [encode_chat(local.tokenizer, guided_messages(p.problem, p.strategy)) for p in problems]
+        assert sorted(itertools.chain(*batches)) == sorted(prompts) and len(batches) < 48 and not local.waiting
         # greedy and guided, the tiny base is always right, so each got the answer to its own question
         assert all(is_correct(answer.text, p.answer, worker) for answer, p in zip(answers, problems, strict=True))
     assert all(a.finish == "stop" and 0 < a.usage["completion_tokens"] <= 32 < a.usage["prompt_tokens"] for a in answers)

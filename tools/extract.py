@@ -342,13 +342,15 @@ class LocalModel:
         self.model, self.tokenizer = load_model(args.local, dtype=getattr(torch, args.dtype), device=device)
         self.stop = threading.Event()  # of the run; no question waits for another time here
         self.turn = threading.Lock()
+        self.encoding = threading.Lock()  # encode_chat changes the tokenizer's treatment of special tokens for a moment
         self.waiting: list[tuple[Record, list[int], Future]] = []  # (body, prompt ids, the answer to come)
 
     def ask(self, body: Record) -> Answer:
         """The answer to one request; RowFailed if its prompt does not fit the model."""
         from model import encode_chat
 
-        ids, future = encode_chat(self.tokenizer, body["messages"]), Future()
+        with self.encoding:
+            ids, future = encode_chat(self.tokenizer, body["messages"]), Future()
         if len(ids) >= self.model.config.max_position_embeddings:
             raise RowFailed(f"a prompt of {len(ids)} tokens fills the model's context")
         self.waiting.append((body, ids, future))
