@@ -3,6 +3,10 @@
 Each linear layer of every block computes W x + scale * B (A x). W (out, in) is the base model's and stays as it is; A (R, in)
 and B (out, R) are trained. B starts at zero, so training starts from the base model. scale is alpha / R.
 Imports no sibling: copy this file alone. It takes any module with its blocks in model.model.layers. Axes: R rank, T tokens.
+
+    add_adapters(model, rank=16, alpha=32, dtype=torch.bfloat16)            once; without the next line they are undefined
+    model.load_state_dict(dict(initial_adapters(model, generator)), strict=False)
+    plain.load_state_dict(merge(model, {name: w.clone() for name, w in model.state_dict().items()}))
 """
 
 import json
@@ -78,11 +82,12 @@ def round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
     # ranks and in every step
     place = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     threshold = (place * -1640531535 >> 13) & 0xFFFF
-    return (x.view(torch.int32) + threshold >> 16 << 16).view(torch.float32).to(dtype)
+    rounded = (x.view(torch.int32) + threshold >> 16 << 16).view(torch.float32).to(dtype)
+    return torch.where(x.isnan(), x.to(dtype), rounded)  # the sum of a nan's bits may wrap
 
 
 def save_adapters(adapters: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, base: str) -> None:
-    """Write A and B of all layers, by name and whole, in PEFT's format. `base` is the name of the model they belong to."""
+    """Write A and B of all layers, by name and whole, in PEFT's format into a new folder. `base` names their model."""
     folder.mkdir(parents=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
     config |= {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none"}

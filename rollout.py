@@ -334,7 +334,7 @@ def smallest_in_nucleus(logits: Tensor, log_total: Tensor, top_p: float) -> Tens
 
 
 def sample_in_one_kernel(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """`sample` in a Triton kernel: it moves a fortieth of the memory, and nothing waits for the GPU."""
+    """`sample` in one Triton kernel. The nucleus may end with another token if the mass up to there is top_p within 1e-7."""
     B, V = logits.shape
     token = torch.empty(B, dtype=torch.int64, device=logits.device)
     logprob = torch.empty(B, dtype=torch.float32, device=logits.device)

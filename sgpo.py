@@ -297,8 +297,7 @@ def backward_policy(
     bonus = variant.entropy_bonus
     terms = partial(policy_terms, loss=variant.loss(settings), temperature=settings.temperature, entropy_bonus=bonus)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens, loss_scale=scale)
-    sums = dict.fromkeys(("policy_loss", "own_tokens", "solutions", "entropy", "clip_fraction", "policy_kl"), 0.0)
-    sums["logprob_error_mean"] = 0.0
+    sums = dict.fromkeys("policy_loss own_tokens solutions entropy clip_fraction policy_kl logprob_error_mean".split(), 0.0)
     errors = [torch.zeros(0, device=device)]
     # a group of equal rewards has no gradient: it counts in the divisors and diagnostics, but needs no backward pass [ours]
     moves = [item.advantage != 0 or bonus > 0 for item in items]

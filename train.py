@@ -86,7 +86,7 @@ class Config(Method):
     lr_decay: str = knob("constant", "learning rate of RL after the warm-up [ours]", ("constant", "linear"))
     weight_decay: float = knob(0.01, "decoupled weight decay of AdamW [ours]")
     # adapters
-    lora_rank: int = knob(0, "train adapters of this rank on frozen weights (lora.py); 0: train all weights [ours]")
+    lora_rank: int = knob(0, "train adapters of this rank on frozen weights, at ten times the rates; 0: all weights [ours]")
     lora_alpha: float = knob(32.0, "the adapters' product is scaled by this over the rank [ours]", low=1e-6)
     # supervised stage
     sft_fraction: float = knob(1 / 3, "share of the problems for the SFT warm-up instead of RL [§4.1]; 0: no warm-up", high=1)
@@ -532,7 +532,8 @@ def stages(run: Run, for_sft: list[Example], validation: list[Example], for_rl: 
         shutil.rmtree(part, ignore_errors=True)
         save_model(gathered, run.tokenizer, part)
         if adapters:
-            save_adapters(adapters, part / "adapter", rank=cfg.lora_rank, alpha=cfg.lora_alpha, base=cfg.model)
+            base = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
+            save_adapters(adapters, part / "adapter", rank=cfg.lora_rank, alpha=cfg.lora_alpha, base=base)
         part.rename(run.folder.out / "model")  # so a folder `model` is always whole, and its run finished
         saved = run.folder.out / "checkpoints"
         size = sum(file.stat().st_size for file in saved.rglob("*")) / 1e9

@@ -107,7 +107,8 @@ def read_row(raw: bytes, *, math: bool = True) -> Problem:
     if not (math or isinstance(answer, str) and answer.strip()):
         names.remove("answer")  # one that is no text is a field like any other
     if missing := [name for name in names[:-2] if name not in row]:
-        raise ValueError(f"field {missing[0]!r} is missing, {sorted(row)!r}")
+        which = " (without one a row is for --reward)" * (missing[0] == "answer")
+        raise ValueError(f"field {missing[0]!r} is missing{which}, {sorted(row)!r}")
     own = {name: row.pop(name, None) for name in names}
     strategy = own.pop("strategy")
     for name, value in own.items():

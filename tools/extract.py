@@ -657,6 +657,7 @@ def cost(prompt_tokens: int, completion_tokens: int, args: Namespace) -> str:
 def dry_run(args: Namespace) -> int:
     """Print the prompts of the first rows, and a rough estimate of what the whole takes. Sends and writes nothing."""
     rows = load_problems(args.data)[: args.limit]
+    print(f"{sum(row.strategy is not None for row in rows)} of {len(rows)} rows have a strategy already")
     requests = tokens_in = tokens_out = 0
     for number, row in enumerate(rows):
         for step, times, messages, unseen, expected in planned_requests(row, args):

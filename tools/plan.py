@@ -614,10 +614,11 @@ def no_fit_lines(job: Job, ways: Sequence[Job]) -> list[str]:
 
 
 def memory_lines(job: Job) -> list[str]:
+    gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)}"
     lines = [
-        f"{job.gpus} GPUs, {job.shard_ranks} for each copy of the weights; {job.budget / GB:.1f} GB of each for tensors",
+        f"{gpus}, {job.shard_ranks} for each copy of the weights; {job.budget / GB:.1f} GB of each for tensors",
         f"update: {passes_text(job.settings)}",
-        "memory of one GPU, in GB, in the largest phase of each part (not measured on a GPU)",
+        "memory of one GPU, in GB, in the largest phase of each part (estimated)",
     ]
     for part, phases in memory_of(job).items():
         name, total = peak(phases)
@@ -651,7 +652,7 @@ def assumption_lines(job: Job) -> list[str]:
         lines.append(f"  --{field.name:22}{getattr(job.assumed, field.name):>10.4g}  {field.metadata['help']}")
     text = """assumed (no flags): every micro-batch is full, and not the update's first; all groups have a gradient, all
 problems a target; each rank is as busy as the busiest and has one response of the full length; nothing waits for the grader or
-another rank, AdamW takes no time, no row is preempted; no evaluation, no checkpoints; float32 as on a CPU"""
+another rank, AdamW takes no time, no row is preempted; no evaluation, no checkpoints"""
     return [*lines, text]
 
 

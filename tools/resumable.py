@@ -281,7 +281,7 @@ def collect(sets: Sequence[EvalSet], records: Records, args: argparse.Namespace)
         p_auto, p_guide = (torch.tensor(values) / one.n for values in counts)
         effect = {"p_auto": p_auto.mean().item(), "p_guide": p_guide.mean().item()}
         effect |= paired_bootstrap(*counts, one.n, seed=args.seed)[0]
-        effect["alpha"] = instance_weight(p_auto, p_guide).mean().item()
+        effect["alpha"] = (instance_weight(p_auto, p_guide) * (p_guide > 0)).mean().item()  # 0 without a target [alg 1]
         files[one.file] |= {"guided": result, "guidance": effect}
         text = f"p_auto {100 * effect['p_auto']:.1f}  p_guide {100 * effect['p_guide']:.1f}"
         change, low, high = (100 * effect[name] for name in ("difference", "low", "high"))
