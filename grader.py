@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 from threading import Thread
@@ -266,6 +266,7 @@ def normalise_answer(answer: str) -> str:
     return answer
 
 
+@lru_cache(4096)  # a reference is compared with every response to its problem
 def _clean(text: str) -> str:
     """One notation for an answer: no delimiters, no spacing commands, one name per symbol. The meaning stays."""
     text = normalise_answer(text.translate(_SYMBOLS))
