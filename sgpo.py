@@ -214,7 +214,7 @@ def unguided_logprobs(settings: Method, policy: CausalLM, samples: list[ProblemS
 
 # metrics that are means over tokens, and the number of those tokens; they are sums until `update` divides them
 MEAN_OVER = dict.fromkeys(("entropy", "clip_fraction", "policy_kl", "logprob_error_mean"), "own_tokens")
-MEAN_OVER |= dict.fromkeys(("kl", "kept"), "target_tokens")
+MEAN_OVER |= dict.fromkeys(("kl", "kept", "kept_kl"), "target_tokens")
 
 
 def update(
@@ -344,7 +344,7 @@ def backward_distillation(
     micro-batches. Returns sums of this rank's diagnostics. There are two forwards over the same response tokens: the guided
     one, at the current theta and without gradient [eq 3], is kept as hidden states; then the head of the unguided one turns
     both into logits, chunk by chunk."""
-    device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept"), 0.0)
+    device, sums = model.device, dict.fromkeys(("distillation_loss", "target_tokens", "kl", "kept", "kept_kl"), 0.0)
     terms = partial(distillation_terms, delta=settings.delta, temperature=settings.temperature, objective=settings.distill)
     head = partial(chunked_head, terms=terms, chunk_tokens=settings.chunk_tokens, loss_scale=scale)
     costs = [len(item.auto_ids) + len(item.guided_ids) + 2 * len(item.response_ids) for item in items]
@@ -364,6 +364,7 @@ def backward_distillation(
             sums["target_tokens"] += stats["divergence"].numel()
             sums["kl"] += stats["divergence"].sum(dtype=torch.float64)
             sums["kept"] += stats["kept"].sum(dtype=torch.float64)
+            sums["kept_kl"] += (stats["kept"] * stats["divergence"]).sum(dtype=torch.float64)
     return sums
 
 
@@ -430,7 +431,9 @@ def step_line(method: str, metrics: dict[str, float], steps: int) -> str:
     if variant.guided:
         parts.append(f"guided {m['reward_guided']:.2f}")
     if variant.distills and m["with_target"]:
-        parts += [f"alpha {m['alpha']:.2f}", f"KL {m['kl']:.3f}", f"kept {m['kept']:.2f}"]
+        # of the tokens, and of their divergence: what the clip drops can be most of it in few of them
+        kept = f"kept {m['kept']:.2f}/{m['kept_kl'] / max(m['kl'], 1e-9):.2f}"
+        parts += [f"alpha {m['alpha']:.2f}", f"KL {m['kl']:.3f}", kept]
     elif variant.distills:
         parts.append("no guided response is right")
     parts.append(f"entropy {m['entropy']:.2f}")

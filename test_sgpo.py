@@ -562,6 +562,7 @@ def test_what_an_update_logs_by_transformers_and_a_slow_loop(distill, tmp_path, 
         "logprob_error": max(abs(math.log(r)) for r in rho),
         "kl": np.mean(divergences),
         "kept": np.mean(kept),
+        "kept_kl": np.mean([d * (d <= 0.02) for d in divergences]),
         "own_tokens": len(rho),
         "target_tokens": len(divergences),
     }

@@ -12,12 +12,10 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """GRPO's group-relative advantage A_i of [eq 1]: (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G).
-
-    The standard deviation has the divisor G - 1, and eps is 1e-6 [ours], as in veRL, which the paper trained with. A group of
-    equal rewards gets exactly zero. ValueError if G < 2. scale_by_std=False gives r_i - mean, the form of LUFFY (with a group
-    of 7 rollouts and the demonstration) and HPT [code].
-    """
+    """GRPO's group-relative advantage A_i of [eq 1]: (r_i - mean) / (std + eps), for rewards (P, G) -> (P, G). The standard
+    deviation has the divisor G - 1, and eps is 1e-6 [ours], as in veRL, which the paper trained with. A group of equal rewards
+    gets exactly zero. ValueError if G < 2. scale_by_std=False gives r_i - mean, the form of LUFFY (with a group of 7 rollouts
+    and the demonstration) and HPT [code]."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (problems, group of at least 2), got shape {tuple(rewards.shape)}")
     rewards = rewards.float()
@@ -43,12 +41,10 @@ def instance_weight(
 
 
 def reachable_target(logprobs: Tensor, correct: Tensor) -> int | None:
-    """The index of o+: of the correct guided trajectories the one that the UNGUIDED policy finds most probable [eq 4].
-
-    logprobs (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the prompt, summed over its
-    tokens [eq 4] or their mean [ours]. correct (J,) bool. None if no guided trajectory is correct: then there is no
-    distillation term [alg 1, lines 14-15]. Ties go to the first [ours].
-    """
+    """The index of o+: of the correct guided trajectories the one that the UNGUIDED policy finds most probable [eq 4]. logprobs
+    (J,): log pi(õ_j | q), each trajectory's log-probability without the strategy in the prompt, summed over its tokens [eq 4]
+    or their mean [ours]. correct (J,) bool. None if no guided trajectory is correct: then there is no distillation term [alg 1,
+    lines 14-15]. Ties go to the first [ours]."""
     if not correct.any():
         return None
     return int(logprobs.masked_fill(~correct, float("-inf")).argmax())  # o+ [eq 4]

@@ -239,8 +239,8 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     both = {"not_finite": 1, "solutions": 1, "clip_fraction": 0.1, "policy_kl": 0.2, "overflows": 1, "logprob_error_mean": 0.1}
     first = both | {"loss": 3, "grad_norm": 1, "left_out": 1, "logprob_error_p999": 0.1, "logprob_error": 0.3, "loss_scale": 4}
     second = both | {"loss": 2, "grad_norm": 4, "left_out": 0, "logprob_error_p999": 0.2, "logprob_error": 0.2, "loss_scale": 2}
-    first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0}
-    second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1}
+    first |= {"own_tokens": 30, "entropy": 2, "target_tokens": 0, "kl": 0, "kept": 0, "kept_kl": 0}
+    second |= {"own_tokens": 10, "entropy": 6, "target_tokens": 7, "kl": 0.5, "kept": 1, "kept_kl": 0.4}
     places = []
 
     def update(model, optimizer, settings, samples, learning_rate):
@@ -252,7 +252,7 @@ def test_minibatches_are_cut_from_the_whole_batch(tmp_path, worker, monkeypatch)
     assert places == [[0, 1, 2], [3, 4]]
     want = {"loss": 2.5, "grad_norm": 2.5, "left_out": 0.5}  # means over the updates
     want |= {"own_tokens": 40, "target_tokens": 7, "solutions": 2, "overflows": 2, "skipped": 2}  # sums
-    want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0}  # means over tokens
+    want |= {"entropy": (30 * 2 + 10 * 6) / 40, "clip_fraction": 0.1, "kl": 0.5, "kept": 1.0, "kept_kl": 0.4}  # of tokens
     want |= {"logprob_error_p999": 0.2, "logprob_error": 0.3}  # the largest
     want |= {"first_logprob_error_mean": 0.1, "first_logprob_error_p999": 0.1, "first_logprob_error": 0.3}
     want |= {"loss_scale": 2}  # the last
@@ -314,7 +314,7 @@ def test_what_a_run_writes_and_prints(tmp_path, worker, capfd, monkeypatch):
         group = [s for s in samples if s["step"] == target["step"] and s["group"] == "guided" and s["reward"]]
         assert target["reach"] == max(s["reach"] for s in group)
     assert "at most 1,152 tokens sampled a step (12 responses a problem) and 192 an evaluation" in text  # 3 * 12 * 32, 6 * 32
-    for part in ("reward ", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
+    for part in ("reward ", "kept 1.00/1.00", "entropy ", "[before]", "[after]", "held-out accuracy", "after sgpo"):
         assert part in text, part
     with pytest.raises(SystemExit, match="metrics.jsonl is there already"):
         train.main([*flags, "--out", str(out)])
