@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -1122,6 +1123,15 @@ def build_transfer(alone: Sequence[str], guided: Sequence[str], counts: Sequence
         "test": [drawn[name][k] for k in end for name in guided],
         "test_alone": [drawn[name][k] for k in end for name in alone],
     }
+
+
+def same_plan(response: str, row: dict) -> float:
+    """A reward for --reward: 1 if the response has the words of the row's solution, whatever its numbers are.
+
+    It pays for the approach alone, for models that are too small for the arithmetic. The sentence with the answer is left out.
+    """
+    plans = [re.sub("[^A-Za-z]+", " ", text.partition("The answer")[0]).strip() for text in (response, row["solution"])]
+    return float(plans[0] == plans[1])
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     status, said = run_bash("runs/transfer.sh", variables)
     assert status == 0, said[-3000:]
     table = [line.split(" | ")[:3] for line in said.splitlines() if line.startswith("| ")]
-    assert table == [["| ", "seeds", "all"], *([f"| {name}", "1", "0.000 / 0.000"] for name in ("base", "warm", "sgpo-1e-4"))]
+    assert table == [["|", "seeds", "all"], *([f"| {name}", "1", "0.000 / 0.000"] for name in ("base", "warm", "sgpo-1e-4"))]
     assert read_metrics(work / "sgpo-1e-4-3")[-1]["stage"] == "sgpo" and not (work / "sgpo-1e-4-3/checkpoints").exists()
     names = ("grpo", "hinted", "luffy", "shuffled", "sft-on-target")
     for name in names:

@@ -74,6 +74,9 @@ def test_transfer_rows_are_guided_by_family_and_no_operands_are_seen_twice():
     warm, *others = ({row["id"].removesuffix("-guided") for row in rows[name]} for name in ("warm", "rl", "test", "test_alone"))
     assert len(warm.union(*others)) == 24 + 6 + 4 + 4
     assert {_starter_family(row) for row in rows["rl"] + rows["test"]} == set(guided)
+    first, *others = rows["rl"]
+    wrong = re.sub(r"= \d+", "= 77", first["solution"])  # the arithmetic, not the plan
+    assert [starter.same_plan(text, first) for text in (wrong, *(row["solution"] for row in others))] == [1, *[0] * len(others)]
 
 
 def test_rows_have_every_field_and_no_text_twice():
