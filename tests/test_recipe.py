@@ -143,7 +143,7 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
 
 
 def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
-    """runs/transfer.sh with one method; then with all of them, started by an echo, on what the first call left."""
+    """runs/transfer.sh with one method; then with all of them, each command only echoed, on what the first call left."""
     work = tmp_path / "work"
     variables = {
         "WORK": work, "MODEL": TINY_BASE, "ALONE": "one-step", "GUIDED": "ages nth-term", "ROWS": "4 4 2",
@@ -160,9 +160,11 @@ def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     for name in names:
         (work / f"{name}-1e-4-3/model").mkdir(parents=True)
         shutil.copy(work / "eval/warm.json", work / f"eval/{name}-1e-4-3.json")
-    status, said = run_bash("runs/transfer.sh", variables | {"METHODS": " ".join(("sgpo", *names)), "LAUNCH": "echo"})
-    assert status == 0 and "\neval.py" not in said, said[-3000:]
+    variables |= {"METHODS": " ".join(("sgpo", *names)), "LAUNCH": "echo", "PYTHON": "echo"}
+    status, said = run_bash("runs/transfer.sh", variables)
+    assert status == 0 and "eval.py --model" not in said, said[-3000:]
     runs = [train.parse_config(line.split()[1:]) for line in said.splitlines() if line.startswith("train.py")]
     assert [cfg.method for cfg in runs] == ["sft", "sgpo", "grpo", "hinted", "luffy", "sgpo", "sgpo"]
     samples = [cfg.group_auto + cfg.group_guided * METHODS[cfg.method].guided for cfg in runs[1:]]
     assert samples == [10, 12, 10, 12, 10, 10]  # of luffy's 12 one is the solution
+    assert [(cfg.shuffle_strategies, cfg.distill) for cfg in runs[5:]] == [(True, "kl"), (False, "sft")]
