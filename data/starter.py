@@ -12,15 +12,25 @@ train.jsonl and test.jsonl hold the same families with different operands; heldo
 sees. From the repository root, this writes the committed files again, byte for byte:
 
     python data/starter.py --out data/starter --seed 0
+
+With --alone and --guided it writes rows for another purpose: a policy that follows a strategy and does not find it by itself
+(runs/transfer.sh).
 """
 
 import argparse
 import json
 import math
 import random
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+
+# Run as a script, Python looks for modules in data/ and not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from strategy import DEFAULT, Strategy, guided_messages
 
 TRAIN_ROWS = 20  # rows a family in train.jsonl
 TEST_ROWS = 4  # rows a family in test.jsonl, drawn after the train rows and with operands of their own
@@ -1056,7 +1066,7 @@ TRAINED = named(
 HELD_OUT = named(mixture, neither)
 
 
-# ------------------------------------------------------------------------------------------------------ the three files
+# ------------------------------------------------------------------------------------------------------------ the files
 
 
 def draw(name: str, family: Family, seed: int, count: int) -> list[dict]:
@@ -1090,13 +1100,53 @@ def build(seed: int) -> dict[str, list[dict]]:
     }
 
 
+def with_strategy(row: dict) -> dict:
+    """The row with its strategy inside the problem's text, so that its prompt is the row's guided prompt, to the letter."""
+    prompt = guided_messages(row["problem"], Strategy.from_dict(row["strategy"]))[-1]["content"]
+    text = prompt.removesuffix(DEFAULT.prompt.removeprefix("{problem}"))  # what every prompt adds after the problem
+    return {"id": f"{row['id']}-guided", "problem": text, "answer": row["answer"], "solution": row["solution"]}
+
+
+def build_transfer(alone: Sequence[str], guided: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, list[dict]]:
+    """Rows that teach to follow the strategies of all families, and to do without them only in the families `alone`.
+
+    warm        for SFT: all families with the strategy in the problem's text, and those of `alone` a second time without it
+    rl, test    other rows of the families `guided`, no two with the same operands; test_alone: the same of `alone`
+    counts      rows a family in warm, rl and test
+    """
+    drawn = {name: draw(name, TRAINED[name], seed, sum(counts)) for name in (*alone, *guided)}
+    warm, rl, end = range(counts[0]), range(counts[0], counts[0] + counts[1]), range(counts[0] + counts[1], sum(counts))
+    return {
+        "warm": [with_strategy(rows[k]) for k in warm for rows in drawn.values()]
+        + [drawn[name][k] for k in warm for name in alone],
+        "rl": [drawn[name][k] for k in rl for name in guided],
+        "test": [drawn[name][k] for k in end for name in guided],
+        "test_alone": [drawn[name][k] for k in end for name in alone],
+    }
+
+
+def same_plan(response: str, row: dict) -> float:
+    """A reward for --reward: 1 if the response has the words of the row's solution, whatever its numbers are.
+
+    It pays for the approach alone, for models that are too small for the arithmetic. The sentence with the answer is left out.
+    """
+    plans = [re.sub("[^A-Za-z]+", " ", text.partition("The answer")[0]).strip() for text in (response, row["solution"])]
+    return float(plans[0] == plans[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the starter set: train.jsonl, test.jsonl and heldout.jsonl.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="the committed files have 0 (default: 0)")
+    parser.add_argument("--alone", nargs="+", choices=TRAINED, help="families that the warm-up shows with and without strategy")
+    parser.add_argument("--guided", nargs="+", choices=TRAINED, help="families that it shows with it only; RL gets these")
+    parser.add_argument("--rows", nargs=3, type=int, metavar=("WARM", "RL", "TEST"), help="rows a family, with --guided")
     args = parser.parse_args()
+    transfer = (args.alone, args.guided, args.rows)
+    if any(transfer) and not (all(transfer) and set(args.alone).isdisjoint(args.guided)):
+        parser.error("--alone, --guided and --rows go together, and no family is both")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in build(args.seed).items():
+    for name, rows in (build_transfer(*transfer, args.seed) if args.guided else build(args.seed)).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
         print(f"{args.out / name}.jsonl: {len(rows)} rows")

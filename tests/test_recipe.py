@@ -14,6 +14,7 @@ import pytest
 import train
 from data import prepare
 from eval import load_problems
+from methods import METHODS
 from strategy import Strategy, format_strategy
 from tests.common import ROOT, TINY_BASE, ChatServer, luffy_row, read_metrics, tiny_rows, write_rows
 
@@ -140,3 +141,31 @@ def test_each_recipe_sets_every_variable(script, tmp_path):
         settings["ROWS"] = "other.jsonl"
         done = run()
         assert done.returncode == 2 and "runs/smoke was made with other rows than other.jsonl" in done.stderr
+
+
+def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
+    """runs/transfer.sh with one method; then with all of them, each command only echoed, on what the first call left."""
+    work = tmp_path / "work"
+    variables = {
+        "WORK": work, "MODEL": TINY_BASE, "ALONE": "one-step", "GUIDED": "ages nth-term", "ROWS": "4 4 2",
+        "METHODS": "sgpo", "RATES": "1e-4", "SEEDS": "3", "EVAL_FLAGS": "--n 1 --max_new_tokens 8",
+        "WARM_FLAGS": "--sft_epochs 1 --sft_batch 8 --eval_max_new_tokens 8",
+        "RL_FLAGS": "--steps 1 --problems_per_step 4 --group_guided 2 --max_new_tokens 8 --eval_max_new_tokens 8",
+    }  # fmt: skip
+    status, said = run_bash("runs/transfer.sh", variables)
+    assert status == 0, said[-3000:]
+    table = [line.split(" | ")[:3] for line in said.splitlines() if line.startswith("| ")]
+    assert table == [["|", "seeds", "all"], *([f"| {name}", "1", "0.000 / 0.000"] for name in ("base", "warm", "sgpo-1e-4"))]
+    assert read_metrics(work / "sgpo-1e-4-3")[-1]["stage"] == "sgpo" and not (work / "sgpo-1e-4-3/checkpoints").exists()
+    names = ("grpo", "hinted", "luffy", "shuffled", "sft-on-target")
+    for name in names:
+        (work / f"{name}-1e-4-3/model").mkdir(parents=True)
+        shutil.copy(work / "eval/warm.json", work / f"eval/{name}-1e-4-3.json")
+    variables |= {"METHODS": " ".join(("sgpo", *names)), "LAUNCH": "echo", "PYTHON": "echo"}
+    status, said = run_bash("runs/transfer.sh", variables)
+    assert status == 0 and "eval.py --model" not in said, said[-3000:]
+    runs = [train.parse_config(line.split()[1:]) for line in said.splitlines() if line.startswith("train.py")]
+    assert [cfg.method for cfg in runs] == ["sft", "sgpo", "grpo", "hinted", "luffy", "sgpo", "sgpo"]
+    samples = [cfg.group_auto + cfg.group_guided * METHODS[cfg.method].guided for cfg in runs[1:]]
+    assert samples == [10, 12, 10, 12, 10, 10]  # of luffy's 12 one is the solution
+    assert [(cfg.shuffle_strategies, cfg.distill) for cfg in runs[5:]] == [(True, "kl"), (False, "sft")]

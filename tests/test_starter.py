@@ -10,6 +10,7 @@ from datetime import datetime
 from fractions import Fraction
 
 from data import starter
+from strategy import Strategy, auto_messages, guided_messages
 from tests.common import ROOT, _starter_family, _starter_rows
 
 STRICT = {"__builtins__": {}, "Fraction": Fraction}
@@ -52,6 +53,28 @@ def test_files_are_what_the_generator_writes(tmp_path, monkeypatch):
     starter.main()
     for name in ("train", "test", "heldout"):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (ROOT / f"data/starter/{name}.jsonl").read_bytes()
+
+
+def test_transfer_rows_are_guided_by_family_and_no_operands_are_seen_twice():
+    """The SFT prompt of a row with the strategy in its problem is the guided prompt of RL, to the letter."""
+    alone, guided = ["one-step", "percent-rest"], ["ages", "nth-term"]
+    rows = starter.build_transfer(alone, guided, (6, 3, 2), seed=0)
+    assert {name: len(group) for name, group in rows.items()} == {"warm": 36, "rl": 6, "test": 4, "test_alone": 4}
+    plain = [row for row in rows["warm"] if "strategy" in row]
+    assert {_starter_family(row) for row in plain} == set(alone) and len(plain) == 12
+    drawn = {row["id"]: row for name in alone + guided for row in starter.draw(name, starter.TRAINED[name], 0, 11)}
+    for row in rows["warm"]:
+        source = drawn[row["id"].removesuffix("-guided")]
+        if row not in plain:
+            strategy = Strategy.from_dict(source["strategy"])
+            assert auto_messages(row["problem"]) == guided_messages(source["problem"], strategy)
+            assert "strategy" not in row and row["solution"] == source["solution"]
+    warm, *others = ({row["id"].removesuffix("-guided") for row in rows[name]} for name in ("warm", "rl", "test", "test_alone"))
+    assert len(warm.union(*others)) == 24 + 6 + 4 + 4
+    assert {_starter_family(row) for row in rows["rl"] + rows["test"]} == set(guided)
+    first, *others = rows["rl"]
+    wrong = re.sub(r"= \d+", "= 77", first["solution"])  # the arithmetic, not the plan
+    assert [starter.same_plan(text, first) for text in (wrong, *(row["solution"] for row in others))] == [1, *[0] * len(others)]
 
 
 def test_rows_have_every_field_and_no_text_twice():
