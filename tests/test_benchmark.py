@@ -89,17 +89,6 @@ def test_compare_by_hand_and_its_average(tmp_path, capsys):
     assert "x/math500.jsonl: A 25.0  B 87.5  difference +62.5 [+25.0, +100.0]  problems 2" in out
 
 
-def test_compare_draws_each_file_by_itself():
-    sides = []
-    for counts in ([0] * 50, [0, 1] * 25):
-        correct = {str(i): count for i, count in enumerate(counts)}
-        one, two = (_results(correct, name, n=1, sha256=name) for name in "de")
-        sides.append(one | {"files": one["files"] | two["files"]})
-    first, _, mean = benchmark.compare(*sides)
-    width, both = first["high"] - first["low"], mean["high"] - mean["low"]
-    assert both == pytest.approx(width / 2**0.5, rel=0.1)  # as wide as one's if they moved together
-
-
 def test_compare_refuses_what_is_not_about_the_same():
     a = _results({"p": 0, "q": 2})
     for changes, message in (

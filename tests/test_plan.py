@@ -254,15 +254,6 @@ def test_plan_finds_the_cheapest_combination(gpus, memory):
     assert hours and plan.hours_of(plan.ways_to_fit(job)[0]) <= 1.05 * min(hours)
 
 
-def test_plan_lengths_have_their_mean_and_end():
-    for mean, longest in [(2048, 8192), (300, 8192), (6000, 8192), (9000, 8192), (3, 40)]:
-        lengths = plan.response_lengths(4000, mean, longest)
-        assert lengths == sorted(lengths) and lengths[0] >= 1 and lengths[-1] == longest
-        assert sum(lengths) / 4000 == pytest.approx(min(mean, longest), rel=0.01, abs=0.3)
-    # far below the bound half of the responses are shorter than mean * ln 2
-    assert plan.response_lengths(4001, 1000, 10**6)[2000] == pytest.approx(1000 * math.log(2), rel=1e-3)
-
-
 @pytest.mark.parametrize("places", [1, 5, 20, 32, 64])
 def test_plan_counts_the_steps_of_a_slow_loop(places):
     assumed = plan.Assumptions(mean_response=100, flops=1e30, memory_bandwidth=1e30, decode_overhead=1.0)

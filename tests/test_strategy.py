@@ -10,7 +10,7 @@ import pytest
 from data import problems
 from strategy import Strategy, Template, auto_messages, extraction_prompt, format_strategy, guided_messages, parse_strategy
 from tests.common import ROOT, _starter_rows, leak_examples, strategy_example
-from tools.extract import CRITERIA, LEAK_SCORE, mean_score, parse_scores, scoring_prompt
+from tools.extract import CRITERIA, LEAK_SCORE, parse_scores, scoring_prompt
 
 CASES = json.loads((ROOT / "tests/strategy_cases.json").read_text(encoding="utf-8"))
 
@@ -130,14 +130,6 @@ def test_strategy_scores_name_the_bad_line(line, words):
     with pytest.raises(ValueError) as error:
         parse_scores(f"1: 0.9 1.0 0.0 0.25\n{line}", 2)
     assert words in str(error.value)
-
-
-def test_a_mean_of_tenths_is_exact():
-    def mean(*values):
-        return mean_score(dict(zip(CRITERIA, values, strict=True)))
-
-    assert mean(0.1, 0.1, 0.1, 0) == mean(0.3, 0, 0, 0) and 0.1 + 0.1 + 0.1 > 0.3
-    assert mean(0.95, 0.95, 0.3, 1) == 0.8 > (0.95 + 0.95 + 0.3 + 1) / 4
 
 
 def test_shuffled_strategies_are_a_permutation_without_a_row_of_its_own_type():

@@ -140,13 +140,6 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_names_what_failed(tmp_path, ca
     assert calls().count("a 0") == 3
 
 
-def test_figures_that_the_csv_does_not_hold():
-    line = {"row": "a", "entropy_first10": "0.5", "entropy_last10": "0.2", "reward_peak": "0.9", "reward_last10": "0.6"}
-    lines = [line | {"seed": "0"}, line | {"seed": "1", "entropy_first10": ""}]
-    assert sweep.column(lines, "a", "entropy_change") == pytest.approx({"0": -0.3})
-    assert sweep.column(lines, "a", "reward_fall") == pytest.approx({"0": 0.3, "1": 0.3})
-
-
 def test_steps_to_the_same_reward_by_hand():
     """`fast` ends at 1, `slow` at a mean of 0.55 over its last ten steps: the level. Trailing means of five steps reach it
     after step 3 (0, 1, 1: 0.67) and after step 12 (0.4 to 0.8: 0.6)."""
