@@ -8,7 +8,7 @@
 #     METHODS="sgpo grpo hinted shuffled sft-on-target luffy" RATES="5e-6 1e-5" SEEDS="0 1 2" bash runs/transfer.sh
 #
 # The default reward pays for the words of the solution and not for its numbers: this model follows a strategy to the letter, but
-# gets one subtraction in two wrong (results/transfer.md). REWARD= (empty) is the answer as usual, for a larger model.
+# gets two of three subtractions wrong (results/transfer.md). REWARD= (empty) is the answer as usual, for a larger model.
 #
 # A run that was cut off goes on with the same command, which passes over all that is finished. More methods, rates and seeds
 # may be added. All methods sample 12 responses a problem (luffy 11, beside the solution). Paths are from the repository's root.
