@@ -213,22 +213,22 @@ def test_command_line_refuses():
 
 
 def test_both_groups_in_one_run(monkeypatch, tmp_path, capsys):
-    def script(prompt):  # alone: 1 of 2, 0 of 2, 2 of 2 right; guided: 2, 2, 1
+    def script(prompt):  # alone: 1 of 2, 0 of 2, 0 of 2 right; guided: 2, 2, 0
         which = [f"What is {i} + 0?" in prompt for i in (1, 2, 3)].index(True)
-        counts = (2, 2, 1) if "Add." in prompt else (1, 0, 2)
+        counts = (2, 2, 0) if "Add." in prompt else (1, 0, 0)
         return [f"\\boxed{{{which + 1}}}"] * counts[which] + ["\\boxed{99}"] * (2 - counts[which])
 
     data = _rows(tmp_path)
     _, arguments = _command(monkeypatch, tmp_path, "--both", "--data", data, script=script)
     results = grading.main(arguments)
     part = results["files"][str(data)]
-    assert list(part["correct"].values()) == [1, 0, 2] and list(part["guided"]["correct"].values()) == [2, 2, 1]
+    assert list(part["correct"].values()) == [1, 0, 0] and list(part["guided"]["correct"].values()) == [2, 2, 0]
     effect = part["guidance"]
-    assert (effect["p_auto"], effect["p_guide"], effect["difference"]) == pytest.approx((1 / 2, 5 / 6, 1 / 3))
-    # 0.5 * 0.6 / 0.6; 0.8 at 0 -> 1; 0 at 1 -> 0.5
-    assert effect["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6) and effect["low"] < 0 < effect["high"]
+    assert (effect["p_auto"], effect["p_guide"], effect["difference"]) == pytest.approx((1 / 6, 2 / 3, 1 / 2))
+    # 0.5 * 0.6 / 0.6; 0.8 at 0 -> 1; 0 without a right guided response, as in training [alg 1]
+    assert effect["alpha"] == pytest.approx((0.5 + 0.8 + 0) / 3, abs=1e-6) and effect["low"] < 0.5 < effect["high"]
     assert (tmp_path / "eval-tiny-both.json").is_file()
-    assert f"{data} guided: avg@2 83.3" in capsys.readouterr().out
+    assert f"{data} guided: avg@2 66.7" in capsys.readouterr().out
     assert [(row["guided"], row["difference"]) for row in compare(results, results)] == [(False, 0.0), (True, 0.0)]
 
 

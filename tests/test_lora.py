@@ -94,6 +94,7 @@ def test_a_change_below_the_spacing_of_bf16_is_kept_on_average():
     assert rounded.dtype == torch.bfloat16
     assert abs(((rounded.float() - W) * change).sum() / change.square().sum() - 1) < 0.1
     assert torch.equal(lora.round_to(torch.bfloat16, W).float(), W)
+    assert lora.round_to(torch.bfloat16, torch.full((99,), 2**31 - 1, dtype=torch.int32).view(torch.float32)).isnan().all()
 
 
 def test_the_adapters_alone_are_trained_and_sampling_has_the_merged_weights(tmp_path, worker):
